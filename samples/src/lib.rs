@@ -1,1 +1,62 @@
-//! placeholder
+//! Applications to run inside the mesh, under the names that the field knows.
+//!
+//! * **In**: a sample's name with its arguments and environment ([`run`]), or a program name such as `curl` ([`applet`]);
+//!   for the local cluster an image reference ([`images::lookup`]) or a sample's name ([`manifests`]).
+//! * **Out**: a running HTTP or TCP server, an exit code, an image's configuration, YAML texts.
+//! * **Never**: knows of the mesh. The applications talk plain HTTP to host names and pass tracing headers on, as any
+//!   application would; nothing here reads mesh configuration.
+//! * **Start here**: [`run`] is the table of programs; `images.rs` is the table of images that lead to them.
+
+pub mod images;
+
+use std::process::ExitCode;
+
+/// One program of this crate: its name and its entry point.
+struct Program {
+    name: &'static str,
+    run: fn(&[String]) -> anyhow::Result<()>,
+}
+
+static PROGRAMS: &[Program] = &[];
+
+/// Programs that the binary becomes when it is called by their name (`argv[0]`).
+static APPLETS: &[&str] = &["curl", "sleep"];
+
+/// Names that [`run`] accepts.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    PROGRAMS.iter().map(|program| program.name)
+}
+
+/// Runs the sample `name` until it is told to stop (SIGTERM or SIGINT), on a runtime of its own.
+///
+/// # Errors
+/// An unknown name, bad arguments or environment, or an address that cannot be bound.
+pub fn run(name: &str, args: &[String]) -> anyhow::Result<()> {
+    let Some(program) = PROGRAMS.iter().find(|program| program.name == name) else {
+        let known: Vec<_> = names().collect();
+        anyhow::bail!(
+            "there is no sample called {name:?}; the samples are: {}",
+            known.join(", ")
+        );
+    };
+    (program.run)(args)
+}
+
+/// Whether the binary called as `name` is one of this crate's applets.
+pub fn is_applet(name: &str) -> bool {
+    APPLETS.contains(&name)
+}
+
+/// Runs the applet that `argv0` names (a path or a bare name) with the arguments after it; `None` where there is no such
+/// applet, so that the caller goes on with its own command line.
+pub fn applet(argv0: &str, args: &[String]) -> Option<ExitCode> {
+    let name = argv0.rsplit('/').next().unwrap_or(argv0);
+    let _ = args;
+    is_applet(name).then_some(ExitCode::SUCCESS)
+}
+
+/// The manifests that `--sample NAME` applies: pairs of file name (relative to `samples/`) and YAML text, in order.
+pub fn manifests(sample: &str) -> Option<Vec<(&'static str, &'static str)>> {
+    let _ = sample;
+    None
+}
