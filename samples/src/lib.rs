@@ -7,24 +7,37 @@
 //!   application would; nothing here reads mesh configuration.
 //! * **Start here**: [`run`] is the table of programs; `images.rs` is the table of images that lead to them.
 
+pub mod bookinfo;
+pub mod helloworld;
 pub mod images;
+mod manifests;
+pub mod propagate;
+mod serve;
+pub mod tcp_echo;
+pub mod upstream;
+pub mod web;
 
 use std::process::ExitCode;
 
-/// One program of this crate: its name and its entry point.
-struct Program {
-    name: &'static str,
-    run: fn(&[String]) -> anyhow::Result<()>,
-}
+/// One program of this crate: its name and its entry point, which takes the arguments after the name.
+type Program = (&'static str, fn(&[String]) -> anyhow::Result<()>);
 
-static PROGRAMS: &[Program] = &[];
+static PROGRAMS: &[Program] = &[
+    ("productpage", bookinfo::productpage::main),
+    ("details", bookinfo::details::main),
+    ("reviews", bookinfo::reviews::main),
+    ("ratings", bookinfo::ratings::main),
+    ("helloworld", helloworld::main),
+    ("tcp-echo", tcp_echo::main),
+    ("web", web::main),
+];
 
 /// Programs that the binary becomes when it is called by their name (`argv[0]`).
 static APPLETS: &[&str] = &["curl", "sleep"];
 
 /// Names that [`run`] accepts.
 pub fn names() -> impl Iterator<Item = &'static str> {
-    PROGRAMS.iter().map(|program| program.name)
+    PROGRAMS.iter().map(|(name, _)| *name)
 }
 
 /// Runs the sample `name` until it is told to stop (SIGTERM or SIGINT), on a runtime of its own.
@@ -32,14 +45,14 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 /// # Errors
 /// An unknown name, bad arguments or environment, or an address that cannot be bound.
 pub fn run(name: &str, args: &[String]) -> anyhow::Result<()> {
-    let Some(program) = PROGRAMS.iter().find(|program| program.name == name) else {
+    let Some((_, main)) = PROGRAMS.iter().find(|(known, _)| *known == name) else {
         let known: Vec<_> = names().collect();
         anyhow::bail!(
             "there is no sample called {name:?}; the samples are: {}",
             known.join(", ")
         );
     };
-    (program.run)(args)
+    main(args)
 }
 
 /// Whether the binary called as `name` is one of this crate's applets.
@@ -55,8 +68,13 @@ pub fn applet(argv0: &str, args: &[String]) -> Option<ExitCode> {
     is_applet(name).then_some(ExitCode::SUCCESS)
 }
 
-/// The manifests that `--sample NAME` applies: pairs of file name (relative to `samples/`) and YAML text, in order.
+/// The manifests that `--sample NAME` applies: pairs of file name (relative to `samples/`) and YAML text, in order; `None`
+/// where there is no such sample ([`manifest_names`] lists them).
 pub fn manifests(sample: &str) -> Option<Vec<(&'static str, &'static str)>> {
-    let _ = sample;
-    None
+    manifests::of(sample)
+}
+
+/// Names that [`manifests`] knows.
+pub fn manifest_names() -> impl Iterator<Item = &'static str> {
+    manifests::names()
 }

@@ -1,0 +1,184 @@
+//! What all servers of this crate share: their runtime, listening, access lines, stopping.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use axum::Router;
+use axum::extract::connect_info::{ConnectInfo, Connected};
+use axum::extract::{FromRequestParts, Request};
+use axum::middleware::Next;
+use axum::response::Response;
+use axum::serve::IncomingStream;
+use http::request::Parts;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Address of the client of a connection, as handlers see it (port 0 where a router runs without a listener).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
+
+impl<S: Sync> FromRequestParts<S> for Peer {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        let unknown = SocketAddr::from(([127, 0, 0, 1], 0));
+        Ok(parts
+            .extensions
+            .get::<ConnectInfo<Peer>>()
+            .map_or(Peer(unknown), |info| info.0))
+    }
+}
+
+impl Connected<IncomingStream<'_, Listener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
+        Peer(*stream.remote_addr())
+    }
+}
+
+/// A TCP listener whose connections send small answers at once.
+struct Listener(TcpListener);
+
+impl axum::serve::Listener for Listener {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            match self.0.accept().await {
+                Ok((stream, peer)) => {
+                    // Best effort: a connection that is gone already shows that on its first read.
+                    let _ = stream.set_nodelay(true);
+                    // An IPv4 client on a dual-stack socket is reported as the address that it has.
+                    return (
+                        stream,
+                        SocketAddr::new(peer.ip().to_canonical(), peer.port()),
+                    );
+                }
+                // Out of file descriptors or a connection that died in the queue: neither may end the server, and the
+                // first must not spin.
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
+/// Runs `work` on a single-threaded runtime: a sample is one small process among many on the machine.
+pub(crate) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the sample's runtime")?;
+    runtime.block_on(work)
+}
+
+/// Serves `router` on `port` of all addresses until SIGTERM or SIGINT, then finishes the requests that are under way.
+pub(crate) async fn serve(name: &str, port: u16, router: Router) -> anyhow::Result<()> {
+    let stop = stop_signal()?;
+    let listener = listen(port).await?;
+    say(&format!("{name} listens on port {port}"));
+    serve_on(listener, router, stop).await
+}
+
+/// As [`serve`], on a listener that is there already, until `stop` completes.
+pub(crate) async fn serve_on(
+    listener: TcpListener,
+    router: Router,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let router = router.layer(axum::middleware::from_fn(access_line));
+    axum::serve(
+        Listener(listener),
+        router.into_make_service_with_connect_info::<Peer>(),
+    )
+    .with_graceful_shutdown(stop)
+    .await
+    .context("serving HTTP")
+}
+
+/// Listens on all addresses of both families, or of IPv4 alone where there is no IPv6.
+pub(crate) async fn listen(port: u16) -> anyhow::Result<TcpListener> {
+    match TcpListener::bind(("::", port)).await {
+        Ok(listener) => Ok(listener),
+        Err(_) => TcpListener::bind(("0.0.0.0", port))
+            .await
+            .with_context(|| format!("listening on port {port}; another process may hold it")),
+    }
+}
+
+/// Completes at the first SIGTERM or SIGINT. Handlers are set before this returns: a container's first process has no
+/// default action for these signals.
+pub(crate) fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut terminate =
+        signal(SignalKind::terminate()).context("setting the handler of SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("setting the handler of SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// Writes one line to standard output; a log that nobody reads any more is no reason to end.
+pub(crate) fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{line}");
+}
+
+async fn access_line(peer: Peer, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let (method, uri, version) = (
+        request.method().clone(),
+        request.uri().clone(),
+        request.version(),
+    );
+    let response = next.run(request).await;
+    // Probes come every few seconds and would bury what people look for.
+    if uri.path() != "/health" {
+        say(&format!(
+            "{} \"{method} {uri} {version:?}\" {} {:.1}ms",
+            peer.0.ip(),
+            response.status().as_u16(),
+            started.elapsed().as_secs_f64() * 1000.0
+        ));
+    }
+    response
+}
+
+/// The one option of samples that listen on one port.
+#[derive(clap::Parser)]
+#[command(no_binary_name = true)]
+pub(crate) struct PortArgs {
+    /// Port to listen on instead of the usual one.
+    #[arg(long)]
+    port: Option<u16>,
+    /// Port as a bare argument, as the field's own programs take it.
+    #[arg(value_name = "PORT", conflicts_with = "port")]
+    bare_port: Option<u16>,
+}
+
+impl PortArgs {
+    /// The port that `args` ask for, else `default`.
+    pub(crate) fn port(args: &[String], default: u16) -> anyhow::Result<u16> {
+        let parsed = <Self as clap::Parser>::try_parse_from(args)?;
+        Ok(parsed.port.or(parsed.bare_port).unwrap_or(default))
+    }
+}
+
+/// The environment variable `name`, unless it is unset or empty.
+pub(crate) fn env(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// The pod's name, as applications learn it.
+pub(crate) fn hostname() -> String {
+    env("HOSTNAME")
+        .or_else(|| std::fs::read_to_string("/proc/sys/kernel/hostname").ok())
+        .map_or_else(|| "unknown".into(), |name| name.trim().to_owned())
+}
