@@ -1,0 +1,59 @@
+//! From the table of objects to the mesh.
+
+mod destination_rules;
+mod gateways;
+mod services;
+mod virtual_services;
+mod workloads;
+
+use mesh_api::{AnyObject, Meta};
+
+use crate::mesh::DOMAIN;
+use crate::problem::Reporter;
+use crate::{Mesh, ObjectKey, Objects, Problem, Severity};
+
+/// Builds in the order of dependence: services know pods, rules know services.
+pub(crate) fn build(objects: &Objects) -> Mesh {
+    let mut mesh = Mesh {
+        config: objects.mesh_config.clone(),
+        domain: DOMAIN.to_owned(),
+        ..Mesh::default()
+    };
+    let mut problems = Vec::new();
+    mesh.workloads = workloads::build(objects);
+    mesh.services = services::build(objects, &mesh);
+    mesh.destination_rules = destination_rules::build(objects, &mesh, &mut problems);
+    mesh.gateways = gateways::build(objects, &mut problems);
+    mesh.virtual_services = virtual_services::build(objects, &mesh, &mut problems);
+    for (key, object) in &objects.istio {
+        report_kind_not_applied(key, object, &mut problems);
+    }
+    for field in objects.mesh_config.unsupported() {
+        let key = ObjectKey::new("ConfigMap", mesh.config.root_namespace.clone(), "istio");
+        Reporter::new(&key, &mut problems).not_applied(format!("data.mesh.{field}"));
+    }
+    problems.sort();
+    problems.dedup();
+    mesh.problems = problems;
+    mesh
+}
+
+/// Kinds that a later version applies: nothing that a user wrote is ignored in silence.
+fn report_kind_not_applied(key: &ObjectKey, object: &AnyObject, problems: &mut Vec<Problem>) {
+    if matches!(
+        object,
+        AnyObject::VirtualService(_) | AnyObject::DestinationRule(_) | AnyObject::Gateway(_)
+    ) {
+        return;
+    }
+    let message = format!(
+        "{} is stored but not applied yet by this version of mesh",
+        key.kind
+    );
+    Reporter::new(key, problems).report(Severity::Warning, None, "", message);
+}
+
+/// Seconds since 1970 at which an object was created; 0 if unknown.
+fn created(meta: &Meta) -> i64 {
+    meta.creation_timestamp.map_or(0, |time| time.as_second())
+}

@@ -1,0 +1,179 @@
+//! VirtualServices: names made absolute, references checked, parts that are not applied taken out.
+
+mod http;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mesh_api::networking::VirtualService as Spec;
+use mesh_api::{AnyObject, Object};
+
+use super::created;
+use crate::problem::Reporter;
+use crate::rules::{MESH_GATEWAY, VirtualService};
+use crate::{Gateway, Mesh, ObjectKey, Objects, Problem, Severity, Visibility, hostname};
+
+pub(crate) fn build(
+    objects: &Objects,
+    mesh: &Mesh,
+    problems: &mut Vec<Problem>,
+) -> Vec<Arc<VirtualService>> {
+    let gateways: BTreeMap<String, &Gateway> = mesh
+        .gateways
+        .iter()
+        .map(|gateway| (gateway.reference(), gateway.as_ref()))
+        .collect();
+    let mut rules = Vec::new();
+    for (key, object) in &objects.istio {
+        if let AnyObject::VirtualService(object) = object.as_ref() {
+            let mut report = Reporter::new(key, problems);
+            let rule = virtual_service(key, object, mesh, &mut report);
+            check_gateways(&rule, objects, &gateways, &mut report);
+            rules.push(Arc::new(rule));
+        }
+    }
+    rules.sort_by(|a, b| (a.created, &a.key).cmp(&(b.created, &b.key)));
+    report_conflicts(&rules, problems);
+    rules
+}
+
+fn virtual_service(
+    key: &ObjectKey,
+    object: &Object<Spec>,
+    mesh: &Mesh,
+    report: &mut Reporter<'_>,
+) -> VirtualService {
+    let spec = &object.spec;
+    if spec.hosts.is_empty() {
+        report.not_applied("spec.hosts");
+    }
+    if !spec.tls.is_empty() {
+        report.not_applied("spec.tls");
+    }
+    if !spec.tcp.is_empty() {
+        report.not_applied("spec.tcp");
+    }
+    let exported = spec.export_to.iter().map(String::as_str);
+    VirtualService {
+        key: key.clone(),
+        created: created(&object.meta),
+        hosts: spec
+            .hosts
+            .iter()
+            .map(|host| hostname::absolute(host, &key.namespace, &mesh.domain))
+            .collect(),
+        gateways: if spec.gateways.is_empty() {
+            vec![MESH_GATEWAY.to_owned()]
+        } else {
+            gateway_names(&spec.gateways, &key.namespace)
+        },
+        visibility: Visibility::parse(
+            exported,
+            &mesh.config.default_virtual_service_export_to,
+            &key.namespace,
+        ),
+        http: http::rules(&spec.http, &key.namespace, mesh, report),
+    }
+}
+
+/// Makes names of gateways absolute: `name` belongs to the namespace of the rule.
+fn gateway_names(names: &[String], namespace: &str) -> Vec<String> {
+    let absolute = |name: &String| {
+        if name == MESH_GATEWAY || name.contains('/') {
+            name.clone()
+        } else {
+            format!("{namespace}/{name}")
+        }
+    };
+    names.iter().map(absolute).collect()
+}
+
+/// Gateways have to exist and to serve at least one of the hosts.
+fn check_gateways(
+    rule: &VirtualService,
+    objects: &Objects,
+    gateways: &BTreeMap<String, &Gateway>,
+    report: &mut Reporter<'_>,
+) {
+    for (index, name) in rule
+        .gateways
+        .iter()
+        .enumerate()
+        .filter(|(_, name)| *name != MESH_GATEWAY)
+    {
+        let field = format!("spec.gateways[{index}]");
+        let Some(gateway) = gateways.get(name) else {
+            report.not_found(
+                field,
+                format!("there is no Gateway {name}; nothing is routed there"),
+            );
+            continue;
+        };
+        // A gateway of which no server is applied has said so itself.
+        let all_applied = match name.split_once('/').and_then(|(namespace, name)| {
+            objects
+                .istio
+                .get(&ObjectKey::new("Gateway", namespace, name))
+        }) {
+            Some(object) => {
+                matches!(object.as_ref(), AnyObject::Gateway(object) if object.spec.servers.len() == gateway.servers.len())
+            }
+            None => false,
+        };
+        for (host_index, host) in rule.hosts.iter().enumerate() {
+            if all_applied && !serves(gateway, host, &rule.key.namespace) {
+                let message = format!(
+                    "no server of Gateway {name} has host {host}; requests for it get 404 there"
+                );
+                report.report(
+                    Severity::Warning,
+                    Some("IST0132"),
+                    format!("spec.hosts[{host_index}]"),
+                    message,
+                );
+            }
+        }
+    }
+}
+
+fn serves(gateway: &Gateway, host: &str, namespace: &str) -> bool {
+    let hosts = gateway.servers.iter().flat_map(|server| &server.hosts);
+    hosts
+        .filter(|(only, _)| only.as_deref().is_none_or(|only| only == namespace))
+        .any(|(_, served)| hostname::intersection(served, host).is_some())
+}
+
+/// In sidecars only the oldest rule for a host counts.
+fn report_conflicts(rules: &[Arc<VirtualService>], problems: &mut Vec<Problem>) {
+    let mut first: BTreeMap<&str, Vec<&VirtualService>> = BTreeMap::new();
+    for rule in rules.iter().filter(|rule| rule.is_bound_to(MESH_GATEWAY)) {
+        for (index, host) in rule.hosts.iter().enumerate() {
+            let others = first.entry(host).or_default();
+            let rival = others.iter().find(|other| {
+                other.key != rule.key && overlap(&other.visibility, &rule.visibility)
+            });
+            if let Some(rival) = rival {
+                let message = format!(
+                    "{} is for host {host} too and older; in sidecars that one counts, this one has no effect on the host",
+                    rival.key
+                );
+                Reporter::new(&rule.key, problems).report(
+                    Severity::Error,
+                    Some("IST0109"),
+                    format!("spec.hosts[{index}]"),
+                    message,
+                );
+            }
+            others.push(rule);
+        }
+    }
+}
+
+fn overlap(a: &Visibility, b: &Visibility) -> bool {
+    match (a, b) {
+        (Visibility::All, Visibility::All) => true,
+        (Visibility::All, Visibility::Namespaces(names))
+        | (Visibility::Namespaces(names), Visibility::All) => !names.is_empty(),
+        (Visibility::Namespaces(a), Visibility::Namespaces(b)) => !a.is_disjoint(b),
+    }
+}
