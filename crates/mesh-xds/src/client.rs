@@ -3,7 +3,7 @@
 //! It subscribes to every type with the wildcard: the server knows what the node needs, and sends it in an order in which
 //! nothing refers to what has not arrived. It runs on any tokio runtime, a current-thread one too.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -288,7 +288,7 @@ impl AdsClient {
                     .accepted
                     .get(type_url)
                     .map(|versions| versions.clone().into_iter().collect())
-                    .unwrap_or_else(HashMap::new),
+                    .unwrap_or_default(),
                 ..Default::default()
             })
             .collect()
