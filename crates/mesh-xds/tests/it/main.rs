@@ -1,5 +1,7 @@
 //! Tests of the discovery service: the rules of a stream, and both ends over loopback.
 
+#![allow(clippy::unwrap_used)]
+
 mod properties;
 mod stream;
 mod subscription;
