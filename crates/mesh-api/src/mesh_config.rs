@@ -269,6 +269,32 @@ impl ProxyConfig {
         }
     }
 
+    /// These settings with those of a YAML text (the annotation `proxy.istio.io/config`) over them.
+    ///
+    /// # Errors
+    /// A text that is not YAML, an unknown field, or a value of the wrong form.
+    pub fn overlaid(&self, text: &str) -> Result<Self, ParseError> {
+        let Some(value) = document(text)? else {
+            return Ok(self.clone());
+        };
+        let own = Self::parse(&value, "")?;
+        let given = |field: &str| value.get(field).is_some_and(|value| !value.is_null());
+        let mut result = self.clone();
+        macro_rules! take {
+            ($($name:literal $field:ident),*) => {
+                $(if given($name) { result.$field = own.$field; })*
+            };
+        }
+        take!(
+            "discoveryAddress" discovery_address, "proxyAdminPort" proxy_admin_port, "statusPort" status_port, "concurrency" concurrency,
+            "interceptionMode" interception_mode, "holdApplicationUntilProxyStarts" hold_application_until_proxy_starts,
+            "terminationDrainDuration" termination_drain_duration, "drainDuration" drain_duration, "serviceCluster" service_cluster
+        );
+        result.proxy_metadata.extend(own.proxy_metadata);
+        result.unsupported.extend(own.unsupported);
+        Ok(result)
+    }
+
     /// Reads proxy settings from JSON, over the defaults.
     ///
     /// # Errors

@@ -1,0 +1,5 @@
+//! Tests of mesh-api from outside.
+
+mod kinds;
+mod structural;
+mod validation;
