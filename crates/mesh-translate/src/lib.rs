@@ -4,15 +4,64 @@
 //! **In**: a [`mesh_model::Mesh`] and a [`mesh_model::Node`].
 //! **Out**: encoded Envoy messages by name, each with a hash of its content as version; the same input gives the same bytes.
 //! **Never**: no IO, no clock, no state between calls; nothing that the mesh does not say.
-//! **Start here**: [`translate`], then `outbound.rs`, `inbound.rs` and `gateway.rs`; `route.rs` holds the HTTP rules.
+//! **Start here**: [`translate`], then `outbound.rs`, `inbound.rs` and `gateway.rs`; `route.rs` holds the HTTP rules, `virtual_host.rs` the
+//! tables that they stand in.
 
+mod cluster;
+mod endpoint;
+mod gateway;
+mod inbound;
+mod listener;
+mod metadata;
+mod names;
+mod outbound;
+mod pb;
 mod resources;
+mod route;
+mod virtual_host;
 
-pub use resources::{Resource, Resources};
+pub use resources::{CLUSTER, ENDPOINT, LISTENER, ROUTE, Resource, Resources};
 
-use mesh_model::{Mesh, Node};
+use mesh_model::{Mesh, Node, NodeKind};
 
-/// Makes everything that a node gets.
-pub fn translate(_mesh: &Mesh, _node: &Node) -> Resources {
-    Resources::default()
+/// Makes everything that a node gets. Depends on nothing but its arguments.
+pub fn translate(mesh: &Mesh, node: &Node) -> Resources {
+    let mut resources = Resources::default();
+    resources.clusters.extend(cluster::fixed(mesh, node));
+    add_services(mesh, node, &mut resources);
+    match node.kind {
+        NodeKind::Sidecar => {
+            outbound::add(mesh, node, &mut resources);
+            inbound::add(mesh, node, &mut resources);
+        }
+        NodeKind::Router => gateway::add(mesh, node, &mut resources),
+    }
+    resources.notes.sort();
+    resources.notes.dedup();
+    resources
+}
+
+/// Clusters and endpoints of all visible services, whole and by subset.
+fn add_services(mesh: &Mesh, node: &Node, resources: &mut Resources) {
+    for service in mesh
+        .visible_services(&node.namespace)
+        .filter(|service| service.external_name.is_none())
+    {
+        let rule = mesh.destination_rule(&service.host, &node.namespace);
+        let subsets: Vec<&str> = rule
+            .map(|rule| rule.subsets.keys().map(String::as_str).collect())
+            .unwrap_or_default();
+        for port in &service.ports {
+            for subset in std::iter::once("").chain(subsets.iter().copied()) {
+                resources
+                    .clusters
+                    .extend([cluster::outbound(mesh, node, service, port, subset)]);
+                if !cluster::is_original_destination(service, node) {
+                    resources
+                        .endpoints
+                        .extend([endpoint::assignment(mesh, node, service, port, subset)]);
+                }
+            }
+        }
+    }
 }

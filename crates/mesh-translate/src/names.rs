@@ -1,0 +1,29 @@
+//! Names of resources, in Istio's formats, so that dumps read alike.
+
+use mesh_api::mesh_config::OutboundTrafficMode;
+use mesh_model::Mesh;
+
+/// Cluster that connects to the original destination.
+pub(crate) const PASSTHROUGH: &str = "PassthroughCluster";
+/// Cluster without endpoints.
+pub(crate) const BLACK_HOLE: &str = "BlackHoleCluster";
+/// Cluster that connects to the original destination from the address of incoming traffic.
+pub(crate) const INBOUND_PASSTHROUGH: &str = "InboundPassthroughCluster";
+
+/// `outbound|9080|v1|reviews.default.svc.cluster.local`; the subset may be empty.
+pub(crate) fn outbound_cluster(port: u16, subset: &str, host: &str) -> String {
+    format!("outbound|{port}|{subset}|{host}")
+}
+
+/// `inbound|9080||`.
+pub(crate) fn inbound_cluster(port: u16) -> String {
+    format!("inbound|{port}||")
+}
+
+/// Where traffic to unknown destinations goes.
+pub(crate) fn catch_all_cluster(mesh: &Mesh) -> &'static str {
+    match mesh.config().outbound_traffic_policy.mode {
+        OutboundTrafficMode::AllowAny => PASSTHROUGH,
+        OutboundTrafficMode::RegistryOnly => BLACK_HOLE,
+    }
+}

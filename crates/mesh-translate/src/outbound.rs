@@ -1,0 +1,164 @@
+//! Sidecar, traffic of the application: the listener on port 15001 and those it hands connections to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use envoy_types::pb::envoy::config::listener::v3::{FilterChainMatch, Listener};
+use mesh_model::{Mesh, Node, Protocol, Service, ServicePort};
+
+use crate::listener::{self, Place, Routes, http_chain, named, plain_http, tcp_chain};
+use crate::resources::{LISTENER, Resource, Resources};
+use crate::{names, pb, virtual_host};
+
+/// Name of the listener that captured outgoing connections reach.
+const VIRTUAL_OUTBOUND: &str = "virtualOutbound";
+/// The chain for what is not HTTP on a port that is.
+const FALLBACK_CHAIN: &str = "PassthroughFilterChain";
+
+pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
+    resources
+        .listeners
+        .insert(VIRTUAL_OUTBOUND.to_owned(), virtual_outbound(mesh, node));
+    let mut http_ports = BTreeSet::new();
+    // By address and port; of two services that claim the same the older wins.
+    let mut claimed: BTreeMap<(IpAddr, u16), &Service> = BTreeMap::new();
+    let mut services: Vec<&Service> = mesh
+        .visible_services(&node.namespace)
+        .map(AsRef::as_ref)
+        .collect();
+    services.sort_by_key(|service| (service.created, &service.host));
+    for service in services
+        .into_iter()
+        .filter(|service| service.external_name.is_none())
+    {
+        for port in &service.ports {
+            if port.protocol.is_http() {
+                http_ports.insert(port.number);
+                continue;
+            }
+            for address in addresses(service, port, node) {
+                if let Some(first) = claimed.get(&(address, port.number)) {
+                    let name = listener::name(address, port.number);
+                    resources.notes.push(format!(
+                        "{} and {} both claim {name}; the first, which is older, has it",
+                        first.host, service.host
+                    ));
+                    continue;
+                }
+                claimed.insert((address, port.number), service);
+                add_address(mesh, node, service, port, address, resources);
+            }
+        }
+    }
+    for port in http_ports {
+        add_http_port(mesh, node, port, resources);
+    }
+}
+
+/// Addresses that clients connect to: the service's, or for a headless one those of its pods except this one.
+fn addresses(service: &Service, port: &ServicePort, node: &Node) -> Vec<IpAddr> {
+    if !service.headless {
+        return service.addresses.clone();
+    }
+    let pods: BTreeSet<IpAddr> = service
+        .endpoints(port.number)
+        .iter()
+        .map(|endpoint| endpoint.address)
+        .collect();
+    pods.into_iter()
+        .filter(|address| !node.ips.contains(address))
+        .collect()
+}
+
+fn virtual_outbound(mesh: &Mesh, node: &Node) -> Resource {
+    let own_port = mesh.config().proxy_listen_port;
+    let mut listener = listener::listener(
+        VIRTUAL_OUTBOUND.to_owned(),
+        listener::any_address(node),
+        own_port,
+        Place::Outbound,
+    );
+    listener.use_original_dst = pb::boolean(true);
+    // A connection to the port itself was not captured; passing it on would loop.
+    let to_itself = FilterChainMatch {
+        destination_port: pb::uint32(own_port),
+        ..FilterChainMatch::default()
+    };
+    listener.filter_chains = vec![
+        named(
+            tcp_chain(Some(to_itself), names::BLACK_HOLE),
+            "virtualOutbound-blackhole",
+        ),
+        named(
+            tcp_chain(None, names::catch_all_cluster(mesh)),
+            "virtualOutbound-catchall-tcp",
+        ),
+    ];
+    Resource::new(LISTENER, &listener)
+}
+
+/// One listener for HTTP to any address on a port; what turns out not to be HTTP is passed through.
+fn add_http_port(mesh: &Mesh, node: &Node, port: u16, resources: &mut Resources) {
+    let any = listener::any_address(node);
+    let name = listener::name(any, port);
+    let mut listener = handed_to(name.clone(), any, port);
+    let routes = port.to_string();
+    listener.filter_chains = vec![http_chain(
+        Some(plain_http()),
+        format!("outbound_{name}"),
+        Routes::Discovered(routes.clone()),
+        Place::Outbound,
+    )];
+    listener.default_filter_chain = Some(named(
+        tcp_chain(None, names::catch_all_cluster(mesh)),
+        FALLBACK_CHAIN,
+    ));
+    listener::inspect(&mut listener, mesh, None);
+    resources
+        .listeners
+        .insert(name, Resource::new(LISTENER, &listener));
+    resources.routes.insert(
+        routes.clone(),
+        virtual_host::outbound_port(mesh, node, &routes, port),
+    );
+}
+
+/// One listener for a service port at one address: TCP, or whatever the first bytes say where no protocol is declared.
+fn add_address(
+    mesh: &Mesh,
+    node: &Node,
+    service: &Service,
+    port: &ServicePort,
+    address: IpAddr,
+    resources: &mut Resources,
+) {
+    let name = listener::name(address, port.number);
+    let cluster = names::outbound_cluster(port.number, "", &service.host);
+    let mut listener = handed_to(name.clone(), address, port.number);
+    if port.protocol == Protocol::Auto {
+        let routes = format!("{}:{}", service.host, port.number);
+        let chain = http_chain(
+            Some(plain_http()),
+            format!("outbound_{name}"),
+            Routes::Discovered(routes.clone()),
+            Place::Outbound,
+        );
+        listener.filter_chains = vec![chain];
+        listener.default_filter_chain = Some(tcp_chain(None, &cluster));
+        listener::inspect(&mut listener, mesh, None);
+        let table = || virtual_host::outbound_service(mesh, node, &routes, service, port.number);
+        resources.routes.entry(routes.clone()).or_insert_with(table);
+    } else {
+        listener.filter_chains = vec![tcp_chain(None, &cluster)];
+    }
+    resources
+        .listeners
+        .insert(name, Resource::new(LISTENER, &listener));
+}
+
+/// A listener that opens no socket: port 15001 hands it connections by their original destination.
+fn handed_to(name: String, address: IpAddr, port: u16) -> Listener {
+    let mut listener = listener::listener(name, address, port, Place::Outbound);
+    listener.bind_to_port = pb::boolean(false);
+    listener
+}

@@ -1,0 +1,141 @@
+//! Conditions of rules.
+
+use envoy_types::pb::envoy::config::route::v3::header_matcher::HeaderMatchSpecifier;
+use envoy_types::pb::envoy::config::route::v3::query_parameter_matcher::QueryParameterMatchSpecifier;
+use envoy_types::pb::envoy::config::route::v3::route_match::PathSpecifier;
+use envoy_types::pb::envoy::config::route::v3::{HeaderMatcher, QueryParameterMatcher, RouteMatch};
+use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
+use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
+use mesh_api::StringMatch;
+use mesh_api::networking::virtual_service::HttpMatchRequest;
+
+use crate::pb::boolean;
+
+pub(super) fn of(condition: &HttpMatchRequest) -> RouteMatch {
+    let mut headers: Vec<HeaderMatcher> = condition
+        .headers
+        .iter()
+        .map(|(name, value)| header(name, value))
+        .collect();
+    headers.extend(
+        condition
+            .without_headers
+            .iter()
+            .map(|(name, value)| without_header(name, value)),
+    );
+    let pseudo = [
+        (":method", &condition.method),
+        (":authority", &condition.authority),
+        (":scheme", &condition.scheme),
+    ];
+    headers.extend(
+        pseudo
+            .into_iter()
+            .filter_map(|(name, value)| Some(header(name, value.as_ref()?))),
+    );
+    RouteMatch {
+        path_specifier: Some(path(condition.uri.as_ref())),
+        case_sensitive: boolean(!condition.ignore_uri_case),
+        headers,
+        query_parameters: condition
+            .query_params
+            .iter()
+            .map(|(name, value)| query_parameter(name, value))
+            .collect(),
+        ..RouteMatch::default()
+    }
+}
+
+/// True if every request matches, so that nothing after this condition is ever reached.
+pub(super) fn is_catch_all(condition: &HttpMatchRequest) -> bool {
+    let any_path = match &condition.uri {
+        None | Some(StringMatch::Present) => true,
+        Some(StringMatch::Prefix(prefix)) => prefix == "/" || prefix.is_empty(),
+        Some(StringMatch::Regex(pattern)) => matches!(pattern.as_str(), ".*" | "*" | ""),
+        Some(StringMatch::Exact(_)) => false,
+    };
+    any_path
+        && condition.headers.is_empty()
+        && condition.without_headers.is_empty()
+        && condition.query_params.is_empty()
+        && condition.method.is_none()
+        && condition.authority.is_none()
+        && condition.scheme.is_none()
+}
+
+fn path(uri: Option<&StringMatch>) -> PathSpecifier {
+    match uri {
+        Some(StringMatch::Exact(path)) => PathSpecifier::Path(path.clone()),
+        Some(StringMatch::Prefix(prefix)) if !prefix.is_empty() => {
+            PathSpecifier::Prefix(prefix.clone())
+        }
+        Some(StringMatch::Regex(pattern)) if !is_presence_regex(pattern) => {
+            PathSpecifier::SafeRegex(regex(pattern))
+        }
+        _ => PathSpecifier::Prefix("/".to_owned()),
+    }
+}
+
+fn header(name: &str, value: &StringMatch) -> HeaderMatcher {
+    let specifier = match pattern(value) {
+        Some(pattern) => HeaderMatchSpecifier::StringMatch(pattern),
+        None => HeaderMatchSpecifier::PresentMatch(true),
+    };
+    HeaderMatcher {
+        name: name.to_owned(),
+        header_match_specifier: Some(specifier),
+        ..HeaderMatcher::default()
+    }
+}
+
+/// Inverted; a missing header counts as an empty one unless only presence is asked for.
+fn without_header(name: &str, value: &StringMatch) -> HeaderMatcher {
+    let matcher = header(name, value);
+    let by_value = matches!(
+        matcher.header_match_specifier,
+        Some(HeaderMatchSpecifier::StringMatch(_))
+    );
+    HeaderMatcher {
+        invert_match: true,
+        treat_missing_header_as_empty: by_value,
+        ..matcher
+    }
+}
+
+fn query_parameter(name: &str, value: &StringMatch) -> QueryParameterMatcher {
+    let specifier = match pattern(value) {
+        Some(pattern) => QueryParameterMatchSpecifier::StringMatch(pattern),
+        None => QueryParameterMatchSpecifier::PresentMatch(true),
+    };
+    QueryParameterMatcher {
+        name: name.to_owned(),
+        query_parameter_match_specifier: Some(specifier),
+    }
+}
+
+/// `None` where only presence is asked for, which has several spellings; an empty prefix is one, and Envoy refuses it as a pattern.
+fn pattern(value: &StringMatch) -> Option<StringMatcher> {
+    let pattern = match value {
+        StringMatch::Exact(text) => MatchPattern::Exact(text.clone()),
+        StringMatch::Prefix(text) if !text.is_empty() => MatchPattern::Prefix(text.clone()),
+        StringMatch::Regex(text) if !is_presence_regex(text) => {
+            MatchPattern::SafeRegex(regex(text))
+        }
+        _ => return None,
+    };
+    Some(StringMatcher {
+        match_pattern: Some(pattern),
+        ignore_case: false,
+    })
+}
+
+fn is_presence_regex(pattern: &str) -> bool {
+    matches!(pattern, "*" | "")
+}
+
+fn regex(pattern: &str) -> RegexMatcher {
+    RegexMatcher {
+        regex: pattern.to_owned(),
+        ..RegexMatcher::default()
+    }
+}
