@@ -1,0 +1,344 @@
+//! The HTTP connection manager's settings.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use envoy_types::pb::envoy::config::core::v3::http_protocol_options::HeadersWithUnderscoresAction;
+use envoy_types::pb::envoy::config::core::v3::{Http1ProtocolOptions, HttpProtocolOptions};
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as pb;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
+    CodecType, ForwardClientCertDetails, PathWithEscapedSlashesAction, RouteSpecifier, ServerHeaderTransformation, StripPortMode,
+};
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_filter::ConfigType;
+use http::HeaderValue;
+
+use crate::action::refuse_connect;
+use crate::cluster::Http2Limits;
+use crate::error::{CompileError, Result, Within, every_field, flag, nonzero_duration, timeout};
+use crate::route::RouteTable;
+
+/// Envoy's defaults.
+const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
+const DEFAULT_STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
+const DEFAULT_MAX_HEADERS_KB: u32 = 60;
+const DEFAULT_MAX_HEADERS: u32 = 100;
+
+/// HTTP filters that need nothing of us: the router is the request function itself; cors and fault do nothing without per-route
+/// configuration, which is refused; the rest are statistics and metadata exchange, which are built in.
+const HTTP_FILTERS: &[&str] = &[
+    "envoy.extensions.filters.http.router.v3.Router",
+    "envoy.extensions.filters.http.cors.v3.Cors",
+    "envoy.extensions.filters.http.fault.v3.HTTPFault",
+    "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+    "io.istio.http.peer_metadata.Config",
+    "stats.PluginConfig",
+];
+
+/// A compiled `HttpConnectionManager`.
+#[derive(Debug)]
+pub struct HttpManager {
+    /// Where the routes come from.
+    pub routes: RouteSource,
+    /// Which HTTP versions are spoken.
+    pub codec: Codec,
+    /// `server` header of responses.
+    pub server_name: HeaderValue,
+    /// What happens to the upstream's `server` header.
+    pub server_header: ServerHeader,
+    /// Bytes of request headers, in KiB.
+    pub max_headers_kb: u32,
+    /// Number of request headers.
+    pub max_headers: u32,
+    /// Idle connections are closed after this.
+    pub idle_timeout: Option<Duration>,
+    /// Silent streams are ended after this.
+    pub stream_idle_timeout: Option<Duration>,
+    /// Limit for a whole request to arrive.
+    pub request_timeout: Option<Duration>,
+    /// Limit for the request headers to arrive.
+    pub headers_timeout: Option<Duration>,
+    /// The peer's address is the client's (edge): `x-forwarded-for` gets it and internal headers are cut.
+    pub use_remote_address: bool,
+    /// Do not add to `x-forwarded-for`.
+    pub skip_xff_append: bool,
+    /// Make `x-request-id` where missing.
+    pub generate_request_id: bool,
+    /// Keep the one of an external client.
+    pub preserve_request_id: bool,
+    /// Echo it.
+    pub request_id_in_response: bool,
+    /// Normalise paths (RFC 3986 section 6).
+    pub normalize_path: bool,
+    /// Join slashes.
+    pub merge_slashes: bool,
+    /// What to do with `%2F` and `%5C`.
+    pub escaped_slashes: EscapedSlashes,
+    /// Cut the port off the authority.
+    pub strip_port: bool,
+    /// Cut the final dot off the authority.
+    pub strip_dot: bool,
+    /// `upgrade: websocket` may pass.
+    pub websocket: bool,
+    /// HTTP/1.0 is accepted.
+    pub http10: bool,
+    /// Header names with underscores.
+    pub underscores: Underscores,
+    /// HTTP/2 settings.
+    pub http2: Http2Limits,
+    /// Connections end after this many requests.
+    pub max_requests_per_connection: Option<u32>,
+}
+
+/// Where the routes come from.
+#[derive(Debug)]
+pub enum RouteSource {
+    /// The table of this name.
+    Rds(Arc<str>),
+    /// This table.
+    Inline(Arc<RouteTable>),
+}
+
+/// Which HTTP versions are spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Codec {
+    /// Told by the first bytes.
+    Auto,
+    /// HTTP/1 only.
+    Http1,
+    /// HTTP/2 only.
+    Http2,
+}
+
+/// What happens to the upstream's `server` header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerHeader {
+    /// Ours replaces it.
+    Overwrite,
+    /// Ours where there is none.
+    AppendIfAbsent,
+    /// Left alone.
+    PassThrough,
+}
+
+/// What to do with escaped slashes in a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EscapedSlashes {
+    /// Nothing.
+    Keep,
+    /// 400.
+    Reject,
+    /// Unescape, then redirect to the result.
+    Redirect,
+    /// Unescape and go on.
+    Forward,
+}
+
+/// What to do with header names that contain underscores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Underscores {
+    /// Nothing.
+    Allow,
+    /// 400.
+    Reject,
+    /// The header is dropped.
+    Drop,
+}
+
+impl HttpManager {
+    pub(crate) fn compile(m: &pb::HttpConnectionManager) -> Result<Self> {
+        refuse_others(m)?;
+        let common = m.common_http_protocol_options.unwrap_or_default();
+        check_common(&common).within("common_http_protocol_options")?;
+        let websocket = websocket(m)?;
+        Ok(Self {
+            routes: match &m.route_specifier {
+                Some(RouteSpecifier::Rds(rds)) => {
+                    RouteSource::Rds(rds.route_config_name.as_str().into())
+                }
+                Some(RouteSpecifier::RouteConfig(table)) => RouteSource::Inline(Arc::new(
+                    RouteTable::compile(table).within("route_config")?,
+                )),
+                Some(RouteSpecifier::ScopedRoutes(_)) => {
+                    return Err(CompileError::unsupported("scoped_routes"));
+                }
+                None => return Err(CompileError::new("route_specifier", "is missing")),
+            },
+            codec: match CodecType::try_from(m.codec_type) {
+                Ok(CodecType::Auto) => Codec::Auto,
+                Ok(CodecType::Http1) => Codec::Http1,
+                Ok(CodecType::Http2) => Codec::Http2,
+                _ => return Err(CompileError::unsupported("codec_type HTTP3")),
+            },
+            server_name: match m.server_name.as_str() {
+                "" => HeaderValue::from_static("envoy"),
+                name => HeaderValue::from_str(name)
+                    .map_err(|_| CompileError::new("server_name", "is not a header value"))?,
+            },
+            server_header: match ServerHeaderTransformation::try_from(
+                m.server_header_transformation,
+            ) {
+                Ok(ServerHeaderTransformation::AppendIfAbsent) => ServerHeader::AppendIfAbsent,
+                Ok(ServerHeaderTransformation::PassThrough) => ServerHeader::PassThrough,
+                _ => ServerHeader::Overwrite,
+            },
+            max_headers_kb: m
+                .max_request_headers_kb
+                .map_or(DEFAULT_MAX_HEADERS_KB, |v| v.value),
+            max_headers: common
+                .max_headers_count
+                .map_or(DEFAULT_MAX_HEADERS, |v| v.value),
+            idle_timeout: timeout(
+                "idle_timeout",
+                common.idle_timeout.as_ref(),
+                DEFAULT_IDLE_TIMEOUT,
+            )?,
+            stream_idle_timeout: timeout(
+                "stream_idle_timeout",
+                m.stream_idle_timeout.as_ref(),
+                DEFAULT_STREAM_IDLE_TIMEOUT,
+            )?,
+            request_timeout: nonzero_duration("request_timeout", m.request_timeout.as_ref())?,
+            headers_timeout: nonzero_duration(
+                "request_headers_timeout",
+                m.request_headers_timeout.as_ref(),
+            )?,
+            use_remote_address: flag(m.use_remote_address.as_ref(), false),
+            skip_xff_append: m.skip_xff_append,
+            generate_request_id: flag(m.generate_request_id.as_ref(), true),
+            preserve_request_id: m.preserve_external_request_id,
+            request_id_in_response: m.always_set_request_id_in_response,
+            normalize_path: flag(m.normalize_path.as_ref(), false),
+            merge_slashes: m.merge_slashes,
+            escaped_slashes: match PathWithEscapedSlashesAction::try_from(
+                m.path_with_escaped_slashes_action,
+            ) {
+                Ok(PathWithEscapedSlashesAction::RejectRequest) => EscapedSlashes::Reject,
+                Ok(PathWithEscapedSlashesAction::UnescapeAndRedirect) => EscapedSlashes::Redirect,
+                Ok(PathWithEscapedSlashesAction::UnescapeAndForward) => EscapedSlashes::Forward,
+                _ => EscapedSlashes::Keep,
+            },
+            strip_port: matches!(
+                m.strip_port_mode,
+                Some(StripPortMode::StripAnyHostPort(true))
+            ) || m.strip_matching_host_port,
+            strip_dot: m.strip_trailing_host_dot,
+            websocket,
+            http10: m
+                .http_protocol_options
+                .as_ref()
+                .is_some_and(|o| o.accept_http_10),
+            underscores: match HeadersWithUnderscoresAction::try_from(
+                common.headers_with_underscores_action,
+            ) {
+                Ok(HeadersWithUnderscoresAction::RejectRequest) => Underscores::Reject,
+                Ok(HeadersWithUnderscoresAction::DropHeader) => Underscores::Drop,
+                _ => Underscores::Allow,
+            },
+            http2: m
+                .http2_protocol_options
+                .as_ref()
+                .map(Http2Limits::compile)
+                .transpose()
+                .within("http2")?
+                .unwrap_or_default(),
+            max_requests_per_connection: common
+                .max_requests_per_connection
+                .map(|v| v.value)
+                .filter(|v| *v > 0),
+        })
+    }
+}
+
+fn refuse_others(m: &pb::HttpConnectionManager) -> Result<()> {
+    every_field!(m, pb::HttpConnectionManager,
+    used {
+        codec_type, http_filters, common_http_protocol_options, http_protocol_options, http2_protocol_options, server_name,
+        server_header_transformation, max_request_headers_kb, stream_idle_timeout, request_timeout, request_headers_timeout,
+        use_remote_address, skip_xff_append, generate_request_id, preserve_external_request_id, always_set_request_id_in_response,
+        upgrade_configs, normalize_path, merge_slashes, path_with_escaped_slashes_action, strip_matching_host_port,
+        strip_trailing_host_dot, route_specifier, strip_port_mode, forward_client_cert_details, xff_num_trusted_hops,
+    }
+    // Statistics and log settings (access logs are refused); drain times: connections are closed as they fall idle; the certificate
+    // details need TLS; internal addresses are trusted nowhere; the request id's trace bits need tracing; http3 is not offered.
+    irrelevant {
+        stat_prefix, http1_safe_max_connection_duration, http3_protocol_options, stream_flush_timeout, drain_timeout,
+        drain_timeout_jitter, delayed_close_timeout, access_log_flush_interval, flush_access_log_on_new_request, access_log_options,
+        internal_address_config, set_current_client_cert_details, forward_client_cert_matcher, proxy_100_continue,
+        represent_ipv4_remote_address_as_ipv4_mapped_ipv6, request_id_extension, stream_error_on_invalid_http_message,
+        path_normalization_options, append_local_overload, add_proxy_protocol_connection_state, proxy_status_config, tracing,
+    }
+    refused {
+        add_user_agent, scheme_header_transformation, access_log, original_ip_detection_extensions,
+        early_header_mutation_extensions, via, local_reply_config, typed_header_validation_config, append_x_forwarded_port,
+        forward_proto_config,
+    });
+    // A provider means spans are wanted; without one the settings do nothing.
+    if m.tracing.as_ref().is_some_and(|t| t.provider.is_some()) {
+        return Err(CompileError::unsupported("tracing.provider"));
+    }
+    if let Ok(ForwardClientCertDetails::AlwaysForwardOnly) =
+        ForwardClientCertDetails::try_from(m.forward_client_cert_details)
+    {
+        return Err(CompileError::unsupported(
+            "forward_client_cert_details ALWAYS_FORWARD_ONLY",
+        ));
+    }
+    check_filters(&m.http_filters)?;
+    if let Some(options) = &m.http_protocol_options {
+        check_http1(options).within("http_protocol_options")?;
+    }
+    Ok(())
+}
+
+fn check_http1(m: &Http1ProtocolOptions) -> Result<()> {
+    every_field!(m, Http1ProtocolOptions,
+        used { accept_http_10 }
+        // Absolute URLs are always accepted and trailers always passed; the rest are codec internals.
+        irrelevant { allow_absolute_url, enable_trailers, override_stream_error_on_invalid_http_message, use_balsa_parser, allow_custom_methods }
+        refused { default_host_for_http_10, header_key_format, allow_chunked_length, send_fully_qualified_url, ignore_http_11_upgrade });
+    Ok(())
+}
+
+fn check_common(m: &HttpProtocolOptions) -> Result<()> {
+    every_field!(m, HttpProtocolOptions,
+        used { idle_timeout, max_headers_count, headers_with_underscores_action, max_requests_per_connection }
+        irrelevant { max_connection_duration_jitter, max_response_headers_kb }
+        refused { max_connection_duration, max_stream_duration });
+    Ok(())
+}
+
+fn check_filters(filters: &[pb::HttpFilter]) -> Result<()> {
+    for (i, filter) in filters.iter().enumerate().filter(|(_, f)| !f.disabled) {
+        let type_name = match &filter.config_type {
+            Some(ConfigType::TypedConfig(any)) => any.type_url.rsplit('/').next().unwrap_or(""),
+            Some(ConfigType::ConfigDiscovery(_)) => {
+                return Err(CompileError::unsupported(format!(
+                    "http_filters[{i}].config_discovery"
+                )));
+            }
+            None => "",
+        };
+        let known = HTTP_FILTERS.contains(&type_name)
+            || (type_name.is_empty() && filter.name == "envoy.filters.http.router");
+        // Envoy, too, leaves out optional filters of a type that it does not know.
+        if !known && !filter.is_optional {
+            return Err(CompileError::unsupported(format!(
+                "http_filters[{i}] {} ({type_name})",
+                filter.name
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn websocket(m: &pb::HttpConnectionManager) -> Result<bool> {
+    let mut allowed = false;
+    for upgrade in &m.upgrade_configs {
+        refuse_connect(&upgrade.upgrade_type).within("upgrade_configs")?;
+        if !upgrade.filters.is_empty() {
+            return Err(CompileError::unsupported("upgrade_configs.filters"));
+        }
+        allowed |= flag(upgrade.enabled.as_ref(), true);
+    }
+    Ok(allowed)
+}

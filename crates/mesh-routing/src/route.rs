@@ -1,0 +1,450 @@
+//! Route tables: virtual host by domain, route by its conditions.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::config::route::v3 as pb;
+use envoy_types::pb::envoy::config::route::v3::route::Action as PbAction;
+use envoy_types::pb::envoy::config::route::v3::virtual_host::TlsRequirementType;
+use http::HeaderMap;
+
+use crate::action::{Action, Direct, Forward, PathMatch, Redirect, split_port, split_query};
+use crate::error::{CompileError, Result, Within, every_field, flag};
+use crate::headers::HeaderOps;
+use crate::matcher::{Fraction, HeaderMatch, QueryMatch, equal};
+
+type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
+
+/// What a decision needs to know of a request.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestView<'a> {
+    /// `Host` or `:authority`, as received.
+    pub host: &'a str,
+    /// The method.
+    pub method: &'a str,
+    /// Path with query, as it will be sent.
+    pub path_and_query: &'a str,
+    /// `http` or `https`.
+    pub scheme: &'a str,
+    /// The header fields.
+    pub headers: &'a HeaderMap,
+    /// A uniformly distributed number; it decides splits and fractions.
+    pub random: u64,
+}
+
+/// A compiled `RouteConfiguration`.
+#[derive(Debug)]
+pub struct RouteTable {
+    /// Its name.
+    pub name: Arc<str>,
+    hosts: Vec<VirtualHost>,
+    exact: Map<Box<str>, u32>,
+    /// `*.example.com` as `.example.com`, longest first.
+    suffixes: Vec<(usize, Map<Box<str>, u32>)>,
+    /// `example.*` as `example.`, longest first.
+    prefixes: Vec<(usize, Map<Box<str>, u32>)>,
+    any: Option<u32>,
+    ignore_port: bool,
+}
+
+/// A virtual host.
+#[derive(Debug)]
+pub struct VirtualHost {
+    /// Its name.
+    pub name: Arc<str>,
+    routes: Vec<Route>,
+    tls_only: Option<TlsRequirementType>,
+    /// Send `x-envoy-attempt-count` upstream.
+    pub request_attempt_count: bool,
+    /// Send it downstream.
+    pub response_attempt_count: bool,
+}
+
+/// A route.
+#[derive(Debug)]
+pub struct Route {
+    /// Its name.
+    pub name: Arc<str>,
+    path: PathMatch,
+    ignore_case: bool,
+    headers: Vec<HeaderMatch>,
+    query: Vec<QueryMatch>,
+    fraction: Option<Fraction>,
+    grpc_only: bool,
+    /// What it does.
+    pub action: Action,
+    /// Mutations of the request by route, virtual host and table, in Envoy's order.
+    pub request_ops: HeaderOps,
+    /// Mutations of the response.
+    pub response_ops: HeaderOps,
+}
+
+/// A request that found its route.
+#[derive(Debug, Clone, Copy)]
+pub struct Matched<'a> {
+    /// The virtual host.
+    pub host: &'a VirtualHost,
+    /// The route.
+    pub route: &'a Route,
+    /// Length of the part of the path that the route matched (prefix rewrites replace it).
+    pub matched_len: usize,
+}
+
+/// What to do with a request.
+#[derive(Debug, Clone, Copy)]
+pub enum Decision<'a> {
+    /// A route matched.
+    Matched(Matched<'a>),
+    /// The virtual host wants TLS: redirect to https.
+    TlsRequired,
+    /// No virtual host or no route: 404, flag NR.
+    NoRoute,
+}
+
+impl RouteTable {
+    /// Compiles the message.
+    pub fn compile(m: &pb::RouteConfiguration) -> Result<Self> {
+        every_field!(m, pb::RouteConfiguration,
+        used {
+            name, virtual_hosts, response_headers_to_add, response_headers_to_remove, request_headers_to_add,
+            request_headers_to_remove, most_specific_header_mutations_wins, ignore_port_in_host_matching,
+        }
+        // internal_only_headers: only where remote addresses are judged, and then they are cut by the connection manager.
+        // validate_clusters: an unknown cluster is answered at request time, so tables and clusters may arrive in any order.
+        // max_direct_response_body_size_bytes: bodies are in memory already. metadata: for people.
+        irrelevant { internal_only_headers, validate_clusters, max_direct_response_body_size_bytes, metadata }
+        refused {
+            vhds, cluster_specifier_plugins, request_mirror_policies, vhost_header, ignore_path_parameters_in_path_matching,
+            typed_per_filter_config, route_specifiers,
+        });
+        let table_ops = Ops {
+            request: HeaderOps::compile(&m.request_headers_to_add, &m.request_headers_to_remove)
+                .within("request")?,
+            response: HeaderOps::compile(&m.response_headers_to_add, &m.response_headers_to_remove)
+                .within("response")?,
+            outermost_first: m.most_specific_header_mutations_wins,
+        };
+        let mut table = Self {
+            name: m.name.as_str().into(),
+            hosts: Vec::with_capacity(m.virtual_hosts.len()),
+            exact: Map::default(),
+            suffixes: Vec::new(),
+            prefixes: Vec::new(),
+            any: None,
+            ignore_port: m.ignore_port_in_host_matching,
+        };
+        for (i, host) in m.virtual_hosts.iter().enumerate() {
+            let at = format!("virtual_hosts[{i}] {:?}", host.name);
+            table
+                .hosts
+                .push(VirtualHost::compile(host, &table_ops).within(&at)?);
+            for domain in &host.domains {
+                table.add_domain(domain, i as u32).within(&at)?;
+            }
+        }
+        table
+            .suffixes
+            .sort_by_key(|(len, _)| std::cmp::Reverse(*len));
+        table
+            .prefixes
+            .sort_by_key(|(len, _)| std::cmp::Reverse(*len));
+        Ok(table)
+    }
+
+    fn add_domain(&mut self, domain: &str, host: u32) -> Result<()> {
+        let domain = domain.to_ascii_lowercase();
+        let taken = match (
+            domain.as_str(),
+            domain.strip_prefix('*'),
+            domain.strip_suffix('*'),
+        ) {
+            ("", ..) => {
+                return Err(CompileError::new(
+                    "domains",
+                    "an empty domain matches nothing",
+                ));
+            }
+            ("*", ..) => self.any.replace(host),
+            (_, Some(suffix), _) => {
+                of_length(&mut self.suffixes, suffix.len()).insert(suffix.into(), host)
+            }
+            (_, _, Some(prefix)) => {
+                of_length(&mut self.prefixes, prefix.len()).insert(prefix.into(), host)
+            }
+            (exact, ..) => self.exact.insert(exact.into(), host),
+        };
+        match taken {
+            Some(other) if other != host => Err(CompileError::new(
+                "domains",
+                format!("{domain:?} is also a domain of another virtual host"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Decides what to do with a request.
+    pub fn decide<'a>(&'a self, request: &RequestView<'_>) -> Decision<'a> {
+        let Some(host) = self.virtual_host(request.host) else {
+            return Decision::NoRoute;
+        };
+        if host.wants_redirect(request.scheme) {
+            return Decision::TlsRequired;
+        }
+        let (path, query) = split_query(request.path_and_query);
+        let query = query.strip_prefix('?').unwrap_or("");
+        for route in &host.routes {
+            if let Some(matched_len) = route.matches(request, path, query) {
+                return Decision::Matched(Matched {
+                    host,
+                    route,
+                    matched_len,
+                });
+            }
+        }
+        Decision::NoRoute
+    }
+
+    /// The virtual host of an authority: exact, then the longest `*suffix`, then the longest `prefix*`, then `*`. Case does not count;
+    /// the port does not either where the table says so.
+    pub fn virtual_host(&self, authority: &str) -> Option<&VirtualHost> {
+        let host = if self.ignore_port {
+            split_port(authority).0
+        } else {
+            authority
+        };
+        let mut buffer = [0_u8; 256];
+        let lower: &str = match buffer.get_mut(..host.len()) {
+            Some(copy) => {
+                copy.copy_from_slice(host.as_bytes());
+                copy.make_ascii_lowercase();
+                std::str::from_utf8(copy).unwrap_or(host)
+            }
+            // Longer than any DNS name: only the catch-all can take it.
+            None => "",
+        };
+        let index = self.exact.get(lower).copied();
+        let index =
+            index.or_else(|| find_wildcard(&self.suffixes, lower, |h, n| h.get(h.len() - n..)));
+        let index = index.or_else(|| find_wildcard(&self.prefixes, lower, |h, n| h.get(..n)));
+        index.or(self.any).and_then(|i| self.hosts.get(i as usize))
+    }
+
+    /// All virtual hosts.
+    pub fn virtual_hosts(&self) -> &[VirtualHost] {
+        &self.hosts
+    }
+}
+
+fn of_length(maps: &mut Vec<(usize, Map<Box<str>, u32>)>, len: usize) -> &mut Map<Box<str>, u32> {
+    let at = match maps.iter().position(|(l, _)| *l == len) {
+        Some(at) => at,
+        None => {
+            maps.push((len, Map::default()));
+            maps.len() - 1
+        }
+    };
+    &mut maps[at].1
+}
+
+/// Only hosts longer than the fixed part match a wildcard.
+fn find_wildcard(
+    maps: &[(usize, Map<Box<str>, u32>)],
+    host: &str,
+    part: impl Fn(&str, usize) -> Option<&str>,
+) -> Option<u32> {
+    maps.iter()
+        .filter(|(len, _)| *len < host.len())
+        .find_map(|(len, map)| map.get(part(host, *len)?).copied())
+}
+
+struct Ops {
+    request: HeaderOps,
+    response: HeaderOps,
+    outermost_first: bool,
+}
+
+impl Ops {
+    /// Joins the mutations of an inner level with these.
+    fn around(&self, request: HeaderOps, response: HeaderOps) -> Ops {
+        let join = |inner: HeaderOps, outer: &HeaderOps| match self.outermost_first {
+            true => outer.clone().then(&inner),
+            false => inner.then(outer),
+        };
+        Ops {
+            request: join(request, &self.request),
+            response: join(response, &self.response),
+            outermost_first: self.outermost_first,
+        }
+    }
+}
+
+impl VirtualHost {
+    fn compile(m: &pb::VirtualHost, table: &Ops) -> Result<Self> {
+        every_field!(m, pb::VirtualHost,
+        used {
+            name, domains, routes, require_tls, request_headers_to_add, request_headers_to_remove, response_headers_to_add,
+            response_headers_to_remove, include_request_attempt_count, include_attempt_count_in_response,
+        }
+        // Buffer limits: bodies are streamed. virtual_clusters: statistics that are not kept. metadata: for people.
+        irrelevant { virtual_clusters, per_request_buffer_limit_bytes, request_body_buffer_limit, metadata }
+        refused {
+            matcher, rate_limits, cors, typed_per_filter_config, retry_policy, retry_policy_typed_config, hedge_policy,
+            include_is_timeout_retry_header, request_mirror_policies, route_specifiers,
+        });
+        let ops = table.around(
+            HeaderOps::compile(&m.request_headers_to_add, &m.request_headers_to_remove)
+                .within("request")?,
+            HeaderOps::compile(&m.response_headers_to_add, &m.response_headers_to_remove)
+                .within("response")?,
+        );
+        let mut routes = Vec::with_capacity(m.routes.len());
+        for (i, route) in m.routes.iter().enumerate() {
+            routes.push(
+                Route::compile(route, &ops).within(format_args!("routes[{i}] {:?}", route.name))?,
+            );
+        }
+        Ok(Self {
+            name: m.name.as_str().into(),
+            routes,
+            tls_only: match TlsRequirementType::try_from(m.require_tls) {
+                Ok(TlsRequirementType::None) => None,
+                Ok(other) => Some(other),
+                Err(_) => return Err(CompileError::new("require_tls", "is unknown")),
+            },
+            request_attempt_count: m.include_request_attempt_count,
+            response_attempt_count: m.include_attempt_count_in_response,
+        })
+    }
+
+    /// EXTERNAL_ONLY is treated as ALL: who is external cannot be told without trusted addresses.
+    fn wants_redirect(&self, scheme: &str) -> bool {
+        self.tls_only.is_some() && scheme != "https"
+    }
+
+    /// Its routes in order.
+    pub fn routes(&self) -> &[Route] {
+        &self.routes
+    }
+}
+
+impl Route {
+    fn compile(m: &pb::Route, host: &Ops) -> Result<Self> {
+        every_field!(m, pb::Route,
+            used {
+                name, r#match, action, request_headers_to_add, request_headers_to_remove, response_headers_to_add,
+                response_headers_to_remove,
+            }
+            // decorator and tracing name spans: tracing is refused in the connection manager. Buffer limits: bodies are streamed.
+            irrelevant { metadata, decorator, tracing, per_request_buffer_limit_bytes, request_body_buffer_limit, stat_prefix }
+            refused { typed_per_filter_config, route_specifiers });
+        let conditions = m
+            .r#match
+            .as_ref()
+            .ok_or_else(|| CompileError::new("match", "is missing"))?;
+        let ops = host.around(
+            HeaderOps::compile(&m.request_headers_to_add, &m.request_headers_to_remove)
+                .within("request")?,
+            HeaderOps::compile(&m.response_headers_to_add, &m.response_headers_to_remove)
+                .within("response")?,
+        );
+        let mut route = Self::compile_match(conditions).within("match")?;
+        route.name = m.name.as_str().into();
+        route.action = compile_action(m.action.as_ref())?;
+        route.request_ops = ops.request;
+        route.response_ops = ops.response;
+        Ok(route)
+    }
+
+    fn compile_match(m: &pb::RouteMatch) -> Result<Self> {
+        every_field!(m, pb::RouteMatch,
+            used { case_sensitive, runtime_fraction, headers, query_parameters, grpc, path_specifier }
+            irrelevant {}
+            refused { cookies, tls_context, dynamic_metadata, filter_state });
+        let ignore_case = !flag(m.case_sensitive.as_ref(), true);
+        let mut headers = Vec::with_capacity(m.headers.len());
+        for (i, header) in m.headers.iter().enumerate() {
+            headers.push(HeaderMatch::compile(header).within(format_args!("headers[{i}]"))?);
+        }
+        let mut query = Vec::with_capacity(m.query_parameters.len());
+        for (i, parameter) in m.query_parameters.iter().enumerate() {
+            query.push(
+                QueryMatch::compile(parameter).within(format_args!("query_parameters[{i}]"))?,
+            );
+        }
+        Ok(Self {
+            name: "".into(),
+            // Envoy's case_sensitive does not touch safe_regex.
+            path: PathMatch::compile(m, false)?,
+            ignore_case,
+            headers,
+            query,
+            fraction: m
+                .runtime_fraction
+                .as_ref()
+                .map(Fraction::compile)
+                .transpose()
+                .within("runtime_fraction")?,
+            grpc_only: m.grpc.is_some(),
+            action: Action::Direct(Direct {
+                status: http::StatusCode::NOT_FOUND,
+                body: bytes::Bytes::new(),
+            }),
+            request_ops: HeaderOps::default(),
+            response_ops: HeaderOps::default(),
+        })
+    }
+
+    /// The length of the matched part of the path, if all conditions hold.
+    fn matches(&self, request: &RequestView<'_>, path: &str, query: &str) -> Option<usize> {
+        let len = self.matches_path(path)?;
+        let all = self.headers.iter().all(|header| header.matches(request))
+            && self.query.iter().all(|parameter| parameter.matches(query))
+            && self
+                .fraction
+                .is_none_or(|fraction| fraction.covers(request.random))
+            && (!self.grpc_only || is_grpc(request.headers));
+        all.then_some(len)
+    }
+
+    fn matches_path(&self, path: &str) -> Option<usize> {
+        let (p, ic) = (path.as_bytes(), self.ignore_case);
+        let begins = |prefix: &str| {
+            p.len() >= prefix.len() && equal(&p[..prefix.len()], prefix.as_bytes(), ic)
+        };
+        match &self.path {
+            PathMatch::Prefix(prefix) => begins(prefix).then_some(prefix.len()),
+            PathMatch::Exact(exact) => equal(p, exact.as_bytes(), ic).then_some(p.len()),
+            PathMatch::Segments(prefix) => (begins(prefix)
+                && matches!(p.get(prefix.len()), None | Some(b'/')))
+            .then_some(prefix.len()),
+            PathMatch::Regex(regex) => regex.is_match(path).then_some(p.len()),
+        }
+    }
+}
+
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let Some(value) = headers.get(http::header::CONTENT_TYPE) else {
+        return false;
+    };
+    let value = value.as_bytes();
+    value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+' | b';'))
+}
+
+fn compile_action(action: Option<&PbAction>) -> Result<Action> {
+    match action {
+        Some(PbAction::Route(m)) => Forward::compile(m)
+            .within("route")
+            .map(|f| Action::Forward(Box::new(f))),
+        Some(PbAction::Redirect(m)) => Redirect::compile(m)
+            .within("redirect")
+            .map(|r| Action::Redirect(Box::new(r))),
+        Some(PbAction::DirectResponse(m)) => Direct::compile(m)
+            .within("direct_response")
+            .map(Action::Direct),
+        Some(PbAction::FilterAction(_)) => Err(CompileError::unsupported("filter_action")),
+        Some(PbAction::NonForwardingAction(_)) => {
+            Err(CompileError::unsupported("non_forwarding_action"))
+        }
+        None => Err(CompileError::new("action", "is missing")),
+    }
+}
