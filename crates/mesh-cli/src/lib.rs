@@ -1,1 +1,9 @@
-//! placeholder
+//! Operator commands.
+//!
+//! **What**: one file per command, and the objects of an installation.
+//! **In**: command-line arguments (each command has a `clap` struct), manifests, a Kubernetes API.
+//! **Out**: text for people or JSON and YAML for programs, and an exit code.
+//! **Never**: no knowledge whether the cluster is the local one or any other; no command tree (that is `bin/mesh`).
+//! **Start here**: [`install::manifests`], [`global::Global`], then any command.
+
+pub mod install;

@@ -136,9 +136,18 @@ pub enum InjectError {
 /// JSON that is not a pod, an annotation with a value that can't be used, an unknown template.
 pub fn inject(pod: &Value, context: &InjectContext<'_>) -> Result<Outcome, InjectError> {
     let view = PodView::new(pod)?;
-    if let Some(skip) = decision::skip(&view, context)? {
-        return Ok(Outcome::Skipped(skip));
+    match decision::skip(&view, context)? {
+        Some(skip) => Ok(Outcome::Skipped(skip)),
+        None => fill(pod, context),
     }
+}
+
+/// Injects without asking whether the pod wants it: for installers, whose pods must not be injected a second time by the webhook.
+///
+/// # Errors
+/// As [`inject`].
+pub fn fill(pod: &Value, context: &InjectContext<'_>) -> Result<Outcome, InjectError> {
+    let view = PodView::new(pod)?;
     let settings = annotations::Settings::read(&view, context)?;
     let injected = sidecar::injected(pod, &view, &settings, context)?;
     Ok(Outcome::Patched(Patched {

@@ -429,6 +429,7 @@ fn env(
         field("INSTANCE_IP", "status.podIP"),
         field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
         field("HOST_IP", "status.hostIP"),
+        json!({ "name": "ISTIO_CPU_LIMIT", "valueFrom": { "resourceFieldRef": { "resource": "limits.cpu" } } }),
         value("PROXY_CONFIG", &proxy_config(&settings.proxy)),
         value("ISTIO_META_POD_PORTS", &pod_ports(view)),
         value("ISTIO_META_APP_CONTAINERS", &names.join(",")),
