@@ -1,0 +1,329 @@
+//! A local cluster under test: started, talked to by the command line, stopped, and looked after for leftovers.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::http::{self, Client};
+use crate::run;
+
+/// What the walk needs running beside Bookinfo.
+const SAMPLES: &[&str] = &["bookinfo", "httpbin", "helloworld", "curl"];
+
+/// A running local cluster.
+pub struct Cluster {
+    binary: PathBuf,
+    kubectl: Option<PathBuf>,
+    place: tempfile::TempDir,
+    child: Child,
+    /// The ingress gateway, `http://ADDRESS:PORT`.
+    pub gateway: String,
+    /// From the start of the process to the first 200 of the product page.
+    pub first_page: Duration,
+}
+
+impl Cluster {
+    /// Starts a cluster on free ports with a state directory of its own.
+    pub fn start(binary: &Path, kubectl: Option<&Path>) -> anyhow::Result<Self> {
+        let place = tempfile::Builder::new().prefix("mesh-cluster-").tempdir()?;
+        let began = Instant::now();
+        let child = launch(binary, place.path())?;
+        let mut cluster = Self {
+            binary: binary.to_owned(),
+            kubectl: kubectl.map(Path::to_owned),
+            place,
+            child,
+            gateway: String::new(),
+            first_page: Duration::ZERO,
+        };
+        cluster.await_first_page(began)?;
+        Ok(cluster)
+    }
+
+    /// Sends SIGKILL to the main process and starts another one on the same state directory.
+    pub fn kill_and_restart(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        let began = Instant::now();
+        self.child = launch(&self.binary, self.place.path())?;
+        self.await_first_page(began)
+    }
+
+    /// The process id of the main process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn await_first_page(&mut self, began: Instant) -> anyhow::Result<()> {
+        let outcome = self.first_page_within(began, Duration::from_secs(120));
+        if outcome.is_err() {
+            self.show_state();
+        }
+        outcome
+    }
+
+    fn first_page_within(&mut self, began: Instant, limit: Duration) -> anyhow::Result<()> {
+        let runtime = http::runtime()?;
+        let mut last = String::from("no address was printed");
+        while began.elapsed() < limit {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("mesh all-in-one ended with {status}:\n{}", self.printed());
+            }
+            if let Some(url) = self.printed_url("/productpage") {
+                self.gateway = url;
+                let client = Client::new(&self.gateway);
+                match runtime.block_on(client.get("/productpage", &[])) {
+                    Ok(answer) if answer.status == 200 => {
+                        self.first_page = began.elapsed();
+                        return Ok(());
+                    }
+                    Ok(answer) => last = format!("status {}", answer.status),
+                    Err(error) => last = format!("{error:#}"),
+                }
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        bail!("no product page after {} s: {last}", limit.as_secs())
+    }
+
+    /// What the main process printed.
+    pub fn printed(&self) -> String {
+        std::fs::read_to_string(self.place.path().join("output")).unwrap_or_default()
+    }
+
+    fn printed_url(&self, path: &str) -> Option<String> {
+        let printed = self.printed();
+        let word = printed
+            .split_whitespace()
+            .find(|w| w.starts_with("http://") && w.ends_with(path))?;
+        Some(word.strip_suffix(path)?.to_owned())
+    }
+
+    fn kubeconfig(&self) -> PathBuf {
+        self.place.path().join("state/kubeconfig")
+    }
+
+    /// A command of the tool under test (`mesh`, or `kubectl` where it was asked for).
+    pub fn tool(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(self.kubectl.as_ref().unwrap_or(&self.binary));
+        command
+            .env("KUBECONFIG", self.kubeconfig())
+            .env("HOME", self.place.path())
+            .args(args);
+        command
+    }
+
+    /// Runs a command of the tool and gives what it printed.
+    pub fn call(&self, args: &[&str]) -> anyhow::Result<String> {
+        run::output(&mut self.tool(args))
+    }
+
+    /// Applies YAML text.
+    pub fn apply(&self, yaml: &str) -> anyhow::Result<String> {
+        let file = self.place.path().join("apply.yaml");
+        std::fs::write(&file, yaml)?;
+        self.call(&["apply", "-f", &file.to_string_lossy()])
+    }
+
+    /// Deletes an object and waits until it is gone; one that does not exist is no error.
+    pub fn delete(&self, kind: &str, name: &str) -> anyhow::Result<()> {
+        self.call(&["delete", kind, name, "--ignore-not-found"])
+            .map(drop)
+    }
+
+    /// `get -o json`.
+    pub fn get(&self, args: &[&str]) -> anyhow::Result<Value> {
+        let mut all = vec!["get", "-o", "json"];
+        all.extend_from_slice(args);
+        let text = self.call(&all)?;
+        serde_json::from_str(&text).with_context(|| format!("reading the output of {all:?}"))
+    }
+
+    /// The names of the running pods with a label, in the default namespace.
+    pub fn pods(&self, selector: &str) -> anyhow::Result<Vec<String>> {
+        let list = self.get(&["pods", "-l", selector])?;
+        let items = list["items"].as_array().cloned().unwrap_or_default();
+        Ok(items
+            .iter()
+            .filter(|p| p["metadata"]["deletionTimestamp"].is_null())
+            .filter_map(|p| p["metadata"]["name"].as_str().map(str::to_owned))
+            .collect())
+    }
+
+    /// Runs a command in a container and gives its standard output.
+    pub fn exec(&self, pod: &str, container: &str, command: &[&str]) -> anyhow::Result<String> {
+        let mut args = vec!["exec", pod, "-c", container, "--"];
+        args.extend_from_slice(command);
+        self.call(&args)
+    }
+
+    /// Calls a URL from inside a pod with its curl.
+    pub fn curl(&self, pod: &str, container: &str, args: &[&str]) -> anyhow::Result<String> {
+        let mut all = vec!["curl", "-sS", "--max-time", "10"];
+        all.extend_from_slice(args);
+        self.exec(pod, container, &all)
+    }
+
+    /// Waits until `done` says so, 20 s at most; `what` is for the error.
+    pub fn wait<T>(
+        &self,
+        what: &str,
+        mut done: impl FnMut() -> anyhow::Result<Option<T>>,
+    ) -> anyhow::Result<T> {
+        let began = Instant::now();
+        let mut last = None;
+        while began.elapsed() < Duration::from_secs(20) {
+            match done() {
+                Ok(Some(found)) => return Ok(found),
+                Ok(None) => {}
+                Err(error) => last = Some(error),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        match last {
+            Some(error) => Err(error.context(format!("waited 20 s for {what}"))),
+            None => bail!("waited 20 s for {what}"),
+        }
+    }
+
+    /// Shows what there is to find a failure by.
+    pub fn show_state(&self) {
+        eprintln!("--- printed by mesh all-in-one\n{}", self.printed());
+        for args in [
+            &["get", "pods", "-A", "-o", "wide"][..],
+            &["get", "services", "-A"],
+            &["get", "events", "-A"],
+            &[
+                "logs",
+                "-n",
+                "istio-system",
+                "deployment/istiod",
+                "--tail",
+                "60",
+            ],
+            &[
+                "logs",
+                "-n",
+                "istio-system",
+                "deployment/istio-ingressgateway",
+                "--tail",
+                "40",
+            ],
+            &[
+                "logs",
+                "deployment/productpage-v1",
+                "-c",
+                "istio-proxy",
+                "--tail",
+                "40",
+            ],
+        ] {
+            let out = self.tool(args).stdin(Stdio::null()).output();
+            if let Ok(out) = out {
+                let (text, errors) = (
+                    String::from_utf8_lossy(&out.stdout),
+                    String::from_utf8_lossy(&out.stderr),
+                );
+                eprintln!("--- {}\n{text}{errors}", args.join(" "));
+            }
+        }
+    }
+
+    /// Stops the cluster by SIGTERM and looks for what it left behind.
+    pub fn stop(mut self) -> anyhow::Result<()> {
+        let family = family(self.child.id());
+        kill(
+            Pid::from_raw(i32::try_from(self.child.id())?),
+            Signal::SIGTERM,
+        )?;
+        let began = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            if began.elapsed() > Duration::from_secs(60) {
+                bail!(
+                    "mesh all-in-one did not end 60 s after SIGTERM:\n{}",
+                    self.printed()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        gone(&family)?;
+        let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+        let place = self.place.path().to_string_lossy().into_owned();
+        if let Some(line) = mounts.lines().find(|l| l.contains(&place)) {
+            bail!("a mount was left behind: {line}");
+        }
+        let links = std::fs::read_to_string("/proc/net/dev")?;
+        if links.contains("cni0") {
+            bail!("the bridge cni0 was left in the host's network namespace");
+        }
+        Ok(())
+    }
+}
+
+/// Fails when one of these processes still runs after five seconds.
+pub fn gone(family: &[u32]) -> anyhow::Result<()> {
+    let began = Instant::now();
+    loop {
+        let left: Vec<String> = family.iter().filter_map(|&pid| alive(pid)).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        if began.elapsed() > Duration::from_secs(5) {
+            bail!("processes were left behind: {}", left.join("; "));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The command line of a process that is no zombie.
+fn alive(pid: u32) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let state = stat.rsplit(')').next()?.trim_start().chars().next()?;
+    if state == 'Z' || state == 'X' {
+        return None;
+    }
+    let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+    Some(format!("{pid} {}", command.replace('\0', " ")))
+}
+
+/// A process and everything that descends from it.
+pub fn family(pid: u32) -> Vec<u32> {
+    let mut found = vec![pid];
+    let mut at = 0;
+    while at < found.len() {
+        let children = format!("/proc/{0}/task/{0}/children", found[at]);
+        let text = std::fs::read_to_string(children).unwrap_or_default();
+        found.extend(
+            text.split_whitespace()
+                .filter_map(|p| p.parse::<u32>().ok()),
+        );
+        at += 1;
+    }
+    found
+}
+
+fn launch(binary: &Path, place: &Path) -> anyhow::Result<Child> {
+    let output = File::create(place.join("output"))?;
+    let mut command = Command::new(binary);
+    command
+        .args(["all-in-one", "--state-dir"])
+        .arg(place.join("state"));
+    command.args(["--api-port", "0", "--http-port", "0", "--https-port", "0"]);
+    for sample in SAMPLES {
+        command.args(["--sample", sample]);
+    }
+    command
+        .env("HOME", place)
+        .env_remove("KUBECONFIG")
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .spawn()
+        .with_context(|| format!("starting {}", binary.display()))
+}

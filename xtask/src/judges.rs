@@ -1,0 +1,80 @@
+//! `cargo xtask judges`: what other programs say about us. Installs them where that is possible (Debian packages as root, PyPI
+//! packages always) and fails by name where one is missing.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail};
+use nix::unistd::Uid;
+
+use crate::run;
+
+mod envoy;
+mod install;
+
+/// Which judges to hear.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Only the judges whose name contains this text.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+type Judge = fn(&Path) -> anyhow::Result<()>;
+
+const JUDGES: &[(&str, Judge)] = &[
+    ("kubectl-1.20", |mesh| {
+        kubectl(mesh, install::debian("kubectl", "kubernetes-client")?)
+    }),
+    ("kubectl-1.32", |mesh| {
+        kubectl(mesh, install::kubectl("v32")?)
+    }),
+    ("kubectl-1.36", |mesh| {
+        kubectl(mesh, install::kubectl("v36")?)
+    }),
+    ("stock-envoy", envoy::run),
+];
+
+/// Hears the judges one after the other; every one must agree.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    if !Uid::effective().is_root() {
+        bail!(
+            "the judges run as root: they install Debian packages and run the local cluster with mapped uids"
+        );
+    }
+    run::check(run::cargo().args(["build", "--release", "--quiet", "--package", "mesh"]))?;
+    let mesh = run::target().join("release/mesh");
+    let mut heard = 0;
+    for (name, judge) in JUDGES {
+        if args
+            .only
+            .as_ref()
+            .is_some_and(|only| !name.contains(only.as_str()))
+        {
+            continue;
+        }
+        println!("judge {name}");
+        judge(&mesh).with_context(|| format!("judge {name}"))?;
+        heard += 1;
+    }
+    if heard == 0 {
+        let names: Vec<_> = JUDGES.iter().map(|(name, _)| name).collect();
+        bail!(
+            "no judge's name contains {:?}; there are {names:?}",
+            args.only
+        );
+    }
+    println!("{heard} passed, 0 failed");
+    Ok(())
+}
+
+/// The whole walk with this kubectl in place of our own commands.
+fn kubectl(mesh: &Path, kubectl: PathBuf) -> anyhow::Result<()> {
+    run::check(
+        Command::new(std::env::current_exe()?)
+            .args(["e2e", "--driver", "local", "--binary"])
+            .arg(mesh)
+            .arg("--kubectl")
+            .arg(kubectl),
+    )
+}
