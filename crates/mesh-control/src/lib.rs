@@ -1,1 +1,300 @@
-//! placeholder
+//! The running control plane.
+//!
+//! * **What:** watches a Kubernetes API, keeps the table of objects, publishes a [`mesh_model::Mesh`], translates it for every
+//!   connected proxy and pushes what differs; serves the webhooks for injection and validation; writes findings to the status of objects.
+//! * **In:** a Kubernetes client and addresses ([`Options`]).
+//! * **Out:** xDS (`nodes.rs` around `mesh-xds`), admission answers (`webhook.rs`), statuses (`status.rs`), metrics and debug pages (`http.rs`).
+//! * **Never:** asks which kind of cluster it runs in, sees routing or proxy, or keeps anything that is neither in the API nor
+//!   can be computed from it.
+//! * **Start here:** [`Control::run`], then `watch.rs` and `publish.rs`: the way of a change.
+
+mod http;
+mod metrics;
+mod nodes;
+mod publish;
+mod serving;
+mod status;
+mod table;
+mod watch;
+mod webhook;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+/// What a control plane is made of.
+#[derive(Clone)]
+pub struct Options {
+    /// The cluster whose objects make the mesh.
+    pub client: kube::Client,
+    /// The system namespace, which holds our ConfigMaps, Secret and Service. Default `istio-system`.
+    pub namespace: String,
+    /// Our Service in it; the webhooks' certificate carries its names. Default `istiod`.
+    pub service: String,
+    /// Shown by `/version` and to proxies.
+    pub version: String,
+    /// Discovery in plain text. Default `0.0.0.0:15010`.
+    pub grpc: SocketAddr,
+    /// Webhooks over TLS. Default `0.0.0.0:15017`.
+    pub webhook: SocketAddr,
+    /// `/metrics` and `/version`. Default `0.0.0.0:15014`.
+    pub monitoring: SocketAddr,
+    /// `/ready` for everyone, `/debug/…` for clients on the loopback address. Default `0.0.0.0:8080`.
+    pub http: SocketAddr,
+}
+
+impl Options {
+    /// The defaults named at the fields.
+    #[must_use]
+    pub fn new(client: kube::Client, version: &str) -> Self {
+        let any = |port| SocketAddr::from(([0, 0, 0, 0], port));
+        Self {
+            client,
+            namespace: "istio-system".to_owned(),
+            service: "istiod".to_owned(),
+            version: version.to_owned(),
+            grpc: any(15010),
+            webhook: any(15017),
+            monitoring: any(15014),
+            http: any(8080),
+        }
+    }
+}
+
+/// Why the control plane did not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// A kubeconfig file can't be used.
+    #[error("reading the kubeconfig {path}: {source}")]
+    Kubeconfig {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        source: kube::config::KubeconfigError,
+    },
+    /// Neither a kubeconfig nor a pod's service account.
+    #[error(
+        "finding the cluster: {0}; run in a pod with a service account, or give --kubeconfig (KUBECONFIG and ~/.kube/config are never used by themselves)"
+    )]
+    InCluster(kube::config::InClusterError),
+    /// The client can't be made.
+    #[error("making the Kubernetes client: {0}")]
+    Client(Box<kube::Error>),
+    /// A port can't be had.
+    #[error(
+        "listening on {address} for {purpose}: {source}; choose another address or stop what uses it"
+    )]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What it is for.
+        purpose: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A server ended by itself.
+    #[error("serving {what}: {reason}")]
+    Serve {
+        /// Which server.
+        what: &'static str,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A client for the cluster of a kubeconfig file, or, without one, for the cluster whose pod this process is in.
+///
+/// # Errors
+/// When there is neither, or it can't be used. No other source (environment, home directory) is ever looked at.
+pub async fn client(
+    kubeconfig: Option<&Path>,
+    context: Option<&str>,
+) -> Result<kube::Client, ControlError> {
+    let config = match kubeconfig {
+        Some(path) => {
+            let shown = || path.display().to_string();
+            let error = |source| ControlError::Kubeconfig {
+                path: shown(),
+                source,
+            };
+            let file = kube::config::Kubeconfig::read_from(path).map_err(error)?;
+            let options = kube::config::KubeConfigOptions {
+                context: context.map(str::to_owned),
+                ..Default::default()
+            };
+            kube::Config::from_custom_kubeconfig(file, &options)
+                .await
+                .map_err(error)?
+        }
+        None => kube::Config::incluster().map_err(ControlError::InCluster)?,
+    };
+    kube::Client::try_from(config).map_err(|error| ControlError::Client(Box::new(error)))
+}
+
+/// A control plane that has its ports, but does nothing yet.
+pub struct Control {
+    options: Options,
+    grpc: TcpListener,
+    webhook: TcpListener,
+    monitoring: TcpListener,
+    http: TcpListener,
+}
+
+/// Where a control plane listens (of use where port 0 was asked for).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// Discovery.
+    pub grpc: SocketAddr,
+    /// Webhooks.
+    pub webhook: SocketAddr,
+    /// Metrics.
+    pub monitoring: SocketAddr,
+    /// Readiness and debug pages.
+    pub http: SocketAddr,
+}
+
+impl Control {
+    /// Takes the ports.
+    ///
+    /// # Errors
+    /// When one of them can't be had.
+    pub async fn bind(options: Options) -> Result<Self, ControlError> {
+        Ok(Self {
+            grpc: listen(options.grpc, "discovery (gRPC)").await?,
+            webhook: listen(options.webhook, "webhooks").await?,
+            monitoring: listen(options.monitoring, "metrics").await?,
+            http: listen(options.http, "readiness and debug pages").await?,
+            options,
+        })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn addresses(&self) -> Addresses {
+        let of = |listener: &TcpListener, asked| listener.local_addr().unwrap_or(asked);
+        Addresses {
+            grpc: of(&self.grpc, self.options.grpc),
+            webhook: of(&self.webhook, self.options.webhook),
+            monitoring: of(&self.monitoring, self.options.monitoring),
+            http: of(&self.http, self.options.http),
+        }
+    }
+
+    /// Runs until `shutdown` is done.
+    ///
+    /// # Errors
+    /// When one of the servers ends by itself. An API that is away is no error: it is waited for.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ControlError> {
+        let options = Arc::new(self.options);
+        let metrics = Arc::new(metrics::Metrics::new(&options.version));
+        let (publisher, published, problems, shared) = publish::new(Arc::clone(&metrics));
+        let nodes = nodes::Nodes::new(published, Arc::clone(&metrics));
+        let mut tasks = JoinSet::new();
+        let kinds = watch::kinds(&options.namespace);
+        let changes = publisher.changes();
+        for kind in kinds.iter().cloned() {
+            tasks.spawn(ended(
+                "watching",
+                watch::run(options.client.clone(), kind, changes.clone()),
+            ));
+        }
+        drop(changes);
+        tasks.spawn(ended("publishing", publisher.run(kinds.len())));
+        tasks.spawn(ended(
+            "statuses",
+            status::run(options.client.clone(), problems),
+        ));
+        let certificate = serving::Certificate::default();
+        tasks.spawn(ended(
+            "the webhooks' certificate",
+            serving::keep(Arc::clone(&options), certificate.clone()),
+        ));
+        tasks.spawn(webhook::serve(
+            self.webhook,
+            certificate.clone(),
+            webhook::Webhook::new(
+                Arc::clone(&options),
+                Arc::clone(&shared),
+                Arc::clone(&metrics),
+            ),
+        ));
+        let state = http::State {
+            nodes: nodes.clone(),
+            shared,
+            metrics,
+            certificate,
+            version: options.version.clone(),
+        };
+        tasks.spawn(http::serve(
+            self.http,
+            http::main_router(state.clone()),
+            "readiness",
+        ));
+        tasks.spawn(http::serve(
+            self.monitoring,
+            http::monitoring_router(state),
+            "metrics",
+        ));
+        let identifier = format!(
+            "{{\"Component\":\"istiod\",\"Info\":{{\"version\":\"{}\"}}}}",
+            options.version
+        );
+        let ads = mesh_xds::AdsServer::new(nodes, &identifier, mesh_xds::Limits::default());
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let discovery = ads.serve(self.grpc, async move {
+            let _ = stopped.await;
+        });
+        let mut discovery = std::pin::pin!(discovery);
+        let serve = |what: &'static str, reason: String| ControlError::Serve { what, reason };
+        tracing::info!(version = options.version, "control plane started");
+        tokio::select! {
+            () = shutdown => {}
+            result = &mut discovery => {
+                return Err(serve("discovery", result.err().map_or("ended".to_owned(), |error| error.to_string())));
+            }
+            Some(ended) = tasks.join_next() => {
+                return Err(match ended {
+                    Ok(Err(error)) => error,
+                    Ok(Ok(())) => serve("a task", "ended".to_owned()),
+                    Err(error) => serve("a task", error.to_string()),
+                });
+            }
+        }
+        drop(stop);
+        // Proxies are told to go to another control plane; whoever does not listen is left behind.
+        let grace = std::time::Duration::from_secs(5);
+        let _ = tokio::time::timeout(grace, discovery).await;
+        Ok(())
+    }
+}
+
+/// Binds and runs a control plane.
+///
+/// # Errors
+/// See [`Control::bind`] and [`Control::run`].
+pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), ControlError> {
+    Control::bind(options).await?.run(shutdown).await
+}
+
+async fn listen(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, ControlError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ControlError::Listen {
+            address,
+            purpose,
+            source,
+        })
+}
+
+/// A task that should run for ever.
+async fn ended(what: &'static str, task: impl Future<Output = ()>) -> Result<(), ControlError> {
+    task.await;
+    Err(ControlError::Serve {
+        what,
+        reason: "ended".to_owned(),
+    })
+}

@@ -1,0 +1,429 @@
+//! Connected proxies: what each gets, and how it takes it.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use envoy_types::pb::google::protobuf::{Struct, Value as Wire, value::Kind};
+use mesh_model::NodeKind;
+use mesh_translate::{Resources, translate};
+use mesh_xds::json::{self, Naming};
+use mesh_xds::resources::ByName;
+use mesh_xds::{
+    Connection, NodeSource, Rejection, Report, Resource, ResourceSet, StreamEvent, types,
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+
+use crate::metrics::{Connected, Metrics};
+use crate::publish::{Newest, Published};
+
+/// Depth of a node's metadata; deeper is cut off.
+const MAX_DEPTH: usize = 16;
+
+/// All connected proxies; clones share them.
+#[derive(Clone)]
+pub(crate) struct Nodes {
+    newest: Newest,
+    metrics: Arc<Metrics>,
+    table: Arc<Mutex<BTreeMap<u64, Arc<Entry>>>>,
+    next: Arc<AtomicU64>,
+    /// Translations at a time: as many as there are processors, so that the others find the newest mesh when their turn comes.
+    turns: Arc<Semaphore>,
+}
+
+/// One stream of one proxy.
+struct Entry {
+    node: mesh_model::Node,
+    peer: Option<SocketAddr>,
+    connected: jiff::Timestamp,
+    state: Mutex<EntryState>,
+}
+
+#[derive(Default)]
+struct EntryState {
+    set: Option<Arc<ResourceSet>>,
+    /// When the oldest change in the present set was seen; taken when it is sent.
+    since: Option<Instant>,
+    types: BTreeMap<String, TypeStatus>,
+}
+
+/// How one type stands on a stream.
+#[derive(Clone, Default, Serialize)]
+struct TypeStatus {
+    nonce_sent: String,
+    nonce_acked: String,
+    version_sent: String,
+    version_acked: String,
+    /// Refused by the last answer.
+    rejected: BTreeMap<String, String>,
+    error: String,
+}
+
+impl TypeStatus {
+    /// Istio's words.
+    fn word(&self) -> &'static str {
+        if self.nonce_sent.is_empty() {
+            "NOT SENT"
+        } else if !self.error.is_empty() {
+            "NACK"
+        } else if self.nonce_sent == self.nonce_acked {
+            "SYNCED"
+        } else {
+            "STALE"
+        }
+    }
+}
+
+impl Nodes {
+    pub(crate) fn new(newest: Newest, metrics: Arc<Metrics>) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            newest,
+            metrics,
+            table: Arc::default(),
+            next: Arc::default(),
+            turns: Arc::new(Semaphore::new(processors)),
+        }
+    }
+
+    /// `/debug/syncz`, in the shape of Istio's.
+    pub(crate) fn syncz(&self) -> Value {
+        self.entries()
+            .iter()
+            .map(|entry| {
+                let state = lock(&entry.state);
+                let mut object = json!({
+                    "proxy": proxy_id(&entry.node),
+                    "proxy_type": kind_name(entry.node.kind),
+                    "cluster_id": entry.node.cluster_id(),
+                    "istio_version": entry.node.version,
+                });
+                for (type_url, prefix) in [
+                    (types::CLUSTER, "cluster"),
+                    (types::LISTENER, "listener"),
+                    (types::ROUTE, "route"),
+                    (types::ENDPOINT, "endpoint"),
+                ] {
+                    let status = state.types.get(type_url).cloned().unwrap_or_default();
+                    object[format!("{prefix}_sent")] = json!(status.nonce_sent);
+                    object[format!("{prefix}_acked")] = json!(status.nonce_acked);
+                    object[format!("{prefix}_status")] = json!(status.word());
+                }
+                object
+            })
+            .collect()
+    }
+
+    /// `/debug/adsz`: every stream with all that is known of it.
+    pub(crate) fn adsz(&self) -> Value {
+        let clients: Vec<Value> = self
+            .entries()
+            .iter()
+            .map(|entry| {
+                let state = lock(&entry.state);
+                let by_type: BTreeMap<&str, Value> = state
+                    .types
+                    .iter()
+                    .map(|(type_url, status)| {
+                        let resources = state
+                            .set
+                            .as_ref()
+                            .and_then(|set| set.of_type(type_url))
+                            .map_or(0, |by_name| by_name.len());
+                        let mut value = json!(status);
+                        value["status"] = json!(status.word());
+                        value["resources"] = json!(resources);
+                        (types::short_name(type_url), value)
+                    })
+                    .collect();
+                json!({
+                    "connectionId": entry.node.id,
+                    "connectedAt": entry.connected.to_string(),
+                    "address": entry.peer.map(|peer| peer.to_string()),
+                    "labels": entry.node.labels,
+                    "stockEnvoy": entry.node.stock_envoy,
+                    "watches": by_type,
+                })
+            })
+            .collect();
+        json!({ "totalClients": clients.len(), "clients": clients })
+    }
+
+    /// `/debug/config_dump`: what a proxy (`pod.namespace`) was given, as Envoy would show it.
+    pub(crate) fn config_dump(&self, proxy: &str) -> Option<Value> {
+        let entry = self
+            .entries()
+            .into_iter()
+            .rfind(|entry| proxy_id(&entry.node) == proxy)?;
+        let set = lock(&entry.state).set.clone().unwrap_or_default();
+        let mut configs = Vec::new();
+        for type_url in types::PUSH_ORDER {
+            for resource in set
+                .of_type(type_url)
+                .into_iter()
+                .flat_map(|by_name| by_name.values())
+            {
+                let shown = json::any_to_json(&resource.type_url, &resource.value, Naming::Proto)
+                    .unwrap_or_else(|error| json!({ "error": error.to_string() }));
+                configs.push(json!({
+                    "name": resource.name,
+                    "version_info": resource.version,
+                    "type": types::short_name(type_url),
+                    "resource": shown,
+                }));
+            }
+        }
+        Some(json!({ "proxy": proxy, "configs": configs }))
+    }
+
+    fn entries(&self) -> Vec<Arc<Entry>> {
+        lock(&self.table).values().cloned().collect()
+    }
+}
+
+impl NodeSource for Nodes {
+    fn connect(
+        &self,
+        node: mesh_xds::Node,
+        peer: Option<SocketAddr>,
+    ) -> Result<Connection, tonic::Status> {
+        let metadata = node
+            .metadata
+            .map_or(Value::Null, |metadata| from_struct(metadata, 0));
+        let node = mesh_model::Node::from_xds_id(&node.id, &metadata)
+            .map_err(|error| tonic::Status::invalid_argument(error.to_string()))?;
+        tracing::info!(node = node.id, ?peer, "proxy connected");
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let entry = Arc::new(Entry {
+            node,
+            peer,
+            connected: jiff::Timestamp::now(),
+            state: Mutex::default(),
+        });
+        lock(&self.table).insert(number, Arc::clone(&entry));
+        let (sender, sets) = watch::channel(None);
+        tokio::spawn(feed(
+            self.newest.clone(),
+            Arc::clone(&entry),
+            sender,
+            Arc::clone(&self.turns),
+        ));
+        Ok(Connection {
+            sets,
+            report: Box::new(Reporter {
+                entry,
+                metrics: Arc::clone(&self.metrics),
+                _connected: self.metrics.node_connected(),
+                _place: Place {
+                    table: Arc::clone(&self.table),
+                    number,
+                },
+            }),
+        })
+    }
+}
+
+/// Translates every new mesh for one node, until its stream ends.
+async fn feed(
+    mut newest: Newest,
+    entry: Arc<Entry>,
+    sets: watch::Sender<Option<Arc<ResourceSet>>>,
+    turns: Arc<Semaphore>,
+) {
+    loop {
+        let published = newest.borrow_and_update().clone();
+        if let Some(published) = published {
+            let Ok(_turn) = turns.acquire().await else {
+                return;
+            };
+            push(published, &entry, &sets).await;
+        }
+        tokio::select! {
+            changed = newest.changed() => if changed.is_err() { return },
+            () = sets.closed() => return,
+        }
+    }
+}
+
+async fn push(
+    published: Arc<Published>,
+    entry: &Arc<Entry>,
+    sets: &watch::Sender<Option<Arc<ResourceSet>>>,
+) {
+    let since = published.since;
+    let previous = lock(&entry.state).set.clone();
+    let translated = {
+        let (entry, previous) = (Arc::clone(entry), previous.clone());
+        tokio::task::spawn_blocking(move || {
+            let resources = translate(&published.mesh, &entry.node);
+            for note in &resources.notes {
+                tracing::warn!(node = entry.node.id, note, "not translated");
+            }
+            let set = to_set(resources);
+            match &previous {
+                Some(previous) => set.sharing(previous),
+                None => set,
+            }
+        })
+        .await
+    };
+    match translated {
+        Ok(set) if previous.as_deref() == Some(&set) => {}
+        Ok(set) => {
+            let set = Arc::new(set);
+            {
+                let mut state = lock(&entry.state);
+                state.set = Some(Arc::clone(&set));
+                state.since.get_or_insert(since);
+            }
+            sets.send_replace(Some(set));
+        }
+        Err(error) => {
+            tracing::error!(node = entry.node.id, %error, "translating failed; the node keeps what it has");
+        }
+    }
+}
+
+fn to_set(resources: Resources) -> ResourceSet {
+    let mut set = ResourceSet::new();
+    for (type_url, by_name) in [
+        (types::CLUSTER, resources.clusters),
+        (types::ENDPOINT, resources.endpoints),
+        (types::LISTENER, resources.listeners),
+        (types::ROUTE, resources.routes),
+    ] {
+        let by_name: ByName = by_name
+            .into_iter()
+            .map(|(name, resource)| {
+                let resource = Resource {
+                    name: name.clone(),
+                    version: resource.hash,
+                    type_url: type_url.to_owned(),
+                    value: resource.body,
+                };
+                (name, Arc::new(resource))
+            })
+            .collect();
+        set.set_type(type_url, Arc::new(by_name));
+    }
+    set
+}
+
+/// Keeps the status of a stream; dropped with it.
+struct Reporter {
+    entry: Arc<Entry>,
+    metrics: Arc<Metrics>,
+    _connected: Connected,
+    _place: Place,
+}
+
+/// A stream's place in the table.
+struct Place {
+    table: Arc<Mutex<BTreeMap<u64, Arc<Entry>>>>,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(entry) = lock(&self.table).remove(&self.number) {
+            tracing::info!(node = entry.node.id, "proxy disconnected");
+        }
+    }
+}
+
+impl Report for Reporter {
+    fn event(&mut self, event: StreamEvent) {
+        let mut state = lock(&self.entry.state);
+        match event {
+            StreamEvent::Sent {
+                type_url,
+                nonce,
+                version,
+                ..
+            } => {
+                let took: Option<Duration> = state.since.take().map(|since| since.elapsed());
+                self.metrics.sent(&type_url, took);
+                let status = state.types.entry(type_url).or_default();
+                status.nonce_sent = nonce;
+                status.version_sent = version;
+            }
+            StreamEvent::Acked {
+                type_url,
+                nonce,
+                version,
+            } => {
+                self.metrics.accepted(&type_url);
+                let status = state.types.entry(type_url).or_default();
+                status.nonce_acked = nonce;
+                status.version_acked = version;
+                status.rejected.clear();
+                status.error.clear();
+            }
+            StreamEvent::Nacked {
+                type_url,
+                message,
+                rejections,
+                ..
+            } => {
+                tracing::error!(
+                    node = self.entry.node.id,
+                    kind = types::short_name(&type_url),
+                    message,
+                    "a proxy refused resources"
+                );
+                self.metrics.rejected(&type_url, rejections.len());
+                let status = state.types.entry(type_url).or_default();
+                status.error = message;
+                status.rejected = rejections
+                    .into_iter()
+                    .map(|Rejection { name, message }| (name, message))
+                    .collect();
+            }
+            StreamEvent::StaleNonce { type_url } => self.metrics.stale(&type_url),
+        }
+    }
+}
+
+/// A panic elsewhere must not take the status pages with it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn proxy_id(node: &mesh_model::Node) -> String {
+    format!("{}.{}", node.name, node.namespace)
+}
+
+fn kind_name(kind: NodeKind) -> &'static str {
+    match kind {
+        NodeKind::Sidecar => "sidecar",
+        NodeKind::Router => "router",
+    }
+}
+
+fn from_struct(fields: Struct, depth: usize) -> Value {
+    let convert = |(key, value)| (key, from_wire(value, depth + 1));
+    Value::Object(fields.fields.into_iter().map(convert).collect())
+}
+
+fn from_wire(value: Wire, depth: usize) -> Value {
+    if depth > MAX_DEPTH {
+        return Value::Null;
+    }
+    match value.kind {
+        None | Some(Kind::NullValue(_)) => Value::Null,
+        Some(Kind::BoolValue(value)) => value.into(),
+        Some(Kind::NumberValue(value)) => value.into(),
+        Some(Kind::StringValue(value)) => value.into(),
+        Some(Kind::StructValue(fields)) => from_struct(fields, depth),
+        Some(Kind::ListValue(list)) => list
+            .values
+            .into_iter()
+            .map(|value| from_wire(value, depth + 1))
+            .collect(),
+    }
+}
