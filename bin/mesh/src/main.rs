@@ -1,1 +1,135 @@
-fn main() {}
+//! The `mesh` binary: the command tree and its dispatch.
+//!
+//! In: the command line, or the name it was called by. Out: an exit code. Never: anything that a crate could do.
+//! Start here: [`Command`] lists the modes; each one's work is in the crate that the dispatch calls.
+
+mod all_in_one;
+mod control;
+mod proxy;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{CommandFactory, Parser, Subcommand};
+use mesh_cli::global::Global;
+
+/// A complete service mesh in one binary.
+#[derive(Parser)]
+#[command(name = "mesh", version, about, propagate_version = true, disable_help_subcommand = true)]
+struct Mesh {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a local cluster with the mesh in it: API, control plane, gateway, and samples on request
+    AllInOne(all_in_one::Args),
+    /// Apply manifests
+    Apply(mesh_cli::apply::Args),
+    /// Show objects
+    Get(mesh_cli::get::Args),
+    /// Delete objects
+    Delete(mesh_cli::delete::Args),
+    /// Print the log of a container
+    Logs(mesh_cli::logs::Args),
+    /// Run a command in a container
+    Exec(mesh_cli::exec::Args),
+    /// Print the versions of this program and of the control plane
+    Version(mesh_cli::version::Args),
+    /// Print a shell's completion script
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Run the control plane (in a pod, or beside a cluster with --kubeconfig)
+    #[command(alias = "discovery")]
+    Control(control::Args),
+    /// Run the proxy of a pod, as a sidecar or as a gateway
+    Proxy(proxy::Args),
+    /// Set up traffic capture in this network namespace
+    #[command(alias = "istio-iptables", disable_help_flag = true, disable_version_flag = true)]
+    Init {
+        /// The flags of istio-iptables; `mesh init --help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<String>,
+    },
+    /// Run one of the built-in sample applications
+    Sample {
+        /// Its name, such as productpage
+        name: String,
+        /// Its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    // Stages of the local cluster and applets come first: they must not start threads, and their arguments are not ours.
+    if let Some(code) = mesh_local::stage_main(&args) {
+        return code;
+    }
+    if let Some(code) = called_by_another_name(&args) {
+        return code;
+    }
+    match run(Mesh::parse_from(args)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `curl`, `sleep` and the like are links to this binary in the pods of the local cluster.
+fn called_by_another_name(args: &[OsString]) -> Option<ExitCode> {
+    let name = Path::new(args.first()?).file_name()?.to_str()?.to_owned();
+    if !mesh_samples::is_applet(&name) {
+        return None;
+    }
+    let rest: Vec<String> = args[1..].iter().map(|a| a.to_string_lossy().into_owned()).collect();
+    provide_crypto();
+    mesh_samples::applet(&name, &rest)
+}
+
+fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
+    provide_crypto();
+    let global = mesh.global;
+    match mesh.command {
+        // Starts processes in namespaces: no thread may exist yet.
+        Command::AllInOne(args) => all_in_one::run(args),
+        Command::Proxy(args) => proxy::run(args),
+        Command::Control(args) => block_on(control::run(args, &global)),
+        Command::Apply(args) => block_on(mesh_cli::apply::run(args, &global)),
+        Command::Get(args) => block_on(mesh_cli::get::run(args, &global)),
+        Command::Delete(args) => block_on(mesh_cli::delete::run(args, &global)),
+        Command::Logs(args) => block_on(mesh_cli::logs::run(args, &global)),
+        Command::Exec(args) => block_on(mesh_cli::exec::run(args, &global)),
+        Command::Version(args) => block_on(mesh_cli::version::run(args, &global)),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Mesh::command(), "mesh", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Init { flags } => {
+            mesh_net::capture::run_init(&flags, &mut std::io::stdout()).context("setting up traffic capture")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Sample { name, args } => mesh_samples::run(&name, &args).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+/// rustls asks for the process's provider where a library does not name one.
+fn provide_crypto() {
+    // It fails only when one is installed already.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+}
+
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.context("starting the runtime")?.block_on(work)
+}
