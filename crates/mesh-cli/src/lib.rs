@@ -6,4 +6,19 @@
 //! **Never**: no knowledge whether the cluster is the local one or any other; no command tree (that is `bin/mesh`).
 //! **Start here**: [`install::manifests`], [`global::Global`], then any command.
 
+pub mod apply;
+pub mod delete;
+pub mod exec;
+pub mod get;
+pub mod global;
 pub mod install;
+pub mod logs;
+pub mod version;
+
+mod cluster;
+mod files;
+mod pods;
+mod resources;
+mod table;
+
+pub use global::Global;

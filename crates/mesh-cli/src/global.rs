@@ -1,0 +1,103 @@
+//! Flags that every command has, and the cluster that they choose.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+
+use crate::cluster::Cluster;
+
+/// Flags that every command has.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Global {
+    /// Kubeconfig file of the cluster [default: KUBECONFIG, else the local cluster of `mesh all-in-one`]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "MESH_KUBECONFIG",
+        hide_env = true
+    )]
+    pub kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig file
+    #[arg(long, global = true, value_name = "NAME")]
+    pub context: Option<String>,
+    /// Namespace
+    #[arg(short, long, global = true, value_name = "NAME")]
+    pub namespace: Option<String>,
+    /// Namespace of the mesh's own parts
+    #[arg(long = "istioNamespace", visible_alias = "istio-namespace", global = true, value_name = "NAME", default_value = crate::install::NAMESPACE)]
+    pub istio_namespace: String,
+}
+
+impl Global {
+    /// Connects to the cluster that the flags choose: `--kubeconfig`, else KUBECONFIG, else `~/.kube/config` if `--context` names one of its
+    /// contexts, else the service account of the pod that this runs in, else the local cluster.
+    pub(crate) async fn cluster(&self) -> anyhow::Result<Cluster> {
+        let config = self.config().await?;
+        let namespace = self
+            .namespace
+            .clone()
+            .unwrap_or_else(|| config.default_namespace.clone());
+        let server = config.cluster_url.to_string();
+        let client = kube::Client::try_from(config)
+            .with_context(|| format!("preparing the connection to {server}"))?;
+        Ok(Cluster {
+            client,
+            namespace,
+            server,
+        })
+    }
+
+    async fn config(&self) -> anyhow::Result<kube::Config> {
+        let options = KubeConfigOptions {
+            context: self.context.clone(),
+            ..KubeConfigOptions::default()
+        };
+        if let Some(path) = &self.kubeconfig {
+            return from_file(path, &options).await;
+        }
+        let environment =
+            Kubeconfig::from_env().context("reading the files that KUBECONFIG names")?;
+        if let Some(file) = environment {
+            return kube::Config::from_custom_kubeconfig(file, &options)
+                .await
+                .context("using the files that KUBECONFIG names");
+        }
+        if self.context.is_some() {
+            return kube::Config::from_kubeconfig(&options)
+                .await
+                .context("using ~/.kube/config for --context");
+        }
+        if let Ok(config) = kube::Config::incluster() {
+            return Ok(config);
+        }
+        let local = local_kubeconfig().filter(|path| path.exists());
+        match local {
+            Some(path) => from_file(&path, &options).await,
+            None => anyhow::bail!(
+                "no cluster: start a local one with `mesh all-in-one`, or name one with --kubeconfig FILE, --context NAME or the environment variable KUBECONFIG"
+            ),
+        }
+    }
+}
+
+async fn from_file(path: &Path, options: &KubeConfigOptions) -> anyhow::Result<kube::Config> {
+    let file = Kubeconfig::read_from(path)
+        .with_context(|| format!("reading the kubeconfig {}", path.display()))?;
+    kube::Config::from_custom_kubeconfig(file, options)
+        .await
+        .with_context(|| format!("using the kubeconfig {}", path.display()))
+}
+
+/// Where `mesh all-in-one` keeps the kubeconfig of its cluster, unless it is told another state directory.
+fn local_kubeconfig() -> Option<PathBuf> {
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let state =
+        set("XDG_STATE_HOME").or_else(|| set("HOME").map(|home| home.join(".local/state")))?;
+    Some(state.join("mesh/kubeconfig"))
+}
