@@ -9,6 +9,7 @@
 
 pub mod bookinfo;
 pub mod helloworld;
+pub mod httpbin;
 pub mod images;
 mod manifests;
 pub mod propagate;
@@ -28,6 +29,7 @@ static PROGRAMS: &[Program] = &[
     ("reviews", bookinfo::reviews::main),
     ("ratings", bookinfo::ratings::main),
     ("helloworld", helloworld::main),
+    ("httpbin", httpbin::main),
     ("tcp-echo", tcp_echo::main),
     ("web", web::main),
 ];
