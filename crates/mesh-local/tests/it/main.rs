@@ -1,0 +1,72 @@
+//! Pods in real namespaces: as root, and as an ordinary user with a user namespace.
+//!
+//! The binary is re-executed as the agent's stages, so it has a main of its own: without arguments it runs every case once in each mode.
+
+mod api;
+mod pods;
+
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Gid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
+
+fn main() -> ExitCode {
+    let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    if let Some(code) = mesh_local::stage_main(&args) {
+        return code;
+    }
+    match args.get(1).and_then(|a| a.to_str()) {
+        Some("outer") => outer(args.get(2).is_some_and(|mode| mode == "user")),
+        Some("inner") => inner(),
+        _ => every_mode(),
+    }
+}
+
+fn every_mode() -> ExitCode {
+    let modes: &[&str] = if geteuid().is_root() { &["root", "user"] } else { &["user"] };
+    for mode in modes {
+        println!("mode {mode}");
+        let status = Command::new("/proc/self/exe").arg0("it").args(["outer", mode]).status().expect("starting the test in its mode");
+        if !status.success() {
+            eprintln!("test failed in mode {mode}: {status}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// Leaves the machine's namespaces as the cluster does and runs the cases as PID 1.
+fn outer(user: bool) -> ExitCode {
+    if user && geteuid().is_root() {
+        let nobody = 65534;
+        setgroups(&[]).expect("dropping groups");
+        setresgid(Gid::from_raw(nobody), Gid::from_raw(nobody), Gid::from_raw(nobody)).expect("changing the group");
+        setresuid(Uid::from_raw(nobody), Uid::from_raw(nobody), Uid::from_raw(nobody)).expect("changing the user");
+        // Changing the user took the right to write our own /proc files away.
+        nix::sys::prctl::set_dumpable(true).expect("becoming dumpable");
+    }
+    let (uid, gid) = (geteuid(), getegid());
+    if user {
+        unshare(CloneFlags::CLONE_NEWUSER).expect("unprivileged user namespaces are needed (kernel.unprivileged_userns_clone, user.max_user_namespaces)");
+        std::fs::write("/proc/self/setgroups", "deny").expect("writing setgroups");
+        std::fs::write("/proc/self/uid_map", format!("0 {uid} 1")).expect("writing uid_map");
+        std::fs::write("/proc/self/gid_map", format!("0 {gid} 1")).expect("writing gid_map");
+    }
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).expect("making namespaces");
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).expect("private mounts");
+    let status = Command::new("/proc/self/exe").arg0("it").arg("inner").status().expect("starting PID 1");
+    if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn inner() -> ExitCode {
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), None::<&str>).expect("mounting /proc");
+    let run = Path::new("/tmp");
+    mount(Some("mesh"), run, Some("tmpfs"), MsFlags::empty(), Some("mode=0755")).expect("mounting the runtime folder");
+    std::fs::copy("/proc/self/exe", run.join("mesh")).expect("copying the binary");
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("starting the runtime");
+    runtime.block_on(pods::all(run));
+    ExitCode::SUCCESS
+}
