@@ -21,6 +21,20 @@ pub fn is_wildcard(host: &str) -> bool {
     host.starts_with('*')
 }
 
+/// True for names with no wildcard but a whole first label, and without characters that no name has.
+pub fn is_valid(host: &str) -> bool {
+    let rest = if host == "*" {
+        "x"
+    } else {
+        host.strip_prefix("*.").unwrap_or(host)
+    };
+    !rest.is_empty()
+        && rest.len() <= 255
+        && rest
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b".-_:[]".contains(&byte))
+}
+
 /// True if every name that `specific` stands for is also one of `general`.
 pub fn covers(general: &str, specific: &str) -> bool {
     match general.strip_prefix('*') {
@@ -96,6 +110,22 @@ mod tests {
         assert_eq!(intersection("*.b", "a.b"), Some("a.b"));
         assert_eq!(intersection("a.b", "*"), Some("a.b"));
         assert_eq!(intersection("a.b", "a.c"), None);
+    }
+
+    #[test]
+    fn wildcards_are_whole_first_labels() {
+        for (host, expected) in [
+            ("*", true),
+            ("*.b", true),
+            ("a.b", true),
+            ("a*b", false),
+            ("*.*", false),
+            ("", false),
+            ("*.", false),
+            ("a b", false),
+        ] {
+            assert_eq!(is_valid(host), expected, "{host}");
+        }
     }
 
     #[test]

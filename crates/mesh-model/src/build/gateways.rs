@@ -8,7 +8,7 @@ use mesh_api::{AnyObject, Object};
 use super::created;
 use crate::problem::Reporter;
 use crate::rules::{Gateway, GatewayServer};
-use crate::{ObjectKey, Objects, Problem, Protocol, Severity};
+use crate::{ObjectKey, Objects, Problem, Protocol, Severity, hostname};
 
 pub(crate) fn build(objects: &Objects, problems: &mut Vec<Problem>) -> Vec<Arc<Gateway>> {
     let mut gateways = Vec::new();
@@ -82,11 +82,23 @@ fn server(
     if !server.default_endpoint.is_empty() {
         report.not_applied(format!("{field}.defaultEndpoint"));
     }
-    let hosts = server
-        .hosts
-        .iter()
-        .map(|host| server_host(host, namespace))
-        .collect();
+    let mut hosts = Vec::new();
+    for (index, host) in server.hosts.iter().enumerate() {
+        let (only, name) = server_host(host, namespace);
+        if hostname::is_valid(&name) {
+            hosts.push((only, name));
+        } else {
+            let message = format!(
+                "{host:?} is not a host; a wildcard is its whole first label. The host is left out"
+            );
+            report.report(
+                Severity::Error,
+                Some("IST0106"),
+                format!("{field}.hosts[{index}]"),
+                message,
+            );
+        }
+    }
     Some(GatewayServer {
         port,
         name: server.port.name.clone(),

@@ -57,11 +57,7 @@ fn virtual_service(
     VirtualService {
         key: key.clone(),
         created: created(&object.meta),
-        hosts: spec
-            .hosts
-            .iter()
-            .map(|host| hostname::absolute(host, &key.namespace, &mesh.domain))
-            .collect(),
+        hosts: hosts(spec, key, mesh, report),
         gateways: if spec.gateways.is_empty() {
             vec![MESH_GATEWAY.to_owned()]
         } else {
@@ -74,6 +70,28 @@ fn virtual_service(
         ),
         http: http::rules(&spec.http, &key.namespace, mesh, report),
     }
+}
+
+/// Makes hosts absolute; those that no virtual host can have are left out.
+fn hosts(spec: &Spec, key: &ObjectKey, mesh: &Mesh, report: &mut Reporter<'_>) -> Vec<String> {
+    let mut hosts = Vec::new();
+    for (index, host) in spec.hosts.iter().enumerate() {
+        let host = hostname::absolute(host, &key.namespace, &mesh.domain);
+        if hostname::is_valid(&host) {
+            hosts.push(host);
+        } else {
+            let message = format!(
+                "{host:?} is not a host; a wildcard is its whole first label. The host is left out"
+            );
+            report.report(
+                Severity::Error,
+                Some("IST0106"),
+                format!("spec.hosts[{index}]"),
+                message,
+            );
+        }
+    }
+    hosts
 }
 
 /// Makes names of gateways absolute: `name` belongs to the namespace of the rule.

@@ -1,5 +1,7 @@
 //! HTTP rules of a VirtualService.
 
+mod sanitize;
+
 use mesh_api::StringMatch;
 use mesh_api::networking::virtual_service::{
     Destination, HttpMatchRequest, HttpRetry, HttpRoute, PortSelector,
@@ -48,6 +50,7 @@ impl Context<'_> {
             return None;
         }
         take_out_not_applied(&mut rule, field, report);
+        sanitize::rule(&mut rule, field, report);
         if !rule.matches.is_empty() {
             let matches = std::mem::take(&mut rule.matches);
             let numbered = matches.into_iter().enumerate();
@@ -93,6 +96,25 @@ impl Context<'_> {
             );
             report.report(Severity::Warning, None, format!("{field}.headers"), message);
             return None;
+        }
+        let names = [
+            ("headers", &item.headers),
+            ("withoutHeaders", &item.without_headers),
+        ];
+        for (part, name) in names
+            .into_iter()
+            .flat_map(|(part, map)| map.keys().map(move |name| (part, name)))
+        {
+            if !sanitize::is_header_name(name) {
+                let message = format!("{name:?} is not a header name; this condition never holds");
+                report.report(
+                    Severity::Error,
+                    Some("IST0106"),
+                    format!("{field}.{part}"),
+                    message,
+                );
+                return None;
+            }
         }
         let single = [
             ("uri", &item.uri),
@@ -277,6 +299,16 @@ fn check_action(rule: &HttpRoute, field: &str, report: &mut Reporter<'_>) -> Opt
             format!("{field}.route"),
             "weights may not be negative, and several destinations need a sum above 0".to_owned(),
         );
+    }
+    let total: i64 = rule.route.iter().map(|route| i64::from(route.weight)).sum();
+    if total > i64::from(u32::MAX) {
+        return refuse(
+            format!("{field}.route"),
+            format!("the sum of the weights, {total}, is more than 4294967295"),
+        );
+    }
+    if let Err((part, message)) = sanitize::texts(rule) {
+        return refuse(format!("{field}.{part}"), message);
     }
     Some(())
 }

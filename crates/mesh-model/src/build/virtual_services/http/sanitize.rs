@@ -1,0 +1,200 @@
+//! Texts that go into headers and paths. Envoy refuses a whole route table for one bad text in it, so a bad one is taken out here.
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use mesh_api::networking::virtual_service::{HeaderOperations, HttpBody, HttpRetry, HttpRoute};
+
+use crate::Severity;
+use crate::problem::Reporter;
+
+/// Longest body of a fixed response, in bytes: Istio's limit.
+const BODY_LIMIT: usize = 1 << 20;
+/// Conditions for retries that Istio's validation allows, beside status codes.
+const RETRY_CONDITIONS: [&str; 16] = [
+    "5xx",
+    "gateway-error",
+    "reset",
+    "reset-before-request",
+    "connect-failure",
+    "retriable-4xx",
+    "refused-stream",
+    "retriable-status-codes",
+    "retriable-headers",
+    "envoy-ratelimited",
+    "http3-post-connect-failure",
+    "cancelled",
+    "deadline-exceeded",
+    "internal",
+    "resource-exhausted",
+    "unavailable",
+];
+
+/// Takes header operations and retry conditions out that could not be applied.
+pub(super) fn rule(rule: &mut HttpRoute, field: &str, report: &mut Reporter<'_>) {
+    let of_rule = rule
+        .headers
+        .as_mut()
+        .map(|headers| (format!("{field}.headers"), headers));
+    let of_routes = rule.route.iter_mut().enumerate();
+    let of_routes = of_routes.filter_map(|(index, route)| {
+        Some((
+            format!("{field}.route[{index}].headers"),
+            route.headers.as_mut()?,
+        ))
+    });
+    for (field, headers) in of_rule.into_iter().chain(of_routes) {
+        for (name, operations) in [
+            ("request", &mut headers.request),
+            ("response", &mut headers.response),
+        ] {
+            if let Some(operations) = operations {
+                header_operations(
+                    operations,
+                    name == "request",
+                    &format!("{field}.{name}"),
+                    report,
+                );
+            }
+        }
+    }
+    if let Some(retries) = &mut rule.retries {
+        retry_conditions(retries, &format!("{field}.retries.retryOn"), report);
+    }
+}
+
+fn header_operations(
+    operations: &mut HeaderOperations,
+    request: bool,
+    field: &str,
+    report: &mut Reporter<'_>,
+) {
+    let mut refuse = |field: String, message: String| {
+        report.report(
+            Severity::Error,
+            Some("IST0106"),
+            field,
+            format!("{message}; this operation has no effect"),
+        );
+    };
+    let mut keep = |group: &str, name: &str, value: &str| {
+        let host = request && is_host(name);
+        let problem = if !host && (name.starts_with(':') || is_host(name) || !is_header_name(name))
+        {
+            format!("{name:?} is not the name of a header that may be changed")
+        } else if !is_header_value(value) {
+            format!("{value:?} is not a header value")
+        } else if value.matches('%').count() % 2 == 1 {
+            format!(
+                "{value:?} has a single %; write %% for the character, %NAME% for a value of the request"
+            )
+        } else {
+            return true;
+        };
+        refuse(format!("{field}.{group}[{name}]"), problem);
+        false
+    };
+    let mut filter = |group: &str, map: &mut BTreeMap<String, String>| {
+        map.retain(|name, value| keep(group, name, value))
+    };
+    filter("set", &mut operations.set);
+    filter("add", &mut operations.add);
+    operations.remove.retain(|name| {
+        let good = is_header_name(name) && !is_host(name);
+        if !good {
+            refuse(
+                format!("{field}.remove"),
+                format!("{name:?} is not the name of a header that may be removed"),
+            );
+        }
+        good
+    });
+}
+
+fn retry_conditions(retries: &mut HttpRetry, field: &str, report: &mut Reporter<'_>) {
+    let known = |entry: &str| {
+        RETRY_CONDITIONS.contains(&entry)
+            || entry
+                .parse::<u16>()
+                .is_ok_and(|code| (100..600).contains(&code))
+    };
+    let entries: Vec<&str> = retries
+        .retry_on
+        .split(',')
+        .map(str::trim)
+        .filter(|entry| !entry.is_empty())
+        .collect();
+    for entry in entries.iter().filter(|entry| !known(entry)) {
+        let message = format!(
+            "{entry:?} is neither a condition for retries nor a status code; it is left out"
+        );
+        report.report(Severity::Error, Some("IST0106"), field, message);
+    }
+    let kept: Vec<&str> = entries.into_iter().filter(|entry| known(entry)).collect();
+    retries.retry_on = kept.join(",");
+}
+
+/// Checks texts without which a rule makes no sense; field and message of the first bad one come back.
+pub(super) fn texts(rule: &HttpRoute) -> Result<(), (&'static str, String)> {
+    let mut all = Vec::new();
+    if let Some(redirect) = &rule.redirect {
+        all.push(("redirect.uri", &redirect.uri));
+        all.push(("redirect.authority", &redirect.authority));
+        all.push(("redirect.scheme", &redirect.scheme));
+        all.push(("redirect.prefixRewrite", &redirect.prefix_rewrite));
+    }
+    if let Some(rewrite) = &rule.rewrite {
+        all.push(("rewrite.uri", &rewrite.uri));
+        all.push(("rewrite.authority", &rewrite.authority));
+    }
+    if let Some((field, text)) = all.into_iter().find(|(_, text)| !is_header_value(text)) {
+        return Err((
+            field,
+            format!("{text:?} has characters that no header may have"),
+        ));
+    }
+    let body = rule
+        .direct_response
+        .as_ref()
+        .and_then(|response| response.body.as_ref());
+    let length = match body {
+        None => 0,
+        Some(HttpBody::String(text)) => text.len(),
+        Some(HttpBody::Bytes(text)) => match base64::engine::general_purpose::STANDARD.decode(text)
+        {
+            Ok(bytes) => bytes.len(),
+            Err(error) => {
+                return Err((
+                    "directResponse.body.bytes",
+                    format!("the text is not base64: {error}"),
+                ));
+            }
+        },
+    };
+    if length > BODY_LIMIT {
+        return Err((
+            "directResponse.body",
+            format!("the body has {length} bytes, more than {BODY_LIMIT}"),
+        ));
+    }
+    Ok(())
+}
+
+fn is_host(name: &str) -> bool {
+    name.eq_ignore_ascii_case("host") || name.eq_ignore_ascii_case(":authority")
+}
+
+/// A token of RFC 9110, section 5.6.2.
+pub(super) fn is_header_name(name: &str) -> bool {
+    !name.is_empty()
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte))
+}
+
+/// RFC 9110, section 5.5: no control characters but the tabulator.
+fn is_header_value(value: &str) -> bool {
+    value
+        .bytes()
+        .all(|byte| byte == b'\t' || (byte >= b' ' && byte != 0x7f))
+}
