@@ -8,12 +8,14 @@
 //! * **Start here**: [`run`] is the table of programs; `images.rs` is the table of images that lead to them.
 
 pub mod bookinfo;
+mod curl;
 pub mod helloworld;
 pub mod httpbin;
 pub mod images;
 mod manifests;
 pub mod propagate;
 mod serve;
+mod sleep;
 pub mod tcp_echo;
 pub mod upstream;
 pub mod web;
@@ -35,7 +37,9 @@ static PROGRAMS: &[Program] = &[
 ];
 
 /// Programs that the binary becomes when it is called by their name (`argv[0]`).
-static APPLETS: &[&str] = &["curl", "sleep"];
+type Applet = (&'static str, fn(&[String]) -> ExitCode);
+
+static APPLETS: &[Applet] = &[("curl", curl::main), ("sleep", sleep::main)];
 
 /// Names that [`run`] accepts.
 pub fn names() -> impl Iterator<Item = &'static str> {
@@ -59,15 +63,15 @@ pub fn run(name: &str, args: &[String]) -> anyhow::Result<()> {
 
 /// Whether the binary called as `name` is one of this crate's applets.
 pub fn is_applet(name: &str) -> bool {
-    APPLETS.contains(&name)
+    APPLETS.iter().any(|(known, _)| *known == name)
 }
 
 /// Runs the applet that `argv0` names (a path or a bare name) with the arguments after it; `None` where there is no such
 /// applet, so that the caller goes on with its own command line.
 pub fn applet(argv0: &str, args: &[String]) -> Option<ExitCode> {
     let name = argv0.rsplit('/').next().unwrap_or(argv0);
-    let _ = args;
-    is_applet(name).then_some(ExitCode::SUCCESS)
+    let (_, main) = APPLETS.iter().find(|(known, _)| *known == name)?;
+    Some(main(args))
 }
 
 /// The manifests that `--sample NAME` applies: pairs of file name (relative to `samples/`) and YAML text, in order; `None`
