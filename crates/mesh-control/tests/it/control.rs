@@ -1,0 +1,433 @@
+//! The control plane as a whole.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_control::{Addresses, Control, Options};
+use mesh_xds::types::{CLUSTER, ENDPOINT, LISTENER, ROUTE};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+
+use crate::api::Api;
+use crate::discovery::{self, ID};
+use crate::world;
+
+struct Plane {
+    addresses: Addresses,
+    stop: Option<oneshot::Sender<()>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+async fn start(api: &Api) -> Plane {
+    let mut options = Options::new(api.client(), "0.1.0");
+    for address in [
+        &mut options.grpc,
+        &mut options.webhook,
+        &mut options.monitoring,
+        &mut options.http,
+    ] {
+        *address = SocketAddr::from(([127, 0, 0, 1], 0));
+    }
+    let control = Control::bind(options).await.unwrap();
+    let addresses = control.addresses();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let task = tokio::spawn(async move {
+        control
+            .run(async {
+                let _ = stopped.await;
+            })
+            .await
+            .unwrap();
+    });
+    Plane {
+        addresses,
+        stop: Some(stop),
+        task,
+    }
+}
+
+impl Plane {
+    async fn stop(mut self) {
+        drop(self.stop.take());
+        let ended = tokio::time::timeout(Duration::from_secs(20), &mut self.task).await;
+        ended.expect("the control plane stops").unwrap();
+    }
+}
+
+/// Status code and body of a GET over plain HTTP.
+async fn get(address: SocketAddr, path: &str, host: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+    exchange(&mut stream, &request).await
+}
+
+async fn exchange<S: AsyncReadExt + AsyncWriteExt + Unpin>(
+    stream: &mut S,
+    request: &str,
+) -> (u16, String) {
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    // A server that closes without a TLS goodbye has still answered.
+    let _ = stream.read_to_end(&mut answer).await;
+    let answer = String::from_utf8(answer).unwrap();
+    let code = answer.split(' ').nth(1).unwrap().parse().unwrap();
+    let body = answer.split_once("\r\n\r\n").unwrap().1.to_owned();
+    (code, body)
+}
+
+async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
+    for _ in 0..400 {
+        if let Some(value) = probe().await {
+            return value;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{what} did not happen");
+}
+
+async fn debug(plane: &Plane, path: &str) -> Value {
+    let (code, body) = get(plane.addresses.http, path, "localhost").await;
+    assert_eq!(code, 200, "{body}");
+    serde_json::from_str(&body).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sidecar_gets_everything_and_then_each_change() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    let plane = start(&api).await;
+    let mut proxy = discovery::connect(plane.addresses.grpc, ID);
+    let first = proxy.complete().await;
+    let reviews = "outbound|9080||reviews.default.svc.cluster.local";
+    assert!(
+        first.held[CLUSTER].contains_key(reviews),
+        "{:?}",
+        first.held[CLUSTER].keys()
+    );
+    assert!(first.held[ENDPOINT].contains_key(reviews));
+    assert!(first.held[LISTENER].contains_key("virtualOutbound"));
+    assert!(first.held[ROUTE].contains_key("9080"));
+    assert!(first.mentions(ENDPOINT, "10.244.7.11"));
+
+    api.apply("virtualservices", world::virtual_service("jason"));
+    proxy
+        .until("the route", |view| view.mentions(ROUTE, "jason"))
+        .await;
+
+    // A change of endpoints sends endpoints and nothing else.
+    let before = proxy.view.borrow().updates.len();
+    let mut slice = api.get("endpointslices", "default", "reviews-x").unwrap();
+    slice["endpoints"][1]["conditions"]["ready"] = json!(false);
+    api.apply("endpointslices", slice);
+    let view = proxy
+        .until("the endpoints", |view| {
+            !view.mentions(ENDPOINT, "10.244.7.11")
+        })
+        .await;
+    let types: Vec<&str> = view.updates[before..]
+        .iter()
+        .map(|(type_url, _)| type_url.as_str())
+        .collect();
+    assert_eq!(types, [ENDPOINT]);
+
+    api.delete("virtualservices", "default", "reviews");
+    proxy
+        .until("the removal", |view| !view.mentions(ROUTE, "jason"))
+        .await;
+    plane.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_object_is_reported_and_stops_nothing() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    api.apply("virtualservices", world::broken());
+    api.apply("virtualservices", world::virtual_service("jason"));
+    let plane = start(&api).await;
+    let mut proxy = discovery::connect(plane.addresses.grpc, ID);
+    proxy
+        .until("the good one", |view| view.mentions(ROUTE, "jason"))
+        .await;
+    let status = eventually("the status", async || {
+        let object = api.get("virtualservices", "default", "broken")?;
+        object.get("status").cloned()
+    })
+    .await;
+    assert_eq!(status["conditions"][0]["status"], "False");
+    let message = status["conditions"][0]["message"].as_str().unwrap();
+    assert!(message.contains("hosts"), "{message}");
+    assert_eq!(status["validationMessages"][0]["level"], "ERROR");
+    let good = api.get("virtualservices", "default", "reviews").unwrap();
+    assert!(
+        good.get("status").is_none(),
+        "an object without problems is left alone: {good}"
+    );
+
+    // Mended, it takes effect and its status says so.
+    let mut mended = world::virtual_service("mended");
+    mended["metadata"]["name"] = json!("broken");
+    api.delete("virtualservices", "default", "reviews");
+    api.apply("virtualservices", mended);
+    proxy
+        .until("the mended one", |view| view.mentions(ROUTE, "mended"))
+        .await;
+    eventually("the new status", async || {
+        let object = api.get("virtualservices", "default", "broken")?;
+        (object["status"]["conditions"][0]["status"] == "True").then_some(())
+    })
+    .await;
+    plane.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_kind_is_waited_for() {
+    let api = Api::new().without("virtualservices");
+    world::bookinfo(&api);
+    let plane = start(&api).await;
+    let mut proxy = discovery::connect(plane.addresses.grpc, ID);
+    proxy.complete().await;
+    api.add_kind("virtualservices");
+    api.apply("virtualservices", world::virtual_service("jason"));
+    proxy
+        .until("the route", |view| view.mentions(ROUTE, "jason"))
+        .await;
+    plane.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_control_plane_sends_only_the_difference() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    let first = start(&api).await;
+    let mut proxy = discovery::connect(first.addresses.grpc, ID);
+    let held = proxy.complete().await;
+    drop(proxy);
+    first.stop().await;
+    api.apply("virtualservices", world::virtual_service("jason"));
+    let second = start(&api).await;
+    let mut proxy = discovery::run(second.addresses.grpc, ID, None, held.versions());
+    let view = proxy
+        .until("the route", |view| view.mentions(ROUTE, "jason"))
+        .await;
+    let names: Vec<&String> = view.updates.iter().flat_map(|(_, names)| names).collect();
+    assert_eq!(names, ["9080"], "only the route that changed");
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn debug_pages_show_who_took_what() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    let plane = start(&api).await;
+    let refused = "outbound|9080||reviews.default.svc.cluster.local";
+    let mut proxy = discovery::run(plane.addresses.grpc, ID, Some(refused), Default::default());
+    proxy.complete().await;
+    let row = eventually("the acknowledgements", async || {
+        let row = debug(&plane, "/debug/syncz").await[0].clone();
+        (row["route_status"] == "SYNCED" && row["cluster_status"] == "NACK").then_some(row)
+    })
+    .await;
+    assert_eq!(row["proxy"], "reviews-v1.default");
+    assert_eq!(row["listener_status"], "SYNCED");
+    let ads = debug(&plane, "/debug/adsz").await;
+    assert_eq!(
+        ads["clients"][0]["watches"]["CDS"]["rejected"][refused],
+        "refused by the test"
+    );
+    let dump = debug(&plane, "/debug/config_dump?proxyID=reviews-v1.default").await;
+    assert!(dump.to_string().contains("virtualOutbound"));
+    let (code, body) = get(
+        plane.addresses.http,
+        "/debug/config_dump?proxyID=nobody.default",
+        "localhost",
+    )
+    .await;
+    assert_eq!(code, 404, "{body}");
+    let (code, _) = get(plane.addresses.http, "/debug/syncz", "evil.example").await;
+    assert_eq!(code, 403, "another name in Host");
+    let (_, metrics) = get(plane.addresses.monitoring, "/metrics", "localhost").await;
+    assert!(
+        metrics.contains("pilot_xds{version=\"0.1.0\"} 1"),
+        "{metrics}"
+    );
+    assert!(metrics.contains("pilot_services 1"), "{metrics}");
+    assert!(
+        metrics.contains("pilot_total_xds_rejects_total 2")
+            || metrics.contains("pilot_total_xds_rejects_total 1"),
+        "{metrics}"
+    );
+    drop(proxy);
+    eventually("the disconnection", async || {
+        (debug(&plane, "/debug/adsz").await["totalClients"] == 0).then_some(())
+    })
+    .await;
+    plane.stop().await;
+}
+
+/// Posts an AdmissionReview to the webhooks, trusting what the control plane wrote into the webhook's configuration.
+async fn review(api: &Api, plane: &Plane, path: &str, request: Value) -> Value {
+    use base64::Engine;
+    let bundle = eventually("the CA bundle", async || {
+        let configuration = api.get(
+            "mutatingwebhookconfigurations",
+            "",
+            "istio-sidecar-injector",
+        )?;
+        configuration["webhooks"][0]["clientConfig"]["caBundle"]
+            .as_str()
+            .map(str::to_owned)
+    })
+    .await;
+    let bundle = base64::engine::general_purpose::STANDARD
+        .decode(bundle)
+        .unwrap();
+    let config =
+        mesh_identity::tls::client_config(&String::from_utf8(bundle).unwrap(), &["http/1.1"])
+            .unwrap();
+    let name = rustls::pki_types::ServerName::try_from("istiod.istio-system.svc").unwrap();
+    let stream = TcpStream::connect(plane.addresses.webhook).await.unwrap();
+    let mut stream = tokio_rustls::TlsConnector::from(config)
+        .connect(name, stream)
+        .await
+        .unwrap();
+    let body =
+        json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request})
+            .to_string();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: istiod.istio-system.svc\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    let (code, body) = exchange(&mut stream, &(head + &body)).await;
+    assert_eq!(code, 200, "{body}");
+    serde_json::from_str(&body).unwrap()
+}
+
+fn webhooks(api: &Api) {
+    let service = |path: &str| json!({"service": {"name": "istiod", "namespace": "istio-system", "path": path, "port": 443}});
+    api.apply(
+        "mutatingwebhookconfigurations",
+        json!({
+            "apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingWebhookConfiguration",
+            "metadata": {"name": "istio-sidecar-injector"},
+            "webhooks": [{"name": "namespace.sidecar-injector.istio.io", "failurePolicy": "Fail", "clientConfig": service("/inject")}],
+        }),
+    );
+    api.apply(
+        "validatingwebhookconfigurations",
+        json!({
+            "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+            "metadata": {"name": "istio-validator-istio-system"},
+            "webhooks": [{"name": "rev.validation.istio.io", "failurePolicy": "Ignore", "clientConfig": service("/validate")}],
+        }),
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_webhooks_inject_and_validate_over_trusted_tls() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    webhooks(&api);
+    let plane = start(&api).await;
+    eventually("readiness", async || {
+        (get(plane.addresses.http, "/ready", "10.244.0.9").await.0 == 200).then_some(())
+    })
+    .await;
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"generateName": "details-", "namespace": "default", "labels": {"app": "details"}},
+        "spec": {"containers": [{"name": "details", "image": "details:1"}]},
+    });
+    let request =
+        json!({"uid": "u1", "operation": "CREATE", "namespace": "default", "object": pod});
+    let answer = review(&api, &plane, "/inject", request).await;
+    assert_eq!(answer["response"]["uid"], "u1");
+    assert_eq!(answer["response"]["allowed"], true, "{answer}");
+    use base64::Engine;
+    let patch = base64::engine::general_purpose::STANDARD
+        .decode(answer["response"]["patch"].as_str().unwrap())
+        .unwrap();
+    let patch: json_patch::Patch = serde_json::from_slice(&patch).unwrap();
+    let mut injected = pod;
+    json_patch::patch(&mut injected, &patch).unwrap();
+    // The node's kubelet runs native sidecars, so the proxy is an init container.
+    let names: Vec<&str> = injected["spec"]["initContainers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|container| container["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["istio-init", "istio-proxy"]);
+
+    let request = json!({"uid": "u2", "operation": "CREATE", "namespace": "default", "object": world::broken()});
+    let answer = review(&api, &plane, "/validate", request).await;
+    assert_eq!(answer["response"]["allowed"], false);
+    let message = answer["response"]["status"]["message"].as_str().unwrap();
+    assert!(message.contains("spec.hosts"), "{message}");
+    let request = json!({"uid": "u3", "operation": "CREATE", "namespace": "default", "object": world::virtual_service("x")});
+    let answer = review(&api, &plane, "/validate", request).await;
+    assert_eq!(answer["response"]["allowed"], true, "{answer}");
+
+    eventually("binding validation", async || {
+        let configuration = api.get(
+            "validatingwebhookconfigurations",
+            "",
+            "istio-validator-istio-system",
+        )?;
+        (configuration["webhooks"][0]["failurePolicy"] == "Fail").then_some(())
+    })
+    .await;
+    // The bundle heals, and the authority survives a restart.
+    let secret = api
+        .get("secrets", "istio-system", "istio-ca-secret")
+        .unwrap();
+    let mut configuration = api
+        .get(
+            "mutatingwebhookconfigurations",
+            "",
+            "istio-sidecar-injector",
+        )
+        .unwrap();
+    configuration["webhooks"][0]["clientConfig"]["caBundle"] = json!("AAAA");
+    api.apply("mutatingwebhookconfigurations", configuration);
+    eventually("healing", async || {
+        let configuration = api.get(
+            "mutatingwebhookconfigurations",
+            "",
+            "istio-sidecar-injector",
+        )?;
+        (configuration["webhooks"][0]["clientConfig"]["caBundle"] != "AAAA").then_some(())
+    })
+    .await;
+    plane.stop().await;
+    let second = start(&api).await;
+    let request = json!({"uid": "u4", "operation": "CREATE", "namespace": "default", "object": world::virtual_service("x")});
+    review(&api, &second, "/validate", request).await;
+    assert_eq!(
+        api.get("secrets", "istio-system", "istio-ca-secret")
+            .unwrap()["data"],
+        secret["data"]
+    );
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_in_use_is_named() {
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut options = Options::new(Api::new().client(), "0.1.0");
+    for address in [
+        &mut options.webhook,
+        &mut options.monitoring,
+        &mut options.http,
+    ] {
+        *address = SocketAddr::from(([127, 0, 0, 1], 0));
+    }
+    options.grpc = taken.local_addr().unwrap();
+    let error = Control::bind(options).await.err().unwrap().to_string();
+    assert!(
+        error.contains(&taken.local_addr().unwrap().to_string()),
+        "{error}"
+    );
+    assert!(error.contains("discovery"), "{error}");
+}

@@ -1,0 +1,8 @@
+//! The control plane against a Kubernetes API of a few hundred lines in this process, with our own discovery client.
+
+#![allow(clippy::unwrap_used)]
+
+mod api;
+mod control;
+mod discovery;
+mod world;
