@@ -466,7 +466,7 @@ fn data(value: &str, strip: bool) -> Result<Vec<u8>, Failure> {
 fn urlencode(value: &str) -> Result<Vec<u8>, Failure> {
     let (name, content) = match value.find(['=', '@']) {
         Some(at) if value[at..].starts_with('@') => (&value[..at], read(&value[at + 1..])?),
-        Some(at) => (&value[..at], value[at + 1..].as_bytes().to_vec()),
+        Some(at) => (&value[..at], value.as_bytes()[at + 1..].to_vec()),
         None => ("", value.as_bytes().to_vec()),
     };
     let mut encoded = if name.is_empty() {
