@@ -41,7 +41,7 @@ impl Duration {
 
     /// True if the duration has no part finer than a millisecond.
     pub fn is_whole_millis(self) -> bool {
-        self.0.subsec_nanos() % 1_000_000 == 0
+        self.0.subsec_nanos().is_multiple_of(1_000_000)
     }
 
     /// True if the duration has no part finer than a second.
