@@ -12,11 +12,19 @@ use crate::virtual_host;
 pub(crate) type Server<'a> = (&'a Gateway, &'a GatewayServer);
 
 pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
+    let served = mesh.served_by(node);
+    // Gateways name the port of the Service in front of the pod; the pod may listen on another.
+    let target_port = |port: u16| {
+        served
+            .iter()
+            .find(|(_, _, of_service)| of_service.number == port)
+            .map_or(port, |(target, _, _)| *target)
+    };
     let mut by_port: BTreeMap<u16, Vec<Server<'_>>> = BTreeMap::new();
     for gateway in mesh.gateways_of(node) {
         for server in &gateway.servers {
             by_port
-                .entry(target_port(mesh, node, server.port))
+                .entry(target_port(server.port))
                 .or_default()
                 .push((gateway, server));
         }
@@ -40,13 +48,4 @@ pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
             virtual_host::gateway_port(mesh, node, &routes, &servers),
         );
     }
-}
-
-/// Where the gateway's pod listens for a port of a Gateway: Gateways name the port of the Service in front of the pod.
-fn target_port(mesh: &Mesh, node: &Node, port: u16) -> u16 {
-    let served = mesh.served_by(node);
-    served
-        .iter()
-        .find(|(_, _, service_port)| service_port.number == port)
-        .map_or(port, |(target, _, _)| *target)
 }

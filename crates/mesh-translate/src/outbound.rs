@@ -8,7 +8,8 @@ use mesh_model::{Mesh, Node, Protocol, Service, ServicePort};
 
 use crate::listener::{self, Place, Routes, http_chain, named, plain_http, tcp_chain};
 use crate::resources::{LISTENER, Resource, Resources};
-use crate::{names, pb, virtual_host};
+use crate::virtual_host::{self, Rules};
+use crate::{names, pb};
 
 /// Name of the listener that captured outgoing connections reach.
 const VIRTUAL_OUTBOUND: &str = "virtualOutbound";
@@ -19,6 +20,7 @@ pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
     resources
         .listeners
         .insert(VIRTUAL_OUTBOUND.to_owned(), virtual_outbound(mesh, node));
+    let rules = Rules::new(mesh, node);
     let mut http_ports = BTreeSet::new();
     // By address and port; of two services that claim the same the older wins.
     let mut claimed: BTreeMap<(IpAddr, u16), &Service> = BTreeMap::new();
@@ -46,12 +48,12 @@ pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
                     continue;
                 }
                 claimed.insert((address, port.number), service);
-                add_address(mesh, node, service, port, address, resources);
+                add_address(&rules, service, port, address, resources);
             }
         }
     }
     for port in http_ports {
-        add_http_port(mesh, node, port, resources);
+        add_http_port(&rules, port, resources);
     }
 }
 
@@ -98,7 +100,8 @@ fn virtual_outbound(mesh: &Mesh, node: &Node) -> Resource {
 }
 
 /// One listener for HTTP to any address on a port; what turns out not to be HTTP is passed through.
-fn add_http_port(mesh: &Mesh, node: &Node, port: u16, resources: &mut Resources) {
+fn add_http_port(rules: &Rules<'_>, port: u16, resources: &mut Resources) {
+    let Rules { mesh, node, .. } = *rules;
     let any = listener::any_address(node);
     let name = listener::name(any, port);
     let mut listener = handed_to(name.clone(), any, port);
@@ -119,14 +122,13 @@ fn add_http_port(mesh: &Mesh, node: &Node, port: u16, resources: &mut Resources)
         .insert(name, Resource::new(LISTENER, &listener));
     resources.routes.insert(
         routes.clone(),
-        virtual_host::outbound_port(mesh, node, &routes, port),
+        virtual_host::outbound_port(rules, &routes, port),
     );
 }
 
 /// One listener for a service port at one address: TCP, or whatever the first bytes say where no protocol is declared.
 fn add_address(
-    mesh: &Mesh,
-    node: &Node,
+    rules: &Rules<'_>,
     service: &Service,
     port: &ServicePort,
     address: IpAddr,
@@ -145,8 +147,8 @@ fn add_address(
         );
         listener.filter_chains = vec![chain];
         listener.default_filter_chain = Some(tcp_chain(None, &cluster));
-        listener::inspect(&mut listener, mesh, None);
-        let table = || virtual_host::outbound_service(mesh, node, &routes, service, port.number);
+        listener::inspect(&mut listener, rules.mesh, None);
+        let table = || virtual_host::outbound_service(rules, &routes, service, port.number);
         resources.routes.entry(routes.clone()).or_insert_with(table);
     } else {
         listener.filter_chains = vec![tcp_chain(None, &cluster)];

@@ -15,12 +15,12 @@ use crate::route::{self, Client};
 const PORT_OF_OTHER_HOSTS: u16 = 80;
 
 /// The table of a wildcard HTTP port: every visible service that has this port, then hosts that only rules know, then the rest.
-pub(crate) fn outbound_port(mesh: &Mesh, node: &Node, name: &str, port: u16) -> Resource {
-    let rules = Rules::new(mesh, node);
+pub(crate) fn outbound_port(rules: &Rules<'_>, name: &str, port: u16) -> Resource {
+    let Rules { mesh, node, .. } = *rules;
     let mut table = Table::default();
     for service in mesh.visible_services(&node.namespace) {
         if let Some(target) = http_target(mesh, service, port) {
-            table.push(service_host(&rules, node, service, target, port));
+            table.push(service_host(rules, service, target, port));
         }
     }
     if port == PORT_OF_OTHER_HOSTS {
@@ -37,19 +37,18 @@ pub(crate) fn outbound_port(mesh: &Mesh, node: &Node, name: &str, port: u16) -> 
 
 /// The table of a single service port whose protocol is found out.
 pub(crate) fn outbound_service(
-    mesh: &Mesh,
-    node: &Node,
+    rules: &Rules<'_>,
     name: &str,
     service: &Service,
     port: u16,
 ) -> Resource {
     let mut table = Table::default();
     // Whatever the Host header says: the connection went to this service's address.
-    if let Some(mut host) = service_host(&Rules::new(mesh, node), node, service, service, port) {
+    if let Some(mut host) = service_host(rules, service, service, port) {
         host.domains = vec!["*".to_owned()];
         table.push(Some(host));
     } else {
-        table.push(Some(route::catch_all(mesh)));
+        table.push(Some(route::catch_all(rules.mesh)));
     }
     table.into_resource(name)
 }
@@ -136,7 +135,6 @@ fn http_target<'a>(
 /// The virtual host of a service: its rules, or the way straight to it. `None` if there are rules and none of them is for this client.
 fn service_host(
     rules: &Rules<'_>,
-    node: &Node,
     service: &Service,
     target: &Service,
     port: u16,
@@ -152,7 +150,7 @@ fn service_host(
     (!routes.is_empty()).then(|| {
         route::virtual_host(
             format!("{}:{port}", service.host),
-            domains(service, node),
+            domains(service, rules.node),
             routes,
         )
     })
@@ -188,9 +186,9 @@ fn domains(service: &Service, node: &Node) -> Vec<String> {
 }
 
 /// The rules that a sidecar applies, by host.
-struct Rules<'a> {
-    mesh: &'a Mesh,
-    node: &'a Node,
+pub(crate) struct Rules<'a> {
+    pub(crate) mesh: &'a Mesh,
+    pub(crate) node: &'a Node,
     /// The oldest rule of each host.
     by_host: BTreeMap<&'a str, &'a VirtualService>,
     /// Wildcard hosts, longest first.
@@ -198,7 +196,7 @@ struct Rules<'a> {
 }
 
 impl<'a> Rules<'a> {
-    fn new(mesh: &'a Mesh, node: &'a Node) -> Self {
+    pub(crate) fn new(mesh: &'a Mesh, node: &'a Node) -> Self {
         let mut by_host = BTreeMap::new();
         for rule in mesh
             .sidecar_virtual_services(&node.namespace)
