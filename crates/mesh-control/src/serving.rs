@@ -6,9 +6,11 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwapOption;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use futures::StreamExt;
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::runtime::watcher::{self, Event, watcher};
 use mesh_identity::ca::Authority;
 use mesh_xds::backoff::Backoff;
 use serde_json::{Value, json};
@@ -24,9 +26,6 @@ const ROOT_LIFETIME: u64 = 3650 * 86_400;
 const LEAF_LIFETIME: u64 = 90 * 86_400;
 /// The certificate is made anew at this age.
 const RENEW: Duration = Duration::from_secs(30 * 86_400);
-/// How often the webhook configurations are looked at: somebody may have put back what we wrote.
-const REFRESH: Duration = Duration::from_secs(2);
-
 /// The TLS configuration of the webhooks; empty until there is a certificate. Clones share it.
 #[derive(Clone, Default)]
 pub(crate) struct Certificate(Arc<ArcSwapOption<rustls::ServerConfig>>);
@@ -59,11 +58,12 @@ pub(crate) async fn keep(options: Arc<Options>, certificate: Certificate) {
     loop {
         match serve_with(&options, &certificate).await {
             Ok(bundle) => {
-                backoff.reset();
-                let renew = tokio::time::Instant::now() + RENEW;
-                while tokio::time::Instant::now() < renew {
-                    tell_callers(&options, &bundle).await;
-                    tokio::time::sleep(REFRESH).await;
+                // Ends early only when telling failed: then it starts anew, after a moment.
+                if let Ok(error) =
+                    tokio::time::timeout(RENEW, tell_callers(&options, &bundle)).await
+                {
+                    tracing::warn!(%error, "keeping the webhook configurations; trying again");
+                    tokio::time::sleep(backoff.wait()).await;
                 }
             }
             Err(error) => {
@@ -136,52 +136,62 @@ fn load(secret: &DynamicObject) -> Result<Authority, ServingError> {
     Ok(Authority::from_pem(&part(CERTIFICATE)?, &part(KEY)?)?)
 }
 
-/// Puts the authority's certificate into the webhook configurations that call us, and makes validation binding now that it
-/// is served (it is installed with `Ignore`, so that it does not block its own installation).
-async fn tell_callers(options: &Options, bundle: &str) {
-    for (kind, plural) in [
-        (
-            "MutatingWebhookConfiguration",
-            "mutatingwebhookconfigurations",
-        ),
-        (
-            "ValidatingWebhookConfiguration",
-            "validatingwebhookconfigurations",
-        ),
-    ] {
+/// Keeps the authority's certificate in the webhook configurations that call us, whoever changes them, and makes validation
+/// binding now that it is served (it is installed with `Ignore`, so that it does not block its own installation). Gives why
+/// it stopped.
+async fn tell_callers(options: &Options, bundle: &str) -> String {
+    let configurations = |kind: &str, plural: &str| -> Api<DynamicObject> {
         let gvk = GroupVersionKind::gvk("admissionregistration.k8s.io", "v1", kind);
         let resource = ApiResource::from_gvk_with_plural(&gvk, plural);
-        let api: Api<DynamicObject> = Api::all_with(options.client.clone(), &resource);
-        let listed = match api.list(&Default::default()).await {
-            Ok(list) => list.items,
-            Err(error) => {
-                tracing::warn!(kind, %error, "listing webhook configurations; trying again");
-                continue;
-            }
+        Api::all_with(options.client.clone(), &resource)
+    };
+    let mutating = configurations(
+        "MutatingWebhookConfiguration",
+        "mutatingwebhookconfigurations",
+    );
+    let validating = configurations(
+        "ValidatingWebhookConfiguration",
+        "validatingwebhookconfigurations",
+    );
+    let watched = |api: &Api<DynamicObject>, binding: bool| {
+        watcher(api.clone(), watcher::Config::default()).map(move |event| (binding, event))
+    };
+    let mut events = std::pin::pin!(futures::stream::select(
+        watched(&mutating, false),
+        watched(&validating, true)
+    ));
+    while let Some((binding, event)) = events.next().await {
+        let configuration = match event {
+            Ok(Event::Apply(configuration) | Event::InitApply(configuration)) => configuration,
+            Ok(_) => continue,
+            Err(error) => return format!("watching: {error}"),
         };
-        for configuration in listed {
-            let Some(name) = configuration.metadata.name.as_deref() else {
-                continue;
-            };
-            let fail = kind.starts_with("Validating");
-            let operations = corrections(&configuration.data["webhooks"], options, bundle, fail);
-            if operations.is_empty() {
-                continue;
-            }
-            let patch: Result<json_patch::Patch, _> =
-                serde_json::from_value(Value::Array(operations));
-            let Ok(patch) = patch else { continue };
-            match api
-                .patch(name, &PatchParams::default(), &Patch::Json::<()>(patch))
-                .await
-            {
-                Ok(_) => {
-                    tracing::info!(kind, name, "told the caller of our webhooks whom to trust")
-                }
-                Err(error) => tracing::warn!(kind, name, %error, "patching; trying again"),
-            }
+        let api = if binding { &validating } else { &mutating };
+        if let Err(error) = correct(api, &configuration, options, bundle, binding).await {
+            return format!("patching: {error}");
         }
     }
+    "the watch ended".to_owned()
+}
+
+async fn correct(
+    api: &Api<DynamicObject>,
+    configuration: &DynamicObject,
+    options: &Options,
+    bundle: &str,
+    binding: bool,
+) -> Result<(), kube::Error> {
+    let name = configuration.metadata.name.as_deref().unwrap_or_default();
+    let operations = corrections(&configuration.data["webhooks"], options, bundle, binding);
+    if operations.is_empty() {
+        return Ok(());
+    }
+    let patch: json_patch::Patch =
+        serde_json::from_value(Value::Array(operations)).map_err(kube::Error::SerdeError)?;
+    api.patch(name, &PatchParams::default(), &Patch::Json::<()>(patch))
+        .await?;
+    tracing::info!(name, "told the caller of our webhooks whom to trust");
+    Ok(())
 }
 
 /// The JSON patch that makes the webhooks that call our Service trust us; empty if they do.
