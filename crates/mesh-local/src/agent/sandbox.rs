@@ -202,9 +202,8 @@ mod tests {
         let first = ipam.take(start).unwrap();
         assert_ne!(first, NODE_IP);
         ipam.release(first, start);
-        let mut soon: Vec<_> = (0..65_000).map_while(|_| ipam.take(start + Duration::from_secs(29))).collect();
+        let soon: Vec<_> = std::iter::from_fn(|| ipam.take(start + Duration::from_secs(29))).collect();
         assert!(!soon.contains(&first));
-        soon.truncate(0);
         assert_eq!(ipam.take(start + Duration::from_secs(31)), Some(first), "the only one left");
     }
 }

@@ -48,7 +48,7 @@ impl Api {
                 let found = self.objects.lock().unwrap().iter().find(|(p, _)| p == path).map(|(_, o)| o.clone());
                 match found {
                     Some(object) => axum::Json(object).into_response(),
-                    None if path.ends_with("s") => axum::Json(json!({"apiVersion": "v1", "kind": "List", "metadata": {}, "items": []})).into_response(),
+                    None if path.split('/').count() == 6 => axum::Json(json!({"apiVersion": "v1", "kind": "List", "metadata": {}, "items": []})).into_response(),
                     None => {
                         let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "not found", "reason": "NotFound", "code": 404});
                         (StatusCode::NOT_FOUND, axum::Json(status)).into_response()

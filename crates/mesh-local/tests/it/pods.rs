@@ -83,8 +83,15 @@ pub async fn all(run: &Path) {
     assert_eq!(other_processes(), BTreeSet::new(), "processes are left behind");
     let left: Vec<_> = std::fs::read_dir(run.join("pods")).unwrap().flatten().collect();
     assert!(left.is_empty(), "{left:?}");
-    let links = std::fs::read_to_string("/proc/net/dev").unwrap();
-    assert!(!links.contains("veth"), "links are left behind: {links}");
+    // The kernel takes namespaces apart in the background.
+    let links = || std::fs::read_to_string("/proc/net/dev").unwrap();
+    for _ in 0..500 {
+        if !links().contains("veth") {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("links are left behind: {}", links());
 }
 
 fn other_processes() -> BTreeSet<u32> {
@@ -110,7 +117,7 @@ async fn life_of_a_pod(run: &Path) {
         ],
         "containers": [
             {"name": "app", "image": "x",
-             "command": ["/bin/sh", "-c", "cat /shared/init /settings/color; cat /run/token/token; trap 'echo app down; exit 0' TERM; while :; do sleep 0.05; done"],
+             "command": ["/bin/sh", "-c", "cat /shared/init /settings/color; cat /run/token/token; echo; trap 'echo app down; exit 0' TERM; while :; do sleep 0.05; done"],
              "volumeMounts": [
                 {"name": "shared", "mountPath": "/shared"}, {"name": "settings", "mountPath": "/settings"},
                 {"name": "settings", "mountPath": "/shared/escape/inside"}, {"name": "token", "mountPath": "/var/run/token"}]},
@@ -119,7 +126,14 @@ async fn life_of_a_pod(run: &Path) {
     let status = pod.api.wait("the pod to be ready", ready).await;
     assert_eq!(status["phase"], "Running");
     assert_eq!(status["initContainerStatuses"][0]["state"]["terminated"]["exitCode"], 0);
-    assert_eq!(pod.logs("app", false).await, "red\nreda-token");
+    let wanted = "red\nreda-token\n";
+    for _ in 0..500 {
+        if pod.logs("app", false).await == wanted {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!(pod.logs("app", false).await, wanted);
     assert!(!Path::new("/etc/inside").exists(), "a volume was mounted outside the container");
     inside(&pod).await;
     restarts(&pod).await;
