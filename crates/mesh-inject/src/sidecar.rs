@@ -26,8 +26,10 @@ pub(crate) fn injected(
         .workload
         .cloned()
         .unwrap_or_else(|| Workload::of(view));
-    let mut parts = Parts::default();
-    parts.volumes = volumes(settings);
+    let mut parts = Parts {
+        volumes: volumes(settings),
+        ..Parts::default()
+    };
     let mut proxy = proxy_container(view, settings, context, &workload);
     let own_proxy = view.container(PROXY_CONTAINER);
     if settings.template == Template::Gateway && own_proxy.is_none() {
@@ -254,7 +256,7 @@ fn canonical(view: &PodView<'_>, workload: &Workload) -> (String, String) {
         "app",
     ])
     .unwrap_or_else(|| workload.name.clone());
-    name.truncate(63);
+    name.truncate(name.floor_char_boundary(63));
     let name = name.trim_end_matches(['-', '_', '.']).to_owned();
     let revision = first([
         "service.istio.io/canonical-revision",

@@ -118,13 +118,21 @@ fn block(out: &mut String, value: &str, indent: usize) {
     }
 }
 
+/// Writes a text in Go's choice of quotes: none, double ones for what would be another type, single ones for what would be syntax.
 fn text(out: &mut String, value: &str) {
     if is_plain(value) {
         out.push_str(value);
-    } else {
+    } else if needs_quotes(value) || value.chars().any(is_odd) {
         // A JSON string is a YAML double-quoted one.
         out.push_str(&Value::String(value.to_owned()).to_string());
+    } else {
+        let _ = write!(out, "'{}'", value.replace('\'', "''"));
     }
+}
+
+/// Characters that only double quotes can hold.
+fn is_odd(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{feff}' | '\u{2028}' | '\u{2029}')
 }
 
 fn is_plain(value: &str) -> bool {
@@ -135,15 +143,14 @@ fn is_plain(value: &str) -> bool {
     let dash = value.starts_with('-')
         && value.len() > 1
         && !value.starts_with("- ")
-        && !value.starts_with("--");
+        && !value.starts_with("---");
     !needs_quotes(value)
         && (dash || !value.starts_with(FIRST))
         && !value.contains(": ")
         && !value.contains(" #")
         && !value.ends_with(':')
         && value.trim() == value
-        && !value.chars().any(char::is_control)
-        && !value.contains(['\u{feff}', '\u{2028}', '\u{2029}', '\u{85}'])
+        && !value.chars().any(is_odd)
 }
 
 #[cfg(test)]
@@ -170,7 +177,7 @@ mod tests {
         let value = json!({ "kind": "A", "spec": { "hosts": ["*", "a.b"], "on": "yes", "http": [{ "route": [{ "weight": 1 }] }] } });
         assert_eq!(
             to_string(&value),
-            "kind: A\nspec:\n  hosts:\n  - \"*\"\n  - a.b\n  \"on\": \"yes\"\n  http:\n  - route:\n    - weight: 1\n"
+            "kind: A\nspec:\n  hosts:\n  - '*'\n  - a.b\n  \"on\": \"yes\"\n  http:\n  - route:\n    - weight: 1\n"
         );
     }
 }
