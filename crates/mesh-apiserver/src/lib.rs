@@ -9,17 +9,51 @@
 //! * **Start here:** [`ApiServer::open`], [`ApiServer::router`]; then `request.rs` (URL to request), `dispatch.rs` (request to verb),
 //!   `storage.rs` (objects, revisions, watch history).
 
+mod admission;
 mod auth;
+mod bootstrap;
+mod connect;
+mod convert;
+mod delete;
+mod discovery;
+mod dispatch;
+mod documents;
+mod errors;
+mod logs;
+mod managed;
+mod names;
 pub mod node;
+mod openapi;
+mod patch;
+mod read;
+mod registry;
+mod request;
+mod respond;
+mod reviews;
+mod scale;
+mod schema;
+mod selector;
+mod serve;
+mod storage;
+mod strategy;
+mod streams;
+mod table;
+mod watch;
+mod write;
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use futures::future::BoxFuture;
+use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 pub use auth::{Auth, Identity};
+use registry::{Registry, Resource};
+use storage::{Storage, WriteError};
+
+const CRDS: &str = "apiextensions.k8s.io/customresourcedefinitions";
 
 /// How webhooks reach a service: cluster address and port in, connection out.
 pub type ServiceDialer = Arc<
@@ -82,6 +116,9 @@ pub enum OpenError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A first object can't be stored.
+    #[error("creating the cluster's first objects: {0}")]
+    Bootstrap(String),
     /// The service network has no room.
     #[error(
         "the service network {0}/{1} is too small or not a network; use a prefix of at most 28 bits"
@@ -92,7 +129,22 @@ pub enum OpenError {
 /// The API server; clones share it.
 #[derive(Clone)]
 pub struct ApiServer {
-    options: Arc<Options>,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    options: Options,
+    storage: Storage,
+    registry: RwLock<Arc<Registry>>,
+    /// Held from the choice of an address to the write that takes it.
+    allocation: tokio::sync::Mutex<()>,
+    closing: CancellationToken,
+}
+
+impl std::fmt::Debug for ApiServer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ApiServer").finish_non_exhaustive()
+    }
 }
 
 impl ApiServer {
@@ -101,30 +153,169 @@ impl ApiServer {
     /// # Errors
     /// See [`OpenError`].
     pub fn open(options: Options) -> Result<ApiServer, OpenError> {
-        Ok(ApiServer {
-            options: Arc::new(options),
-        })
+        let (network, prefix) = options.service_cidr;
+        if !(8..=28).contains(&prefix) || u32::from(network) << prefix != 0 {
+            return Err(OpenError::ServiceCidr(network, prefix));
+        }
+        let storage = Storage::open(options.store.clone())?;
+        let server = ApiServer {
+            inner: Arc::new(Inner {
+                options,
+                storage,
+                registry: RwLock::default(),
+                allocation: tokio::sync::Mutex::new(()),
+                closing: CancellationToken::new(),
+            }),
+        };
+        server.rebuild_registry();
+        bootstrap::create_first_objects(&server)?;
+        Ok(server)
     }
 
     /// The service for real clients: every request is authenticated by its bearer token.
     pub fn router(&self) -> axum::Router {
-        axum::Router::new()
+        serve::router(self, None)
     }
 
     /// The service for clients in this process: every request is `identity`'s, no token needed.
     pub fn router_as(&self, identity: Identity) -> axum::Router {
-        let _ = (identity, &self.options);
-        axum::Router::new()
+        serve::router(self, Some(identity))
     }
 
-    /// Serves `router()` over TLS until `shutdown`; open watches are ended then.
+    /// Serves `router()` over TLS until `shutdown`; open watches, logs and connections are ended then.
     pub async fn serve(
         &self,
         listener: TcpListener,
         tls: Arc<rustls::ServerConfig>,
         shutdown: CancellationToken,
     ) {
-        let _ = (listener, tls);
-        shutdown.cancelled().await;
+        serve::serve(self, listener, tls, shutdown).await;
+    }
+
+    /// Ends all open watches and log streams of all routers; for the end of the process.
+    pub fn close(&self) {
+        self.inner.closing.cancel();
+    }
+
+    pub(crate) fn options(&self) -> &Options {
+        &self.inner.options
+    }
+
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.inner.storage
+    }
+
+    pub(crate) fn closing(&self) -> CancellationToken {
+        self.inner.closing.clone()
+    }
+
+    pub(crate) fn registry(&self) -> Arc<Registry> {
+        self.inner
+            .registry
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(crate) async fn allocation(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.inner.allocation.lock().await
+    }
+
+    /// First address and the one behind the last of the service network, without its own two ends.
+    pub(crate) fn service_range(&self) -> (u32, u32) {
+        let (network, prefix) = self.inner.options.service_cidr;
+        let first = u32::from(network);
+        (first + 1, first + (1 << (32 - u32::from(prefix))) - 1)
+    }
+
+    pub(crate) fn service_network(&self) -> String {
+        let (network, prefix) = self.inner.options.service_cidr;
+        format!("{network}/{prefix}")
+    }
+
+    /// The identity behind a token, with the token's audiences for a service account; the account and the pod must still exist.
+    pub(crate) fn authenticate(
+        &self,
+        token: &str,
+        audiences: &[String],
+    ) -> Result<(Identity, Option<Vec<String>>), String> {
+        let (identity, claims) = self
+            .inner
+            .options
+            .auth
+            .identify(token, audiences)
+            .map_err(|e| e.to_string())?;
+        let Some(claims) = claims else {
+            return Ok((identity, None));
+        };
+        let bound = &claims.kubernetes;
+        let alive = |storage: &str, object: &mesh_identity::token::ObjectRef| {
+            let found = self
+                .storage()
+                .get(storage, &format!("{}/{}", bound.namespace, object.name));
+            found.is_some_and(|f| {
+                object.uid.is_empty() || f.value["metadata"]["uid"] == object.uid.as_str()
+            })
+        };
+        if !alive("core/serviceaccounts", &bound.serviceaccount) {
+            return Err("the token's service account does not exist any more".to_owned());
+        }
+        if bound
+            .pod
+            .as_ref()
+            .is_some_and(|pod| !alive("core/pods", pod))
+        {
+            return Err("the token's pod does not exist any more".to_owned());
+        }
+        Ok((identity, Some(claims.aud)))
+    }
+
+    /// What follows a write: a definition changes which resources there are.
+    pub(crate) fn wrote(&self, resource: &Resource, object: &Value) {
+        if resource.storage != CRDS {
+            return;
+        }
+        self.rebuild_registry();
+        if let (Some(group), Some(plural)) = (
+            object["spec"]["group"].as_str(),
+            object["spec"]["names"]["plural"].as_str(),
+        ) && self
+            .storage()
+            .get(CRDS, &format!("/{plural}.{group}"))
+            .is_none()
+        {
+            self.storage().close_watches(&format!("{group}/{plural}"));
+        }
+    }
+
+    /// What precedes a deletion: the objects of a definition go with it.
+    pub(crate) fn before_delete(&self, resource: &Resource, object: &Value) {
+        if resource.storage != CRDS {
+            return;
+        }
+        let (group, plural) = (&object["spec"]["group"], &object["spec"]["names"]["plural"]);
+        let storage = format!(
+            "{}/{}",
+            group.as_str().unwrap_or_default(),
+            plural.as_str().unwrap_or_default()
+        );
+        for (key, stored) in self.storage().list(&storage, None).items {
+            match self.storage().delete(&storage, &key, stored.revision) {
+                Ok(_) | Err(WriteError::Changed) => {}
+                Err(error) => {
+                    tracing::error!(%key, %error, "an object of a deleted definition is left")
+                }
+            }
+        }
+    }
+
+    fn rebuild_registry(&self) {
+        let crds = self.storage().list(CRDS, None).items;
+        let registry = Registry::new(crds.iter().map(|(_, stored)| &stored.value));
+        *self
+            .inner
+            .registry
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(registry);
     }
 }

@@ -35,7 +35,11 @@ pub(crate) struct Kind {
 impl Kind {
     /// `api/v1` or `apis/GROUP/VERSION`.
     fn prefix(&self) -> String {
-        if self.group.is_empty() { format!("api/{}", self.version) } else { format!("apis/{}/{}", self.group, self.version) }
+        if self.group.is_empty() {
+            format!("api/{}", self.version)
+        } else {
+            format!("apis/{}/{}", self.group, self.version)
+        }
     }
 
     /// The name of its definition: that of its type, or for custom resources the group turned round, as Kubernetes names them.
@@ -68,7 +72,10 @@ pub(crate) fn v3_index(kinds: &[Kind], revision: u64) -> Value {
 
 /// `/openapi/v3/PREFIX`, for example `apis/apps/v1`; `None` when nothing of that prefix is served.
 pub(crate) fn v3(kinds: &[Kind], prefix: &str) -> Option<Value> {
-    let kinds: Vec<&Kind> = kinds.iter().filter(|kind| kind.prefix() == prefix).collect();
+    let kinds: Vec<&Kind> = kinds
+        .iter()
+        .filter(|kind| kind.prefix() == prefix)
+        .collect();
     if kinds.is_empty() {
         return None;
     }
@@ -106,13 +113,18 @@ enum Flavor {
 
 fn document(kinds: &[&Kind], flavor: Flavor) -> (Map<String, Value>, BTreeMap<String, Value>) {
     let mut paths = Map::new();
-    let mut writer = Writer { flavor, definitions: BTreeMap::new() };
+    let mut writer = Writer {
+        flavor,
+        definitions: BTreeMap::new(),
+    };
     for kind in kinds {
         add_paths(&mut paths, kind, flavor);
         let name = kind.definition();
         writer.define(&name, &kind.schema);
         if let Some(Value::Object(definition)) = writer.definitions.get_mut(&name) {
-            let kinds = definition.entry("x-kubernetes-group-version-kind").or_insert_with(|| json!([]));
+            let kinds = definition
+                .entry("x-kubernetes-group-version-kind")
+                .or_insert_with(|| json!([]));
             if let Some(kinds) = kinds.as_array_mut() {
                 kinds.push(kind.group_version_kind());
             }
@@ -122,7 +134,11 @@ fn document(kinds: &[&Kind], flavor: Flavor) -> (Map<String, Value>, BTreeMap<St
 }
 
 fn add_paths(paths: &mut Map<String, Value>, kind: &Kind, flavor: Flavor) {
-    let scope = if kind.namespaced { "/namespaces/{namespace}" } else { "" };
+    let scope = if kind.namespaced {
+        "/namespaces/{namespace}"
+    } else {
+        ""
+    };
     let list = format!("/{}{scope}/{}", kind.prefix(), kind.plural);
     let operation = |action: &str, query: &[&str]| {
         let parameters: Vec<Value> = query.iter().map(|name| parameter(name, flavor)).collect();
@@ -151,7 +167,9 @@ fn add_paths(paths: &mut Map<String, Value>, kind: &Kind, flavor: Flavor) {
 fn parameter(name: &str, flavor: Flavor) -> Value {
     match flavor {
         Flavor::V2 => json!({"name": name, "in": "query", "type": "string", "uniqueItems": true}),
-        Flavor::V3 => json!({"name": name, "in": "query", "schema": {"type": "string", "uniqueItems": true}}),
+        Flavor::V3 => {
+            json!({"name": name, "in": "query", "schema": {"type": "string", "uniqueItems": true}})
+        }
     }
 }
 
@@ -210,7 +228,11 @@ impl Writer {
         }
         self.kind(schema, &mut out);
         if !schema.props.is_empty() {
-            let props: Map<String, Value> = schema.props.iter().map(|(name, field)| (name.clone(), self.used(field))).collect();
+            let props: Map<String, Value> = schema
+                .props
+                .iter()
+                .map(|(name, field)| (name.clone(), self.used(field)))
+                .collect();
             out.insert("properties".into(), props.into());
         }
         if let Some(values) = &schema.additional {
@@ -265,7 +287,10 @@ impl Writer {
                 out.insert("format".into(), "int-or-string".into());
                 match self.flavor {
                     Flavor::V2 => out.insert("type".into(), "string".into()),
-                    Flavor::V3 => out.insert("oneOf".into(), json!([{"type": "integer"}, {"type": "string"}])),
+                    Flavor::V3 => out.insert(
+                        "oneOf".into(),
+                        json!([{"type": "integer"}, {"type": "string"}]),
+                    ),
                 };
                 return;
             }
@@ -293,7 +318,11 @@ fn list_extensions(schema: &Schema, out: &mut Map<String, Value>) {
             if let Some(key) = keys.first() {
                 out.insert("x-kubernetes-patch-merge-key".into(), key.clone().into());
             }
-            let strategy = if schema.retain_keys { "merge,retainKeys" } else { "merge" };
+            let strategy = if schema.retain_keys {
+                "merge,retainKeys"
+            } else {
+                "merge"
+            };
             out.insert("x-kubernetes-patch-strategy".into(), strategy.into());
         }
     }
@@ -313,32 +342,54 @@ mod tests {
             namespaced: true,
             schema: builtin::lookup(kind).unwrap(),
         };
-        vec![kind("", "Pod", "pods"), kind("apps", "Deployment", "deployments")]
+        vec![
+            kind("", "Pod", "pods"),
+            kind("apps", "Deployment", "deployments"),
+        ]
     }
 
     #[test]
     fn v3_has_what_explain_and_apply_look_for() {
         let document = v3(&kinds(), "apis/apps/v1").unwrap();
         let path = &document["paths"]["/apis/apps/v1/namespaces/{namespace}/deployments/{name}"];
-        assert_eq!(path["get"]["x-kubernetes-group-version-kind"]["kind"], "Deployment");
+        assert_eq!(
+            path["get"]["x-kubernetes-group-version-kind"]["kind"],
+            "Deployment"
+        );
         let patch = path["patch"]["parameters"].as_array().unwrap();
-        assert!(patch.iter().any(|p| p["name"] == "dryRun" && p["in"] == "query"));
+        assert!(
+            patch
+                .iter()
+                .any(|p| p["name"] == "dryRun" && p["in"] == "query")
+        );
         let schemas = &document["components"]["schemas"];
-        assert_eq!(schemas["io.k8s.api.apps.v1.Deployment"]["x-kubernetes-group-version-kind"][0]["group"], "apps");
+        assert_eq!(
+            schemas["io.k8s.api.apps.v1.Deployment"]["x-kubernetes-group-version-kind"][0]["group"],
+            "apps"
+        );
         let containers = &schemas["io.k8s.api.core.v1.PodSpec"]["properties"]["containers"];
         assert_eq!(containers["x-kubernetes-patch-merge-key"], "name");
         assert!(v3(&kinds(), "apis/none/v1").is_none());
-        assert_eq!(v3_index(&kinds(), 7)["paths"]["api/v1"]["serverRelativeURL"], "/openapi/v3/api/v1?hash=7");
+        assert_eq!(
+            v3_index(&kinds(), 7)["paths"]["api/v1"]["serverRelativeURL"],
+            "/openapi/v3/api/v1?hash=7"
+        );
     }
 
     #[test]
     fn every_reference_of_v2_has_its_definition() {
         let document = v2(&kinds());
         let text = document.to_string();
-        let references = text.split("\"#/definitions/").skip(1).map(|rest| rest.split('"').next().unwrap());
+        let references = text
+            .split("\"#/definitions/")
+            .skip(1)
+            .map(|rest| rest.split('"').next().unwrap());
         let mut count = 0;
         for name in references {
-            assert!(document["definitions"][name].is_object(), "{name} is not defined");
+            assert!(
+                document["definitions"][name].is_object(),
+                "{name} is not defined"
+            );
             count += 1;
         }
         assert!(count > 50);

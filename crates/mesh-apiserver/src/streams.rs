@@ -31,7 +31,11 @@ enum Transport {
 }
 
 /// Answers `pods/exec` and `pods/attach`; `exec` has everything that the URL says.
-pub(crate) async fn exec(node: Arc<dyn NodeBackend>, exec: ExecRequest, request: Request<Body>) -> Response {
+pub(crate) async fn exec(
+    node: Arc<dyn NodeBackend>,
+    exec: ExecRequest,
+    request: Request<Body>,
+) -> Response {
     match transport(request.headers()) {
         Some(Transport::WebSocket) => websocket::exec(node, exec, request).await,
         Some(Transport::Spdy) => match choose(request.headers(), &[V4]) {
@@ -40,9 +44,13 @@ pub(crate) async fn exec(node: Arc<dyn NodeBackend>, exec: ExecRequest, request:
                 Ok(session) => spdy::upgrade(request, V4, move |io| spdy::exec(io, session, exec)),
                 Err(error) => refuse(&error),
             },
-            None => bad_request("none of the X-Stream-Protocol-Version offered is supported; this server has v4.channel.k8s.io"),
+            None => bad_request(
+                "none of the X-Stream-Protocol-Version offered is supported; this server has v4.channel.k8s.io",
+            ),
         },
-        None => bad_request("you must specify at least 1 of stdin, stdout, stderr in an Upgrade: websocket or SPDY/3.1 request"),
+        None => bad_request(
+            "you must specify at least 1 of stdin, stdout, stderr in an Upgrade: websocket or SPDY/3.1 request",
+        ),
     }
 }
 
@@ -54,12 +62,20 @@ pub(crate) async fn port_forward(
     ports: Vec<u16>,
     request: Request<Body>,
 ) -> Response {
-    let target = port_forward::Target { node, namespace, pod };
+    let target = port_forward::Target {
+        node,
+        namespace,
+        pod,
+    };
     match transport(request.headers()) {
         Some(Transport::WebSocket) => websocket::port_forward(target, ports, request).await,
         Some(Transport::Spdy) => match choose(request.headers(), &[PORT_FORWARD]) {
-            Some(_) => spdy::upgrade(request, PORT_FORWARD, move |io| port_forward::serve(io, target)),
-            None => bad_request("none of the X-Stream-Protocol-Version offered is supported; this server has portforward.k8s.io"),
+            Some(_) => spdy::upgrade(request, PORT_FORWARD, move |io| {
+                port_forward::serve(io, target)
+            }),
+            None => bad_request(
+                "none of the X-Stream-Protocol-Version offered is supported; this server has portforward.k8s.io",
+            ),
         },
         None => bad_request("port forwarding needs an Upgrade: websocket or SPDY/3.1 request"),
     }

@@ -163,13 +163,23 @@ struct Any {
 
 /// Encodes a document that [`super::v2`] made.
 pub(super) fn encode(document: &Value) -> Vec<u8> {
-    let paths = members(&document["paths"]).map(|(name, value)| NamedPathItem { name: name.clone(), value: Some(path(value)) });
+    let paths = members(&document["paths"]).map(|(name, value)| NamedPathItem {
+        name: name.clone(),
+        value: Some(path(value)),
+    });
     let definitions = members(&document["definitions"]).map(|(name, value)| named(name, value));
     let message = Document {
         swagger: text(&document["swagger"]),
-        info: Some(Info { title: text(&document["info"]["title"]), version: text(&document["info"]["version"]) }),
-        paths: Some(Paths { path: paths.collect() }),
-        definitions: Some(Schemas { additional_properties: definitions.collect() }),
+        info: Some(Info {
+            title: text(&document["info"]["title"]),
+            version: text(&document["info"]["version"]),
+        }),
+        paths: Some(Paths {
+            path: paths.collect(),
+        }),
+        definitions: Some(Schemas {
+            additional_properties: definitions.collect(),
+        }),
     };
     message.encode_to_vec()
 }
@@ -184,46 +194,101 @@ fn text(value: &Value) -> String {
 
 /// A value as YAML, of which JSON is a part.
 fn any(value: &Value) -> Any {
-    Any { yaml: value.to_string() }
+    Any {
+        yaml: value.to_string(),
+    }
 }
 
 fn path(value: &Value) -> PathItem {
     let one = |verb: &str| value.get(verb).map(operation);
-    PathItem { get: one("get"), put: one("put"), post: one("post"), delete: one("delete"), patch: one("patch") }
+    PathItem {
+        get: one("get"),
+        put: one("put"),
+        post: one("post"),
+        delete: one("delete"),
+        patch: one("patch"),
+    }
 }
 
 fn operation(value: &Value) -> Operation {
-    let parameters = value["parameters"].as_array().into_iter().flatten().map(|parameter| {
-        let query = QueryParameter { place: "query".to_owned(), name: text(&parameter["name"]), kind: "string".to_owned() };
-        let inner = NonBodyParameter { query_parameter_sub_schema: Some(query) };
-        ParametersItem { parameter: Some(Parameter { non_body_parameter: Some(inner) }) }
-    });
-    Operation { parameters: parameters.collect(), vendor_extension: extensions(value) }
+    let parameters = value["parameters"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|parameter| {
+            let query = QueryParameter {
+                place: "query".to_owned(),
+                name: text(&parameter["name"]),
+                kind: "string".to_owned(),
+            };
+            let inner = NonBodyParameter {
+                query_parameter_sub_schema: Some(query),
+            };
+            ParametersItem {
+                parameter: Some(Parameter {
+                    non_body_parameter: Some(inner),
+                }),
+            }
+        });
+    Operation {
+        parameters: parameters.collect(),
+        vendor_extension: extensions(value),
+    }
 }
 
 fn extensions(value: &Value) -> Vec<NamedAny> {
     let found = members(value).filter(|(name, _)| name.starts_with("x-"));
-    found.map(|(name, value)| NamedAny { name: name.clone(), value: Some(any(value)) }).collect()
+    found
+        .map(|(name, value)| NamedAny {
+            name: name.clone(),
+            value: Some(any(value)),
+        })
+        .collect()
 }
 
 fn named(name: &str, value: &Value) -> NamedSchema {
-    NamedSchema { name: name.to_owned(), value: Some(schema(value)) }
+    NamedSchema {
+        name: name.to_owned(),
+        value: Some(schema(value)),
+    }
 }
 
 fn schema(value: &Value) -> Schema {
-    let kind = value["type"].as_str().map(|kind| TypeItem { value: vec![kind.to_owned()] });
-    let values = value.get("additionalProperties").map(|v| Box::new(AdditionalProperties { schema: Some(Box::new(schema(v))) }));
-    let properties = value.get("properties").map(|v| Schemas { additional_properties: members(v).map(|(n, v)| named(n, v)).collect() });
+    let kind = value["type"].as_str().map(|kind| TypeItem {
+        value: vec![kind.to_owned()],
+    });
+    let values = value.get("additionalProperties").map(|v| {
+        Box::new(AdditionalProperties {
+            schema: Some(Box::new(schema(v))),
+        })
+    });
+    let properties = value.get("properties").map(|v| Schemas {
+        additional_properties: members(v).map(|(n, v)| named(n, v)).collect(),
+    });
     Schema {
         reference: text(&value["$ref"]),
         format: text(&value["format"]),
         description: text(&value["description"]),
         default: value.get("default").map(any),
-        required: value["required"].as_array().into_iter().flatten().map(text).collect(),
-        allowed: value["enum"].as_array().into_iter().flatten().map(any).collect(),
+        required: value["required"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(text)
+            .collect(),
+        allowed: value["enum"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(any)
+            .collect(),
         additional_properties: values,
         kind,
-        items: value.get("items").map(|v| Box::new(Items { schema: vec![schema(v)] })),
+        items: value.get("items").map(|v| {
+            Box::new(Items {
+                schema: vec![schema(v)],
+            })
+        }),
         properties,
         vendor_extension: extensions(value),
     }

@@ -23,7 +23,9 @@ pub(super) struct Target {
 
 impl Target {
     pub(super) async fn connect(&self, port: u16) -> Result<Box<dyn Duplex>, NodeError> {
-        self.node.port_forward(self.namespace.clone(), self.pod.clone(), port).await
+        self.node
+            .port_forward(self.namespace.clone(), self.pod.clone(), port)
+            .await
     }
 }
 
@@ -53,7 +55,14 @@ where
                         let (input, queue) = mpsc::channel(32);
                         streams.insert(stream, input);
                         let error_stream = errors.remove(&header("requestid"));
-                        tokio::spawn(forward(target.clone(), port, stream, error_stream, queue, sender.clone()));
+                        tokio::spawn(forward(
+                            target.clone(),
+                            port,
+                            stream,
+                            error_stream,
+                            queue,
+                            sender.clone(),
+                        ));
                     }
                     _ => sender.reset(stream).await,
                 }
@@ -76,11 +85,20 @@ where
     }
 }
 
-async fn forward(target: Target, port: u16, stream: u32, error_stream: Option<u32>, mut queue: mpsc::Receiver<Bytes>, sender: Sender) {
+async fn forward(
+    target: Target,
+    port: u16,
+    stream: u32,
+    error_stream: Option<u32>,
+    mut queue: mpsc::Receiver<Bytes>,
+    sender: Sender,
+) {
     let connection = target.connect(port).await;
     if let Some(error_stream) = error_stream {
         if let Err(error) = &connection {
-            sender.data(error_stream, Bytes::from(error.message.clone()), false).await;
+            sender
+                .data(error_stream, Bytes::from(error.message.clone()), false)
+                .await;
         }
         sender.data(error_stream, Bytes::new(), true).await;
     }
@@ -100,7 +118,9 @@ async fn forward(target: Target, port: u16, stream: u32, error_stream: Option<u3
     let outward = async {
         let mut buffer = vec![0; 32 * 1024];
         while let Ok(length @ 1..) = read.read(&mut buffer).await {
-            sender.data(stream, Bytes::copy_from_slice(&buffer[..length]), false).await;
+            sender
+                .data(stream, Bytes::copy_from_slice(&buffer[..length]), false)
+                .await;
         }
         sender.data(stream, Bytes::new(), true).await;
     };

@@ -24,7 +24,15 @@ pub(super) enum Channel {
 
 impl Channel {
     pub(super) fn from_number(number: u8) -> Option<Self> {
-        [Self::Stdin, Self::Stdout, Self::Stderr, Self::Error, Self::Resize].into_iter().find(|c| *c as u8 == number)
+        [
+            Self::Stdin,
+            Self::Stdout,
+            Self::Stderr,
+            Self::Error,
+            Self::Resize,
+        ]
+        .into_iter()
+        .find(|c| *c as u8 == number)
     }
 
     /// By the `streamtype` header of SPDY.
@@ -56,12 +64,25 @@ pub(super) enum Output {
 /// Carries a command until it has ended and all its output is delivered; the last thing sent is its status.
 ///
 /// When the client goes away, `outputs` closes; the session's streams are dropped then, which tells the node agent.
-pub(super) async fn run(session: ExecSession, inputs: mpsc::Receiver<Input>, outputs: mpsc::Sender<Output>) {
-    let ExecSession { stdin, stdout, stderr, resize, exit } = session;
+pub(super) async fn run(
+    session: ExecSession,
+    inputs: mpsc::Receiver<Input>,
+    outputs: mpsc::Sender<Output>,
+) {
+    let ExecSession {
+        stdin,
+        stdout,
+        stderr,
+        resize,
+        exit,
+    } = session;
     let input = tokio::spawn(feed(stdin, resize, inputs));
     let gone = outputs.clone();
     let work = async {
-        tokio::join!(drain(stdout, Channel::Stdout, &outputs), drain(stderr, Channel::Stderr, &outputs));
+        tokio::join!(
+            drain(stdout, Channel::Stdout, &outputs),
+            drain(stderr, Channel::Stderr, &outputs)
+        );
         let status = status(&exit.await);
         // A receiver that is gone has no use for the status.
         let _ = outputs.send(Output::Data(Channel::Error, status)).await;
@@ -74,7 +95,11 @@ pub(super) async fn run(session: ExecSession, inputs: mpsc::Receiver<Input>, out
     input.abort();
 }
 
-async fn feed(stdin: Option<Pin<Box<dyn AsyncWrite + Send>>>, resize: mpsc::Sender<TerminalSize>, mut inputs: mpsc::Receiver<Input>) {
+async fn feed(
+    stdin: Option<Pin<Box<dyn AsyncWrite + Send>>>,
+    resize: mpsc::Sender<TerminalSize>,
+    mut inputs: mpsc::Receiver<Input>,
+) {
     let mut stdin = stdin;
     while let Some(input) = inputs.recv().await {
         match input {
@@ -109,10 +134,17 @@ fn terminal_size(bytes: &[u8]) -> Option<TerminalSize> {
     let sizes = serde_json::Deserializer::from_slice(bytes).into_iter::<serde_json::Value>();
     let size = sizes.filter_map(Result::ok).last()?;
     let number = |name: &str| size[name].as_u64().and_then(|n| u16::try_from(n).ok());
-    Some(TerminalSize { width: number("Width")?, height: number("Height")? })
+    Some(TerminalSize {
+        width: number("Width")?,
+        height: number("Height")?,
+    })
 }
 
-async fn drain(from: Option<Pin<Box<dyn AsyncRead + Send>>>, channel: Channel, outputs: &mpsc::Sender<Output>) {
+async fn drain(
+    from: Option<Pin<Box<dyn AsyncRead + Send>>>,
+    channel: Channel,
+    outputs: &mpsc::Sender<Output>,
+) {
     let Some(mut from) = from else { return };
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -153,14 +185,21 @@ mod tests {
     #[test]
     fn the_last_size_counts_and_nonsense_does_not() {
         let size = terminal_size(b"{\"Width\":80,\"Height\":24}\n{\"Width\":100,\"Height\":40}\n");
-        assert_eq!(size, Some(TerminalSize { width: 100, height: 40 }));
+        assert_eq!(
+            size,
+            Some(TerminalSize {
+                width: 100,
+                height: 40
+            })
+        );
         assert_eq!(terminal_size(b"{\"Width\":70000,\"Height\":1}"), None);
         assert_eq!(terminal_size(b"{"), None);
     }
 
     #[test]
     fn a_code_is_a_cause() {
-        let status: serde_json::Value = serde_json::from_slice(&status(&ExitStatus::Code(7))).unwrap();
+        let status: serde_json::Value =
+            serde_json::from_slice(&status(&ExitStatus::Code(7))).unwrap();
         assert_eq!(status["details"]["causes"][0]["message"], "7");
     }
 }

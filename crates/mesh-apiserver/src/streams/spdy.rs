@@ -18,7 +18,11 @@ use crate::node::{ExecRequest, ExecSession};
 const OPEN_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Answers 101 and hands the connection to `serve`.
-pub(super) fn upgrade<F, W>(mut request: Request<Body>, protocol: &'static str, serve: F) -> Response
+pub(super) fn upgrade<F, W>(
+    mut request: Request<Body>,
+    protocol: &'static str,
+    serve: F,
+) -> Response
 where
     F: FnOnce(TokioIo<hyper::upgrade::Upgraded>) -> W + Send + 'static,
     W: Future<Output = ()> + Send,
@@ -33,17 +37,32 @@ where
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
-    headers.insert(header::CONNECTION, http::HeaderValue::from_static("Upgrade"));
+    headers.insert(
+        header::CONNECTION,
+        http::HeaderValue::from_static("Upgrade"),
+    );
     headers.insert(header::UPGRADE, http::HeaderValue::from_static("SPDY/3.1"));
-    headers.insert("x-stream-protocol-version", http::HeaderValue::from_static(protocol));
+    headers.insert(
+        "x-stream-protocol-version",
+        http::HeaderValue::from_static(protocol),
+    );
     response
 }
 
 /// What happens on a connection.
 pub(super) enum Event {
-    Open { stream: u32, headers: HashMap<String, String> },
-    Data { stream: u32, data: Bytes, end: bool },
-    Reset { stream: u32 },
+    Open {
+        stream: u32,
+        headers: HashMap<String, String>,
+    },
+    Data {
+        stream: u32,
+        data: Bytes,
+        end: bool,
+    },
+    Reset {
+        stream: u32,
+    },
 }
 
 enum Command {
@@ -114,7 +133,13 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Connection<S> {
             let _ = write.shutdown().await;
         });
         let sender = Sender(commands);
-        let connection = Self { read, buffer: BytesMut::new(), frames: Reader::new(), sender: sender.clone(), pending: None };
+        let connection = Self {
+            read,
+            buffer: BytesMut::new(),
+            frames: Reader::new(),
+            sender: sender.clone(),
+            pending: None,
+        };
         (connection, sender)
     }
 
@@ -125,13 +150,23 @@ impl<S: AsyncRead + AsyncWrite + Send + 'static> Connection<S> {
         }
         loop {
             match self.frames.next(&mut self.buffer) {
-                Ok(Some(Frame::Open { stream, headers, end })) => {
+                Ok(Some(Frame::Open {
+                    stream,
+                    headers,
+                    end,
+                })) => {
                     if end {
-                        self.pending = Some(Event::Data { stream, data: Bytes::new(), end });
+                        self.pending = Some(Event::Data {
+                            stream,
+                            data: Bytes::new(),
+                            end,
+                        });
                     }
                     return Some(Event::Open { stream, headers });
                 }
-                Ok(Some(Frame::Data { stream, data, end })) => return Some(Event::Data { stream, data, end }),
+                Ok(Some(Frame::Data { stream, data, end })) => {
+                    return Some(Event::Data { stream, data, end });
+                }
                 Ok(Some(Frame::Reset { stream })) => return Some(Event::Reset { stream }),
                 Ok(Some(Frame::Ping { id })) => {
                     let _ = self.sender.0.send(Command::Ping(id)).await;
@@ -166,7 +201,9 @@ where
         while streams.len() < wanted {
             match connection.next().await? {
                 Event::Open { stream, headers } => {
-                    let channel = headers.get("streamtype").and_then(|name| Channel::from_name(name));
+                    let channel = headers
+                        .get("streamtype")
+                        .and_then(|name| Channel::from_name(name));
                     match channel.filter(|c| !streams.contains_key(c)) {
                         Some(channel) => {
                             streams.insert(channel, stream);
@@ -183,13 +220,21 @@ where
         }
         Some(())
     };
-    if !matches!(tokio::time::timeout(OPEN_TIMEOUT, opening).await, Ok(Some(()))) {
+    if !matches!(
+        tokio::time::timeout(OPEN_TIMEOUT, opening).await,
+        Ok(Some(()))
+    ) {
         return;
     }
     let (inputs, input) = mpsc::channel(16);
     let (output, outputs) = mpsc::channel(16);
     let mut reader = tokio::spawn(read(connection, streams.clone(), inputs));
-    let work = async { tokio::join!(session::run(session, input, output), write(outputs, &streams, &sender)) };
+    let work = async {
+        tokio::join!(
+            session::run(session, input, output),
+            write(outputs, &streams, &sender)
+        )
+    };
     tokio::select! {
         _ = work => {
             sender.clone().close().await;
@@ -227,7 +272,11 @@ async fn read<S: AsyncRead + AsyncWrite + Send + 'static>(
     let _ = inputs.send(Input::StdinEnd).await;
 }
 
-async fn write(mut outputs: mpsc::Receiver<Output>, streams: &HashMap<Channel, u32>, sender: &Sender) {
+async fn write(
+    mut outputs: mpsc::Receiver<Output>,
+    streams: &HashMap<Channel, u32>,
+    sender: &Sender,
+) {
     while let Some(output) = outputs.recv().await {
         match output {
             Output::Data(channel, data) => {

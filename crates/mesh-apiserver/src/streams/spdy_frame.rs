@@ -20,10 +20,22 @@ const FLAG_FIN: u8 = 1;
 /// A frame that matters to us; SETTINGS, HEADERS and WINDOW_UPDATE are read and passed over: kubectl's side has no flow control.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Frame {
-    Open { stream: u32, headers: HashMap<String, String>, end: bool },
-    Data { stream: u32, data: Bytes, end: bool },
-    Reset { stream: u32 },
-    Ping { id: u32 },
+    Open {
+        stream: u32,
+        headers: HashMap<String, String>,
+        end: bool,
+    },
+    Data {
+        stream: u32,
+        data: Bytes,
+        end: bool,
+    },
+    Reset {
+        stream: u32,
+    },
+    Ping {
+        id: u32,
+    },
     Goaway,
 }
 
@@ -47,7 +59,9 @@ pub(super) struct Reader {
 
 impl Reader {
     pub(super) fn new() -> Self {
-        Self { inflate: Decompress::new(true) }
+        Self {
+            inflate: Decompress::new(true),
+        }
     }
 
     /// The next frame in `buffer`, which loses its bytes; `None` when more bytes are needed.
@@ -56,7 +70,8 @@ impl Reader {
             let Some(head) = buffer.first_chunk::<8>().copied() else {
                 return Ok(None);
             };
-            let length = (usize::from(head[5]) << 16) | (usize::from(head[6]) << 8) | usize::from(head[7]);
+            let length =
+                (usize::from(head[5]) << 16) | (usize::from(head[6]) << 8) | usize::from(head[7]);
             if length > MAX_FRAME {
                 return Err(FrameError::TooLarge(length));
             }
@@ -69,7 +84,11 @@ impl Reader {
             let end = head[4] & FLAG_FIN != 0;
             let first = u32::from_be_bytes([head[0], head[1], head[2], head[3]]);
             if first & 0x8000_0000 == 0 {
-                return Ok(Some(Frame::Data { stream: first, data: payload, end }));
+                return Ok(Some(Frame::Data {
+                    stream: first,
+                    data: payload,
+                    end,
+                }));
             }
             let version = ((first >> 16) & 0x7fff) as u16;
             if version != 3 {
@@ -81,7 +100,12 @@ impl Reader {
         }
     }
 
-    fn control(&mut self, kind: u16, mut payload: Bytes, end: bool) -> Result<Option<Frame>, FrameError> {
+    fn control(
+        &mut self,
+        kind: u16,
+        mut payload: Bytes,
+        end: bool,
+    ) -> Result<Option<Frame>, FrameError> {
         let mut number = |payload: &mut Bytes| payload.try_get_u32().map_err(|_| FrameError::Short);
         match kind {
             SYN_STREAM => {
@@ -92,10 +116,18 @@ impl Reader {
                 // The associated stream, priority and slot say nothing here.
                 payload.advance(6);
                 let headers = self.headers(&payload)?;
-                Ok(Some(Frame::Open { stream, headers, end }))
+                Ok(Some(Frame::Open {
+                    stream,
+                    headers,
+                    end,
+                }))
             }
-            RST_STREAM => Ok(Some(Frame::Reset { stream: number(&mut payload)? & 0x7fff_ffff })),
-            PING => Ok(Some(Frame::Ping { id: number(&mut payload)? })),
+            RST_STREAM => Ok(Some(Frame::Reset {
+                stream: number(&mut payload)? & 0x7fff_ffff,
+            })),
+            PING => Ok(Some(Frame::Ping {
+                id: number(&mut payload)?,
+            })),
             GOAWAY => Ok(Some(Frame::Goaway)),
             // Their header blocks belong to the one zlib stream too.
             SYN_REPLY | 8 => {
@@ -112,7 +144,9 @@ impl Reader {
         let text = self.inflate(block)?;
         let mut rest = &text[..];
         let mut headers = HashMap::new();
-        let count = rest.try_get_u32().map_err(|_| FrameError::Headers("no count"))?;
+        let count = rest
+            .try_get_u32()
+            .map_err(|_| FrameError::Headers("no count"))?;
         for _ in 0..count {
             let name = take(&mut rest)?;
             let value = take(&mut rest)?;
@@ -126,16 +160,22 @@ impl Reader {
         let (mut read, mut written) = (0, 0);
         while read < block.len() {
             let (before_in, before_out) = (self.inflate.total_in(), self.inflate.total_out());
-            let result = self.inflate.decompress(&block[read..], &mut out[written..], FlushDecompress::Sync);
+            let result =
+                self.inflate
+                    .decompress(&block[read..], &mut out[written..], FlushDecompress::Sync);
             read += (self.inflate.total_in() - before_in) as usize;
             let produced = (self.inflate.total_out() - before_out) as usize;
             written += produced;
             match result {
                 Ok(Status::StreamEnd) => break,
-                Ok(_) if read < block.len() && produced == 0 => return Err(FrameError::Headers("larger than 64 KiB or damaged")),
+                Ok(_) if read < block.len() && produced == 0 => {
+                    return Err(FrameError::Headers("larger than 64 KiB or damaged"));
+                }
                 Ok(_) => {}
                 Err(error) if error.needs_dictionary().is_some() => {
-                    self.inflate.set_dictionary(&dictionary()).map_err(|_| FrameError::Headers("another dictionary"))?;
+                    self.inflate
+                        .set_dictionary(&dictionary())
+                        .map_err(|_| FrameError::Headers("another dictionary"))?;
                 }
                 Err(_) => return Err(FrameError::Headers("not zlib")),
             }
@@ -146,8 +186,12 @@ impl Reader {
 }
 
 fn take(rest: &mut &[u8]) -> Result<String, FrameError> {
-    let length = rest.try_get_u32().map_err(|_| FrameError::Headers("cut off"))? as usize;
-    let (text, after) = rest.split_at_checked(length).ok_or(FrameError::Headers("cut off"))?;
+    let length = rest
+        .try_get_u32()
+        .map_err(|_| FrameError::Headers("cut off"))? as usize;
+    let (text, after) = rest
+        .split_at_checked(length)
+        .ok_or(FrameError::Headers("cut off"))?;
     *rest = after;
     Ok(String::from_utf8_lossy(text).into_owned())
 }
@@ -169,7 +213,9 @@ impl Writer {
     pub(super) fn reply(&mut self, stream: u32, out: &mut BytesMut) {
         let mut block = Vec::with_capacity(64);
         // 64 bytes hold a zlib header, four bytes and a sync marker many times over.
-        let _ = self.deflate.compress_vec(&0u32.to_be_bytes(), &mut block, FlushCompress::Sync);
+        let _ = self
+            .deflate
+            .compress_vec(&0u32.to_be_bytes(), &mut block, FlushCompress::Sync);
         control(out, SYN_REPLY, 4 + block.len());
         out.put_u32(stream);
         out.put_slice(&block);
@@ -266,7 +312,9 @@ mod tests {
             }
         }
         let mut block = Vec::with_capacity(4096);
-        deflate.compress_vec(&text, &mut block, FlushCompress::Sync).unwrap();
+        deflate
+            .compress_vec(&text, &mut block, FlushCompress::Sync)
+            .unwrap();
         let mut out = BytesMut::new();
         control(&mut out, SYN_STREAM, 10 + block.len());
         out.put_u32(stream);
@@ -280,16 +328,28 @@ mod tests {
         let mut deflate = Compress::new(Compression::best(), true);
         deflate.set_dictionary(&dictionary()).unwrap();
         let mut wire = open(1, &mut deflate, &[("Streamtype", "error")]);
-        wire.unsplit(open(3, &mut deflate, &[("streamtype", "stdin"), ("port", "80")]));
+        wire.unsplit(open(
+            3,
+            &mut deflate,
+            &[("streamtype", "stdin"), ("port", "80")],
+        ));
         let mut reader = Reader::new();
         let mut first = wire.split_to(10);
         assert_eq!(reader.next(&mut first), Ok(None));
         first.unsplit(wire);
-        let Ok(Some(Frame::Open { stream: 1, headers, end: false })) = reader.next(&mut first) else {
+        let Ok(Some(Frame::Open {
+            stream: 1,
+            headers,
+            end: false,
+        })) = reader.next(&mut first)
+        else {
             panic!("no first stream");
         };
         assert_eq!(headers["streamtype"], "error");
-        let Ok(Some(Frame::Open { stream: 3, headers, .. })) = reader.next(&mut first) else {
+        let Ok(Some(Frame::Open {
+            stream: 3, headers, ..
+        })) = reader.next(&mut first)
+        else {
             panic!("no second stream");
         };
         assert_eq!(headers["port"], "80");
@@ -306,8 +366,17 @@ mod tests {
         Writer::reset(5, &mut wire);
         Writer::goaway(5, &mut wire);
         let mut reader = Reader::new();
-        let data = Frame::Data { stream: 1, data: Bytes::from_static(b"hello"), end: true };
-        for expected in [data, Frame::Ping { id: 7 }, Frame::Reset { stream: 5 }, Frame::Goaway] {
+        let data = Frame::Data {
+            stream: 1,
+            data: Bytes::from_static(b"hello"),
+            end: true,
+        };
+        for expected in [
+            data,
+            Frame::Ping { id: 7 },
+            Frame::Reset { stream: 5 },
+            Frame::Goaway,
+        ] {
             assert_eq!(reader.next(&mut wire), Ok(Some(expected)));
         }
         assert!(wire.is_empty());
@@ -315,8 +384,15 @@ mod tests {
 
     #[test]
     fn nonsense_is_an_error_and_not_a_panic() {
-        for bytes in [&[0x80, 9, 0, 1, 0, 0, 0, 0][..], &[0, 0, 0, 1, 0, 0xff, 0xff, 0xff], &[0x80, 3, 0, 1, 0, 0, 0, 2, 1, 2]] {
-            assert!(Reader::new().next(&mut BytesMut::from(bytes)).is_err(), "{bytes:?}");
+        for bytes in [
+            &[0x80, 9, 0, 1, 0, 0, 0, 0][..],
+            &[0, 0, 0, 1, 0, 0xff, 0xff, 0xff],
+            &[0x80, 3, 0, 1, 0, 0, 0, 2, 1, 2],
+        ] {
+            assert!(
+                Reader::new().next(&mut BytesMut::from(bytes)).is_err(),
+                "{bytes:?}"
+            );
         }
         let mut bomb = BytesMut::new();
         control(&mut bomb, SYN_STREAM, 20);

@@ -20,7 +20,11 @@ use crate::node::{ExecRequest, NodeBackend};
 /// In `v5.channel.k8s.io` the first byte 255 closes the channel that the second names.
 const CLOSE: u8 = 255;
 
-pub(super) async fn exec(node: Arc<dyn NodeBackend>, exec: ExecRequest, request: Request<Body>) -> Response {
+pub(super) async fn exec(
+    node: Arc<dyn NodeBackend>,
+    exec: ExecRequest,
+    request: Request<Body>,
+) -> Response {
     let upgrade = match upgrade(request, &[V5, V4]).await {
         Ok(upgrade) => upgrade,
         Err(response) => return response,
@@ -29,20 +33,32 @@ pub(super) async fn exec(node: Arc<dyn NodeBackend>, exec: ExecRequest, request:
         Ok(session) => upgrade.on_upgrade(move |socket| async move {
             let (inputs, input) = mpsc::channel(16);
             let (output, outputs) = mpsc::channel(16);
-            tokio::join!(session::run(session, input, output), carry(socket, inputs, outputs));
+            tokio::join!(
+                session::run(session, input, output),
+                carry(socket, inputs, outputs)
+            );
         }),
         Err(error) => super::refuse(&error),
     }
 }
 
-async fn upgrade(request: Request<Body>, protocols: &[&'static str]) -> Result<WebSocketUpgrade, Response> {
+async fn upgrade(
+    request: Request<Body>,
+    protocols: &[&'static str],
+) -> Result<WebSocketUpgrade, Response> {
     let (mut parts, _) = request.into_parts();
     let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &()).await;
-    upgrade.map(|u| u.protocols(protocols.iter().copied())).map_err(IntoResponse::into_response)
+    upgrade
+        .map(|u| u.protocols(protocols.iter().copied()))
+        .map_err(IntoResponse::into_response)
 }
 
 /// Messages to inputs, outputs to messages, until the command's status was sent or the client is gone.
-async fn carry(mut socket: WebSocket, inputs: mpsc::Sender<Input>, mut outputs: mpsc::Receiver<Output>) {
+async fn carry(
+    mut socket: WebSocket,
+    inputs: mpsc::Sender<Input>,
+    mut outputs: mpsc::Receiver<Output>,
+) {
     loop {
         tokio::select! {
             output = outputs.recv() => match output {
@@ -88,12 +104,18 @@ fn input(data: &Bytes) -> Option<Input> {
     }
 }
 
-pub(super) async fn port_forward(target: Target, ports: Vec<u16>, request: Request<Body>) -> Response {
+pub(super) async fn port_forward(
+    target: Target,
+    ports: Vec<u16>,
+    request: Request<Body>,
+) -> Response {
     let upgrade = match upgrade(request, &[PORT_FORWARD_TUNNEL, V4]).await {
         Ok(upgrade) => upgrade,
         Err(response) => return response,
     };
-    let tunnel = upgrade.selected_protocol().is_some_and(|p| p == PORT_FORWARD_TUNNEL);
+    let tunnel = upgrade
+        .selected_protocol()
+        .is_some_and(|p| p == PORT_FORWARD_TUNNEL);
     if !tunnel && ports.is_empty() {
         return super::bad_request("query parameter \"ports\" is required");
     }
@@ -125,7 +147,11 @@ fn tunnelled(socket: WebSocket) -> tokio::io::DuplexStream {
         let outward = async {
             let mut buffer = vec![0; 32 * 1024];
             while let Ok(length @ 1..) = read.read(&mut buffer).await {
-                if sink.send(Message::Binary(Bytes::copy_from_slice(&buffer[..length]))).await.is_err() {
+                if sink
+                    .send(Message::Binary(Bytes::copy_from_slice(&buffer[..length])))
+                    .await
+                    .is_err()
+                {
                     return;
                 }
             }
@@ -142,7 +168,11 @@ async fn pairs(mut socket: WebSocket, target: Target, ports: Vec<u16>) {
     let mut inputs = Vec::new();
     for (index, port) in (0u8..).step_by(2).zip(ports) {
         for channel in [index, index + 1] {
-            if socket.send(message(channel, &port.to_le_bytes())).await.is_err() {
+            if socket
+                .send(message(channel, &port.to_le_bytes()))
+                .await
+                .is_err()
+            {
                 return;
             }
         }
@@ -176,7 +206,13 @@ async fn pairs(mut socket: WebSocket, target: Target, ports: Vec<u16>) {
     let _ = socket.close().await;
 }
 
-async fn pair(target: Target, port: u16, index: u8, mut queue: mpsc::Receiver<Bytes>, output: mpsc::Sender<(u8, Bytes)>) {
+async fn pair(
+    target: Target,
+    port: u16,
+    index: u8,
+    mut queue: mpsc::Receiver<Bytes>,
+    output: mpsc::Sender<(u8, Bytes)>,
+) {
     let stream = match target.connect(port).await {
         Ok(stream) => stream,
         Err(error) => {
@@ -196,7 +232,11 @@ async fn pair(target: Target, port: u16, index: u8, mut queue: mpsc::Receiver<By
     let outward = async {
         let mut buffer = vec![0; 32 * 1024];
         while let Ok(length @ 1..) = read.read(&mut buffer).await {
-            if output.send((index, Bytes::copy_from_slice(&buffer[..length]))).await.is_err() {
+            if output
+                .send((index, Bytes::copy_from_slice(&buffer[..length])))
+                .await
+                .is_err()
+            {
                 return;
             }
         }
