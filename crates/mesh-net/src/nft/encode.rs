@@ -1,0 +1,446 @@
+//! From tables to netlink messages. Integers of netlink are in host order, those of nftables attributes in network order.
+
+use super::{Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Table, Transport};
+
+/// One message of a batch and what it is for, in words.
+pub(super) struct Message {
+    pub(super) kind: u16,
+    pub(super) flags: u16,
+    pub(super) family: u8,
+    pub(super) payload: Vec<u8>,
+    pub(super) what: String,
+}
+
+pub(super) const NEWTABLE: u16 = 0;
+pub(super) const GETTABLE: u16 = 1;
+const DELTABLE: u16 = 2;
+const NEWCHAIN: u16 = 3;
+const NEWRULE: u16 = 6;
+const NEWSET: u16 = 9;
+const NEWSETELEM: u16 = 12;
+
+const CREATE: u16 = 0x400;
+const APPEND: u16 = 0x800;
+
+/// An attribute holds at most 64 KiB; an element with a long chain name takes some 80 bytes.
+const ELEMENTS_PER_MESSAGE: usize = 500;
+
+const REG_VERDICT: u32 = 0;
+const REG_1: u32 = 1;
+const REG_2: u32 = 2;
+
+const NFPROTO_IPV4: u32 = 2;
+const NFPROTO_IPV6: u32 = 10;
+
+const META_MARK: u32 = 3;
+const META_IIFNAME: u32 = 6;
+const META_OIFNAME: u32 = 7;
+const META_SKUID: u32 = 10;
+const META_SKGID: u32 = 11;
+const META_NFPROTO: u32 = 15;
+const META_L4PROTO: u32 = 16;
+
+const BASE_NETWORK: u32 = 1;
+const BASE_TRANSPORT: u32 = 2;
+
+const VERDICT_ACCEPT: i32 = 1;
+const VERDICT_JUMP: i32 = -3;
+const VERDICT_GOTO: i32 = -4;
+const VERDICT_RETURN: i32 = -5;
+
+/// Attributes one after the other.
+#[derive(Default)]
+pub(super) struct Attributes(pub(super) Vec<u8>);
+
+impl Attributes {
+    fn raw(mut self, kind: u16, value: &[u8]) -> Self {
+        // Longer than 64 KiB can't be said in netlink; our largest attribute is a rule's expressions, a few hundred bytes.
+        let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
+        self.0.extend_from_slice(&length.to_ne_bytes());
+        self.0.extend_from_slice(&kind.to_ne_bytes());
+        self.0.extend_from_slice(value);
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self
+    }
+
+    pub(super) fn text(self, kind: u16, value: &str) -> Self {
+        let mut bytes = value.as_bytes().to_vec();
+        bytes.push(0);
+        self.raw(kind, &bytes)
+    }
+
+    fn number(self, kind: u16, value: u32) -> Self {
+        self.raw(kind, &value.to_be_bytes())
+    }
+
+    fn nested(self, kind: u16, value: Attributes) -> Self {
+        const NESTED: u16 = 0x8000;
+        self.raw(kind | NESTED, &value.0)
+    }
+}
+
+pub(super) fn family_number(family: Family) -> u8 {
+    match family {
+        Family::Inet => 1,
+        Family::Ip => 2,
+    }
+}
+
+/// Adds the table (so that deleting it can't fail), deletes it and adds it again with its content.
+pub(super) fn replace(table: &Table) -> Vec<Message> {
+    let mut encoder = Encoder {
+        table,
+        messages: delete(table.family, &table.name),
+        sets: 0,
+    };
+    encoder.messages.push(new_table(table.family, &table.name));
+    for chain in &table.chains {
+        encoder.chain(chain);
+    }
+    for chain in &table.chains {
+        for rule in &chain.rules {
+            encoder.rule(chain, rule);
+        }
+    }
+    encoder.messages
+}
+
+pub(super) fn delete(family: Family, name: &str) -> Vec<Message> {
+    let attributes = Attributes::default().text(1, name);
+    let message = Message {
+        kind: DELTABLE,
+        flags: 0,
+        family: family_number(family),
+        payload: attributes.0,
+        what: format!("delete the table {name}"),
+    };
+    vec![new_table(family, name), message]
+}
+
+fn new_table(family: Family, name: &str) -> Message {
+    Message {
+        kind: NEWTABLE,
+        flags: CREATE,
+        family: family_number(family),
+        payload: Attributes::default().text(1, name).number(2, 0).0,
+        what: format!("add the table {name}"),
+    }
+}
+
+struct Encoder<'a> {
+    table: &'a Table,
+    messages: Vec<Message>,
+    sets: u32,
+}
+
+impl Encoder<'_> {
+    fn push(&mut self, kind: u16, flags: u16, attributes: Attributes, what: String) {
+        let family = family_number(self.table.family);
+        self.messages.push(Message {
+            kind,
+            flags,
+            family,
+            payload: attributes.0,
+            what,
+        });
+    }
+
+    fn chain(&mut self, chain: &Chain) {
+        let mut attributes = Attributes::default()
+            .text(1, &self.table.name)
+            .text(3, &chain.name);
+        if let Some(base) = chain.base {
+            attributes = attributes
+                .nested(4, hook(base))
+                .number(5, VERDICT_ACCEPT as u32)
+                .text(7, chain_type(base.kind));
+        }
+        let what = format!(
+            "add the chain {} of table {}",
+            chain.name, self.table.name
+        );
+        self.push(NEWCHAIN, CREATE, attributes, what);
+    }
+
+    fn rule(&mut self, chain: &Chain, rule: &Rule) {
+        let mut expressions = Attributes::default();
+        for condition in &rule.matches {
+            expressions = compare(expressions, condition, false);
+        }
+        for action in &rule.actions {
+            expressions = match action {
+                Action::InTurn(chains) => self.in_turn(expressions, chains),
+                other => act(expressions, other),
+            };
+        }
+        let attributes = Attributes::default()
+            .text(1, &self.table.name)
+            .text(2, &chain.name)
+            .nested(4, expressions);
+        let what = format!(
+            "add the rule {:?} to chain {} of table {}",
+            super::text::rule(rule),
+            chain.name,
+            self.table.name
+        );
+        self.push(NEWRULE, CREATE | APPEND, attributes, what);
+    }
+
+    /// An anonymous map from 0, 1, … to "go to that chain", and a lookup in it with a counter that the kernel increments.
+    fn in_turn(&mut self, expressions: Attributes, chains: &[String]) -> Attributes {
+        const ANONYMOUS_CONSTANT_MAP: u32 = 1 | 2 | 8;
+        const TYPE_INTEGER: u32 = 4;
+        const TYPE_VERDICT: u32 = 0xffff_ff00;
+        self.sets += 1;
+        let (id, name) = (self.sets, "__map%d");
+        let set = Attributes::default()
+            .text(1, &self.table.name)
+            .text(2, name)
+            .number(3, ANONYMOUS_CONSTANT_MAP)
+            .number(4, TYPE_INTEGER)
+            .number(5, 4)
+            .number(6, TYPE_VERDICT)
+            .number(7, 0)
+            .number(10, id);
+        self.push(
+            NEWSET,
+            CREATE,
+            set,
+            format!(
+                "add a map of {} chains to table {}",
+                chains.len(),
+                self.table.name
+            ),
+        );
+        let mut elements = Attributes::default();
+        for (i, chain) in (0u32..).zip(chains) {
+            // numgen gives its number in host order.
+            let key = Attributes::default().raw(1, &i.to_ne_bytes());
+            let element = Attributes::default()
+                .nested(1, key)
+                .nested(2, verdict(VERDICT_GOTO, Some(chain)));
+            elements = elements.nested(1, element);
+        }
+        let list = Attributes::default()
+            .text(1, &self.table.name)
+            .text(2, name)
+            .nested(3, elements)
+            .number(4, id);
+        self.push(
+            NEWSETELEM,
+            CREATE,
+            list,
+            format!("filling a map of table {}", self.table.name),
+        );
+        let modulus = u32::try_from(chains.len()).unwrap_or(u32::MAX);
+        let numgen = Attributes::default()
+            .number(1, REG_1)
+            .number(2, modulus)
+            .number(3, 0);
+        let lookup = Attributes::default()
+            .text(1, name)
+            .number(2, REG_1)
+            .number(3, REG_VERDICT)
+            .number(4, id);
+        let expressions = expression(expressions, "numgen", numgen);
+        expression(expressions, "lookup", lookup)
+    }
+}
+
+fn hook(base: Base) -> Attributes {
+    let number = match base.hook {
+        Hook::Prerouting => 0,
+        Hook::Input => 1,
+        Hook::Forward => 2,
+        Hook::Output => 3,
+        Hook::Postrouting => 4,
+    };
+    Attributes::default()
+        .number(1, number)
+        .raw(2, &base.priority.to_be_bytes())
+}
+
+fn chain_type(kind: ChainType) -> &'static str {
+    match kind {
+        ChainType::Nat => "nat",
+        ChainType::Filter => "filter",
+    }
+}
+
+fn expression(list: Attributes, name: &str, data: Attributes) -> Attributes {
+    list.nested(1, Attributes::default().text(1, name).nested(2, data))
+}
+
+fn load_meta(list: Attributes, key: u32) -> Attributes {
+    expression(
+        list,
+        "meta",
+        Attributes::default().number(1, REG_1).number(2, key),
+    )
+}
+
+fn load_payload(list: Attributes, base: u32, offset: u32, length: u32) -> Attributes {
+    let data = Attributes::default()
+        .number(1, REG_1)
+        .number(2, base)
+        .number(3, offset)
+        .number(4, length);
+    expression(list, "payload", data)
+}
+
+fn equals(list: Attributes, value: &[u8], not: bool) -> Attributes {
+    let data = Attributes::default()
+        .number(1, REG_1)
+        .number(2, u32::from(not))
+        .nested(3, Attributes::default().raw(1, value));
+    expression(list, "cmp", data)
+}
+
+fn masked(list: Attributes, mask: [u8; 4]) -> Attributes {
+    let value = |bytes: &[u8]| Attributes::default().raw(1, bytes);
+    let data = Attributes::default()
+        .number(1, REG_1)
+        .number(2, REG_1)
+        .number(3, 4)
+        .nested(4, value(&mask))
+        .nested(5, value(&[0; 4]));
+    expression(list, "bitwise", data)
+}
+
+fn compare(list: Attributes, condition: &Match, not: bool) -> Attributes {
+    match condition {
+        Match::Not(inner) => compare(list, inner, !not),
+        Match::Ipv4 => equals(load_meta(list, META_NFPROTO), &[NFPROTO_IPV4 as u8], not),
+        Match::Ipv6 => equals(load_meta(list, META_NFPROTO), &[NFPROTO_IPV6 as u8], not),
+        Match::Transport(transport) => equals(
+            load_meta(list, META_L4PROTO),
+            &[transport_number(*transport)],
+            not,
+        ),
+        Match::InInterface(name) => equals(load_meta(list, META_IIFNAME), &interface(name), not),
+        Match::OutInterface(name) => equals(load_meta(list, META_OIFNAME), &interface(name), not),
+        Match::Source(address, prefix) => network(
+            load_payload(list, BASE_NETWORK, 12, 4),
+            *address,
+            *prefix,
+            not,
+        ),
+        Match::Destination(address, prefix) => network(
+            load_payload(list, BASE_NETWORK, 16, 4),
+            *address,
+            *prefix,
+            not,
+        ),
+        Match::Source6(address) => equals(
+            load_payload(list, BASE_NETWORK, 8, 16),
+            &address.octets(),
+            not,
+        ),
+        Match::Destination6(address) => equals(
+            load_payload(list, BASE_NETWORK, 24, 16),
+            &address.octets(),
+            not,
+        ),
+        Match::DestinationPort(port) => equals(
+            load_payload(list, BASE_TRANSPORT, 2, 2),
+            &port.to_be_bytes(),
+            not,
+        ),
+        Match::SocketUid(uid) => equals(load_meta(list, META_SKUID), &uid.to_ne_bytes(), not),
+        Match::SocketGid(gid) => equals(load_meta(list, META_SKGID), &gid.to_ne_bytes(), not),
+        Match::Mark(mark) => equals(load_meta(list, META_MARK), &mark.to_ne_bytes(), not),
+    }
+}
+
+fn network(list: Attributes, address: std::net::Ipv4Addr, prefix: u8, not: bool) -> Attributes {
+    let mask = u32::MAX
+        .checked_shl(32 - u32::from(prefix.min(32)))
+        .unwrap_or(0);
+    let value = (u32::from(address) & mask).to_be_bytes();
+    let list = if prefix >= 32 {
+        list
+    } else {
+        masked(list, mask.to_be_bytes())
+    };
+    equals(list, &value, not)
+}
+
+/// IFNAMSIZ bytes, filled with zeros.
+fn interface(name: &str) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    for (to, from) in bytes.iter_mut().take(15).zip(name.bytes()) {
+        *to = from;
+    }
+    bytes
+}
+
+fn transport_number(transport: Transport) -> u8 {
+    match transport {
+        Transport::Tcp => 6,
+        Transport::Udp => 17,
+    }
+}
+
+fn verdict(code: i32, chain: Option<&str>) -> Attributes {
+    let mut attributes = Attributes::default().raw(1, &code.to_be_bytes());
+    if let Some(chain) = chain {
+        attributes = attributes.text(2, chain);
+    }
+    Attributes::default().nested(2, attributes)
+}
+
+fn immediate(list: Attributes, register: u32, data: Attributes) -> Attributes {
+    expression(
+        list,
+        "immediate",
+        Attributes::default().number(1, register).nested(2, data),
+    )
+}
+
+fn value(bytes: &[u8]) -> Attributes {
+    Attributes::default().raw(1, bytes)
+}
+
+fn act(list: Attributes, action: &Action) -> Attributes {
+    match action {
+        Action::Counter => expression(list, "counter", Attributes::default()),
+        Action::Return => immediate(list, REG_VERDICT, verdict(VERDICT_RETURN, None)),
+        Action::Jump(chain) => immediate(list, REG_VERDICT, verdict(VERDICT_JUMP, Some(chain))),
+        Action::Redirect(port) => {
+            let list = immediate(list, REG_1, value(&port.to_be_bytes()));
+            expression(list, "redir", Attributes::default().number(1, REG_1))
+        }
+        Action::DestinationNat(address, port) => {
+            let list = immediate(list, REG_1, value(&address.octets()));
+            let list = immediate(list, REG_2, value(&port.to_be_bytes()));
+            let data = Attributes::default()
+                .number(1, 1)
+                .number(2, NFPROTO_IPV4)
+                .number(3, REG_1)
+                .number(5, REG_2);
+            expression(list, "nat", data)
+        }
+        // The encoder makes the map that this needs.
+        Action::InTurn(_) => list,
+        Action::SetMark(mark) => {
+            let list = immediate(list, REG_1, value(&mark.to_ne_bytes()));
+            expression(
+                list,
+                "meta",
+                Attributes::default().number(2, META_MARK).number(3, REG_1),
+            )
+        }
+        Action::Masquerade => expression(list, "masq", Attributes::default()),
+        Action::RejectTcp => expression(
+            list,
+            "reject",
+            Attributes::default().number(1, 1).raw(2, &[0]),
+        ),
+        // ICMP type 3 (unreachable), code 3: port.
+        Action::RejectUnreachable => expression(
+            list,
+            "reject",
+            Attributes::default().number(1, 0).raw(2, &[3]),
+        ),
+    }
+}

@@ -1,0 +1,4 @@
+//! Capture and balancing, as text and in real network namespaces.
+
+mod golden;
+mod kernel;
