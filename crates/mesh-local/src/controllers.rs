@@ -22,6 +22,8 @@ mod podgc;
 mod queue;
 mod replicaset;
 mod scheduler;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -136,7 +136,8 @@ async fn claimed(context: &Context, set: &ReplicaSet) -> Result<Vec<Arc<Pod>>, E
             }
             Err(error) if super::is_not_found(&error) => {}
             Err(error) => {
-                return Err(error).doing(|| format!("changing the owner of pod {}", pod.name_any()));
+                return Err(error)
+                    .doing(|| format!("changing the owner of pod {}", pod.name_any()));
             }
         }
     }
