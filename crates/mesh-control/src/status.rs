@@ -93,8 +93,7 @@ fn desired(wish: &Wish, now: &str) -> Option<Value> {
     let same = condition.is_some_and(|condition| {
         condition["status"] == status && condition["message"] == text.as_str()
     });
-    let generation = wish.generation.to_string();
-    if same && number(&wish.current["observedGeneration"]) == generation {
+    if same && number(&wish.current["observedGeneration"]) == wish.generation.to_string() {
         return None;
     }
     let since = condition
@@ -117,7 +116,7 @@ fn desired(wish: &Wish, now: &str) -> Option<Value> {
         "lastProbeTime": now,
     }));
     Some(json!({
-        "observedGeneration": generation,
+        "observedGeneration": wish.generation,
         "conditions": conditions,
         "validationMessages": messages,
     }))
@@ -130,7 +129,7 @@ fn reconciled(status: &Value) -> Option<&Value> {
         .find(|condition| condition["type"] == "Reconciled")
 }
 
-/// A generation as text: Istio serves it as a string, since it is a 64-bit number in protobuf.
+/// A generation as text: Istio's own control plane writes it as a string, since it is a 64-bit number in protobuf.
 fn number(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),

@@ -5,4 +5,5 @@
 mod api;
 mod control;
 mod discovery;
+mod real;
 mod world;

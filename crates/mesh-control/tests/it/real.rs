@@ -1,0 +1,99 @@
+//! The control plane against the local cluster's API server: real CRDs, real statuses, real watches.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use mesh_apiserver::{ApiServer, Auth, Identity, node::NoNode};
+use mesh_control::{Control, Options};
+use mesh_xds::types::ROUTE;
+use serde_json::{Value, json};
+
+use crate::discovery::{self, ID};
+use crate::world;
+
+fn api(client: &kube::Client, object: &Value) -> Api<DynamicObject> {
+    let version = object["apiVersion"].as_str().unwrap();
+    let (group, version) = version.split_once('/').unwrap_or(("", version));
+    let gvk = GroupVersionKind::gvk(group, version, object["kind"].as_str().unwrap());
+    let resource = ApiResource::from_gvk(&gvk);
+    match object["metadata"]["namespace"].as_str() {
+        Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
+        None => Api::all_with(client.clone(), &resource),
+    }
+}
+
+async fn create(client: &kube::Client, object: Value) {
+    let typed: DynamicObject = serde_json::from_value(object.clone()).unwrap();
+    api(client, &object)
+        .create(&PostParams::default(), &typed)
+        .await
+        .unwrap_or_else(|error| panic!("creating {object}: {error}"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
+    let (store, _) = mesh_store::Store::open(None).unwrap();
+    let issuer = "https://kubernetes.default.svc.cluster.local";
+    let auth = Auth {
+        admin_tokens: Vec::new(),
+        tokens: Arc::new(mesh_identity::token::TokenKeys::generate(issuer).unwrap()),
+    };
+    let server =
+        ApiServer::open(mesh_apiserver::Options::new(store, auth, Arc::new(NoNode))).unwrap();
+    let client = kube::Client::new(server.router_as(Identity::admin()), "default");
+    for crd in mesh_api::crds() {
+        create(&client, crd).await;
+    }
+    create(
+        &client,
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "reviews", "namespace": "default"},
+            "spec": {"ports": [{"name": "http", "port": 9080}], "selector": {"app": "reviews"}},
+        }),
+    )
+    .await;
+    let mut options = Options::new(client.clone(), "0.1.0");
+    for address in [
+        &mut options.grpc,
+        &mut options.webhook,
+        &mut options.monitoring,
+        &mut options.http,
+    ] {
+        *address = SocketAddr::from(([127, 0, 0, 1], 0));
+    }
+    let control = Control::bind(options).await.unwrap();
+    let address = control.addresses().grpc;
+    let running = tokio::spawn(control.run(std::future::pending()));
+    let mut proxy = discovery::connect(address, ID);
+    proxy.complete().await;
+    create(&client, world::virtual_service("jason")).await;
+    proxy
+        .until("the route", |view| view.mentions(ROUTE, "jason"))
+        .await;
+
+    // A host that does not exist is found out when the mesh is built.
+    let rules = api(&client, &world::virtual_service(""));
+    let patch = json!({"spec": {"http": [{"name": "mary", "route": [{"destination": {"host": "nowhere"}}]}]}});
+    rules
+        .patch("reviews", &PatchParams::default(), &Patch::Merge(patch))
+        .await
+        .unwrap();
+    let mut status = Value::Null;
+    for _ in 0..200 {
+        let object = rules.get("reviews").await.unwrap();
+        status = object.data["status"].clone();
+        if status["validationMessages"].is_array() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(
+        status["validationMessages"][0]["type"]["code"], "IST0101",
+        "{status}"
+    );
+    assert_eq!(status["observedGeneration"], 2, "{status}");
+    running.abort();
+}
