@@ -1,7 +1,7 @@
 //! The table of built-in images: what an image reference of a pod runs on the local cluster.
 //!
 //! A reference is matched by the last component of its path, without registry, tag or digest, so that
-//! `docker.io/istio/examples-bookinfo-reviews-v2:1.20.3` and `example.internal:5000/x/examples-bookinfo-reviews-v2`
+//! `registry.example/istio/examples-bookinfo-reviews-v2:1.20.3` and `example.internal:5000/x/examples-bookinfo-reviews-v2`
 //! run the same program.
 
 /// The binary that every built-in image runs, as it is bound into each container.
@@ -191,7 +191,7 @@ static IMAGES: &[Image] = &[
 /// The built-in image that `reference` selects, or `None` where there is none.
 ///
 /// ```
-/// let image = mesh_samples::images::lookup("docker.io/istio/examples-bookinfo-reviews-v2:1.20.3").unwrap();
+/// let image = mesh_samples::images::lookup("registry.example/istio/examples-bookinfo-reviews-v2:1.20.3").unwrap();
 /// assert_eq!(image.entrypoint, ["/usr/local/bin/mesh", "sample", "reviews"]);
 /// ```
 pub fn lookup(reference: &str) -> Option<&'static Image> {
@@ -231,12 +231,15 @@ mod tests {
                 "registry.internal:5000/a/b/examples-bookinfo-details-v1",
                 "examples-bookinfo-details-v1",
             ),
-            ("docker.io/mccutchen/go-httpbin:v2.15.0", "go-httpbin"),
+            (
+                "registry.example/mccutchen/go-httpbin:v2.15.0",
+                "go-httpbin",
+            ),
             ("kennethreitz/httpbin", "httpbin"),
             ("curlimages/curl:8.16.0@sha256:00ff", "curl"),
             ("mesh:0.1.0", "mesh"),
-            ("docker.io/istio/proxyv2:1.30.0", "proxyv2"),
-            ("registry.k8s.io/busybox", "busybox"),
+            ("registry.example/istio/proxyv2:1.30.0", "proxyv2"),
+            ("registry.example/busybox", "busybox"),
         ] {
             assert_eq!(
                 lookup(reference).map(|image| image.name),
