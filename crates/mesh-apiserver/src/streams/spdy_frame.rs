@@ -106,7 +106,7 @@ impl Reader {
         mut payload: Bytes,
         end: bool,
     ) -> Result<Option<Frame>, FrameError> {
-        let mut number = |payload: &mut Bytes| payload.try_get_u32().map_err(|_| FrameError::Short);
+        let number = |payload: &mut Bytes| payload.try_get_u32().map_err(|_| FrameError::Short);
         match kind {
             SYN_STREAM => {
                 let stream = number(&mut payload)? & 0x7fff_ffff;

@@ -22,9 +22,6 @@ const NEWSETELEM: u16 = 12;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 
-/// An attribute holds at most 64 KiB; an element with a long chain name takes some 80 bytes.
-const ELEMENTS_PER_MESSAGE: usize = 500;
-
 const REG_VERDICT: u32 = 0;
 const REG_1: u32 = 1;
 const REG_2: u32 = 2;
