@@ -40,8 +40,8 @@ use tokio_util::sync::CancellationToken;
 
 use events::Recorder;
 use registry::Registry;
-pub use sandbox::NODE_IP;
 use sandbox::Ipam;
+pub use sandbox::NODE_IP;
 use worker::Change;
 
 /// The name of the only node.
@@ -69,7 +69,12 @@ pub struct Shared {
 
 impl Shared {
     /// The agent's parts; `run` is the node's runtime folder.
-    pub fn new(client: kube::Client, run: PathBuf, registry: Arc<Registry>, cgroups: Option<PathBuf>) -> Self {
+    pub fn new(
+        client: kube::Client,
+        run: PathBuf,
+        registry: Arc<Registry>,
+        cgroups: Option<PathBuf>,
+    ) -> Self {
         Self {
             recorder: Recorder::start(client.clone()),
             client,
@@ -86,7 +91,10 @@ impl Shared {
 /// Whether more than one uid is mapped into this user namespace (user_namespaces(7)).
 pub fn uids_mapped() -> bool {
     let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let count: u64 = map.lines().filter_map(|l| l.split_whitespace().nth(2)?.parse::<u64>().ok()).sum();
+    let count: u64 = map
+        .lines()
+        .filter_map(|l| l.split_whitespace().nth(2)?.parse::<u64>().ok())
+        .sum();
     count > 1
 }
 
@@ -101,8 +109,18 @@ pub async fn run(shared: Arc<Shared>, shutdown: CancellationToken) {
     let pods: Api<Pod> = Api::all(shared.client.clone());
     let config = watcher::Config::default().fields(&format!("spec.nodeName={NODE_NAME}"));
     let mut pods = watcher(pods, config).default_backoff().boxed();
-    let mut maps = watcher(Api::<ConfigMap>::all(shared.client.clone()), watcher::Config::default()).default_backoff().boxed();
-    let mut secrets = watcher(Api::<Secret>::all(shared.client.clone()), watcher::Config::default()).default_backoff().boxed();
+    let mut maps = watcher(
+        Api::<ConfigMap>::all(shared.client.clone()),
+        watcher::Config::default(),
+    )
+    .default_backoff()
+    .boxed();
+    let mut secrets = watcher(
+        Api::<Secret>::all(shared.client.clone()),
+        watcher::Config::default(),
+    )
+    .default_backoff()
+    .boxed();
     let mut workers: HashMap<String, Worker> = HashMap::new();
     let mut listed: Option<BTreeSet<String>> = None;
     loop {
@@ -141,8 +159,15 @@ fn removed(worker: &Worker) -> bool {
     false
 }
 
-fn refresh(workers: &HashMap<String, Worker>, namespace: Option<String>, refers: impl Fn(&(String, BTreeSet<String>, BTreeSet<String>)) -> bool) {
-    for worker in workers.values().filter(|w| Some(&w.refers.0) == namespace.as_ref() && refers(&w.refers)) {
+fn refresh(
+    workers: &HashMap<String, Worker>,
+    namespace: Option<String>,
+    refers: impl Fn(&(String, BTreeSet<String>, BTreeSet<String>)) -> bool,
+) {
+    for worker in workers
+        .values()
+        .filter(|w| Some(&w.refers.0) == namespace.as_ref() && refers(&w.refers))
+    {
         let _ = worker.changes.send(Change::References);
     }
 }

@@ -14,6 +14,7 @@ pub mod controllers;
 pub mod dns;
 pub mod edge;
 pub mod network;
+pub mod services;
 pub mod node;
 mod options;
 mod parent;

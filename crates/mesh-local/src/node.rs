@@ -34,29 +34,41 @@ pub(crate) fn main(state: &Path) -> anyhow::Result<ExitCode> {
     let setup = std::fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
     let setup: NodeSetup = serde_json::from_slice(&setup).context("reading the node's set-up")?;
     let _ = std::fs::remove_file(&file);
-    let filter = tracing_subscriber::EnvFilter::try_new(&setup.options.log_filter).context("reading the log filter")?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let filter = tracing_subscriber::EnvFilter::try_new(&setup.options.log_filter)
+        .context("reading the log filter")?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
     let result = runtime.block_on(run(&setup, ports, started));
     // Open watches and pods need no farewell: the namespaces end with this process, and every write was flushed when it was answered.
     runtime.shutdown_timeout(Duration::from_millis(200));
     result
 }
 
-async fn run(setup: &NodeSetup, ports: Arc<HostPorts>, started: Instant) -> anyhow::Result<ExitCode> {
+async fn run(
+    setup: &NodeSetup,
+    ports: Arc<HostPorts>,
+    started: Instant,
+) -> anyhow::Result<ExitCode> {
     let shutdown = CancellationToken::new();
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .context("listening for SIGTERM")?;
     let work = async {
-        let cgroups = start(setup, &ports, &shutdown).await?;
+        start(setup, &ports, &shutdown).await?;
         summary(setup, started);
         if !setup.options.exit_when_ready {
             std::future::pending::<()>().await;
         }
-        Ok(cgroups)
+        anyhow::Ok(())
     };
     let result = tokio::select! {
-        result = work => result.map(|_: Option<std::path::PathBuf>| ExitCode::SUCCESS),
+        result = work => result.map(|()| ExitCode::SUCCESS),
         _ = terminate.recv() => Ok(ExitCode::SUCCESS),
     };
     shutdown.cancel();
@@ -64,17 +76,25 @@ async fn run(setup: &NodeSetup, ports: Arc<HostPorts>, started: Instant) -> anyh
 }
 
 /// Starts everything, in the order in which the parts need each other, and applies the first manifests.
-async fn start(setup: &NodeSetup, ports: &Arc<HostPorts>, shutdown: &CancellationToken) -> anyhow::Result<Option<std::path::PathBuf>> {
+async fn start(
+    setup: &NodeSetup,
+    ports: &Arc<HostPorts>,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
     sandbox::prepare_node().await?;
     let pki = pki::Pki::open(&setup.state)?;
     let registry = Arc::new(Registry::default());
     let api = open_api(setup, &pki, &registry)?;
     let tls = mesh_identity::tls::server_config(&pki.serving(setup.api)?, &["h2", "http/1.1"])?;
-    let host = ports.bind(setup.api).with_context(|| format!("taking over the socket of {}", setup.api))?;
+    let host = ports
+        .bind(setup.api)
+        .with_context(|| format!("taking over the socket of {}", setup.api))?;
     host.set_nonblocking(true)?;
     let host = tokio::net::TcpListener::from_std(host)?;
     let own = SocketAddr::from((NODE_IP, API_PORT));
-    let own = tokio::net::TcpListener::bind(own).await.with_context(|| format!("listening on {own}"))?;
+    let own = tokio::net::TcpListener::bind(own)
+        .await
+        .with_context(|| format!("listening on {own}"))?;
     for listener in [host, own] {
         let (api, tls, shutdown) = (api.clone(), tls.clone(), shutdown.clone());
         tokio::spawn(async move { api.serve(listener, tls, shutdown).await });
@@ -82,37 +102,96 @@ async fn start(setup: &NodeSetup, ports: &Arc<HostPorts>, shutdown: &Cancellatio
     write_private(&setup.state.join("kubeconfig"), &pki.kubeconfig(setup.api)?)?;
     let client = |name: &str| kube::Client::new(api.router_as(Identity::system(name)), "default");
     let kubelet = client("system:node:mesh-node");
-    object::register(&kubelet).await.context("registering the node")?;
-    object::publish_root(&kubelet, pki.authority.certificate_pem()).await.context("publishing the cluster's root certificate")?;
+    object::register(&kubelet)
+        .await
+        .context("registering the node")?;
+    object::publish_root(&kubelet, pki.authority.certificate_pem())
+        .await
+        .context("publishing the cluster's root certificate")?;
     tokio::spawn(object::heartbeat(kubelet.clone(), shutdown.clone()));
-    tokio::spawn(crate::controllers::run(client("system:kube-controller-manager"), shutdown.clone()));
+    tokio::spawn(crate::controllers::run(
+        client("system:kube-controller-manager"),
+        shutdown.clone(),
+    ));
     let cgroups = agent::cgroup::prepare(&setup.state);
-    let shared = Arc::new(Shared::new(kubelet, setup.state.join("run"), registry, cgroups.clone()));
+    let shared = Arc::new(Shared::new(
+        kubelet,
+        setup.state.join("run"),
+        registry,
+        cgroups,
+    ));
     tokio::spawn(agent::run(shared, shutdown.clone()));
+    start_services(setup, ports, &client("mesh:service-network"), shutdown);
     let limit = Duration::from_secs(setup.options.boot_timeout_seconds);
-    boot::run(&client("mesh:boot"), &setup.options.boot, limit).await?;
-    Ok(cgroups)
+    boot::run(&client("mesh:boot"), &setup.options.boot, limit).await
 }
 
-fn open_api(setup: &NodeSetup, pki: &pki::Pki, registry: &Arc<Registry>) -> anyhow::Result<ApiServer> {
+/// Service addresses, names, and ports of the host. A part that ends early says so in the log; the others go on.
+fn start_services(
+    setup: &NodeSetup,
+    ports: &Arc<HostPorts>,
+    client: &kube::Client,
+    shutdown: &CancellationToken,
+) {
+    let tables = crate::services::watch(client.clone(), shutdown.clone());
+    // Nobody outside can be asked: the node has no way out of its network.
+    let dns = crate::dns::run(
+        SocketAddr::from((crate::dns::ADDRESS, 53)),
+        tables.clone(),
+        Vec::new(),
+        shutdown.clone(),
+    );
+    tokio::spawn(async move {
+        if let Err(error) = dns.await {
+            tracing::error!(%error, "cluster DNS ended");
+        }
+    });
+    tokio::spawn(crate::network::run(tables.clone(), shutdown.clone()));
+    let fixed = setup.options.host_ports.clone();
+    tokio::spawn(crate::edge::run(
+        client.clone(),
+        ports.clone(),
+        fixed,
+        tables,
+        shutdown.clone(),
+    ));
+}
+
+fn open_api(
+    setup: &NodeSetup,
+    pki: &pki::Pki,
+    registry: &Arc<Registry>,
+) -> anyhow::Result<ApiServer> {
     let dir = setup.state.join("db");
-    let (store, recovery) = Store::open((!setup.in_memory).then_some(dir.as_path())).context("opening the cluster's state")?;
+    let (store, recovery) = Store::open((!setup.in_memory).then_some(dir.as_path()))
+        .context("opening the cluster's state")?;
     if !recovery.is_clean() {
         boot::say(&format!("  {recovery}"));
     }
-    let auth = Auth { admin_tokens: vec![pki.admin_token.clone()], tokens: pki.tokens.clone() };
+    let auth = Auth {
+        admin_tokens: vec![pki.admin_token.clone()],
+        tokens: pki.tokens.clone(),
+    };
     let backend = Arc::new(Backend::new(registry.clone()));
-    Ok(ApiServer::open(mesh_apiserver::Options::new(store, auth, backend))?)
+    Ok(ApiServer::open(mesh_apiserver::Options::new(
+        store, auth, backend,
+    ))?)
 }
 
 /// The addresses to open and the line to set kubectl up.
 fn summary(setup: &NodeSetup, started: Instant) {
-    boot::say(&format!("ready after {:.2} s", started.elapsed().as_secs_f32()));
+    boot::say(&format!(
+        "ready after {:.2} s",
+        started.elapsed().as_secs_f32()
+    ));
     for port in &setup.options.host_ports {
         if let Some((title, path)) = &port.link {
             boot::say(&format!("  {title:<12} http://{}{path}", port.address));
         }
     }
     boot::say(&format!("  {:<12} https://{}", "Kubernetes", setup.api));
-    boot::say(&format!("export KUBECONFIG={}", setup.state.join("kubeconfig").display()));
+    boot::say(&format!(
+        "export KUBECONFIG={}",
+        setup.state.join("kubeconfig").display()
+    ));
 }

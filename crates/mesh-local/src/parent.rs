@@ -43,12 +43,25 @@ pub(crate) const SETUP_FILE: &str = "setup.json";
 pub fn all_in_one(mut options: ClusterOptions) -> anyhow::Result<ExitCode> {
     let state = State::open(&options.state_dir)?;
     let mut held = HashMap::new();
-    let api = hold(&mut held, options.api_address, "--api-port", "the Kubernetes API")?;
+    let api = hold(
+        &mut held,
+        options.api_address,
+        "--api-port",
+        "the Kubernetes API",
+    )?;
     for port in &mut options.host_ports {
-        let what = format!("port {} of service {}/{}", port.port, port.namespace, port.service);
+        let what = format!(
+            "port {} of service {}/{}",
+            port.port, port.namespace, port.service
+        );
         port.address = hold(&mut held, port.address, &port.flag, &what)?;
     }
-    let setup = NodeSetup { options, state: state.path.clone(), in_memory: state.temporary, api };
+    let setup = NodeSetup {
+        options,
+        state: state.path.clone(),
+        in_memory: state.temporary,
+        api,
+    };
     write_private(&state.path.join(SETUP_FILE), &serde_json::to_vec(&setup)?)?;
 
     let signals = block_signals()?;
@@ -86,12 +99,22 @@ impl State {
                 .recursive(true)
                 .mode(0o700)
                 .create(dir)
-                .with_context(|| format!("making the state directory {}: choose another with --state-dir", dir.display()))
+                .with_context(|| {
+                    format!(
+                        "making the state directory {}: choose another with --state-dir",
+                        dir.display()
+                    )
+                })
         };
         make(&path)?;
         let path = path.canonicalize()?;
         let lock_path = path.join("lock");
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock_path);
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&lock_path);
         let lock = lock.with_context(|| format!("opening {}", lock_path.display()))?;
         if lock.try_lock().is_err() {
             bail!(
@@ -102,10 +125,15 @@ impl State {
         }
         // What a run that was killed left in its runtime folder lay in a mount that ended with it; only the empty folder remains.
         make(&path.join("run"))?;
-        Ok(Self { path, temporary, _lock: lock })
+        Ok(Self {
+            path,
+            temporary,
+            _lock: lock,
+        })
     }
 
     fn clean_up(&self) {
+        crate::agent::cgroup::remove(&self.path);
         let _ = std::fs::remove_file(self.path.join(SETUP_FILE));
         if self.temporary {
             let _ = std::fs::remove_dir_all(&self.path);
@@ -114,11 +142,16 @@ impl State {
 }
 
 fn default_state_dir() -> anyhow::Result<PathBuf> {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let absolute = |name: &str| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|p| p.is_absolute())
+    };
     if let Some(dir) = absolute("XDG_STATE_HOME") {
         return Ok(dir.join("mesh"));
     }
-    let home = absolute("HOME").context("neither XDG_STATE_HOME nor HOME is set: choose a directory with --state-dir")?;
+    let home = absolute("HOME")
+        .context("neither XDG_STATE_HOME nor HOME is set: choose a directory with --state-dir")?;
     Ok(home.join(".local/state/mesh"))
 }
 
@@ -131,11 +164,17 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
         .mode(0o600)
         .open(path)
         .with_context(|| format!("writing {}", path.display()))?;
-    file.write_all(content).with_context(|| format!("writing {}", path.display()))
+    file.write_all(content)
+        .with_context(|| format!("writing {}", path.display()))
 }
 
 /// Binds a port that was asked for on the command line and keeps it for the node; gives the address with the real port.
-fn hold(held: &mut HashMap<SocketAddr, TcpListener>, wanted: SocketAddr, flag: &str, what: &str) -> anyhow::Result<SocketAddr> {
+fn hold(
+    held: &mut HashMap<SocketAddr, TcpListener>,
+    wanted: SocketAddr,
+    flag: &str,
+    what: &str,
+) -> anyhow::Result<SocketAddr> {
     let listener = bind(wanted).map_err(|error| match error.kind() {
         std::io::ErrorKind::AddrInUse => anyhow::anyhow!(
             "{wanted} is already in use (wanted for {what}): stop the program that listens there, or choose another port with {flag} (0 takes a free one)"
@@ -159,11 +198,17 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
 
 fn block_signals() -> anyhow::Result<SignalFd> {
     let mut set = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD] {
+    for signal in [
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGCHLD,
+    ] {
         set.add(signal);
     }
     set.thread_block().context("blocking signals")?;
-    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("making a signalfd")
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context("making a signalfd")
 }
 
 fn serve(
@@ -178,7 +223,11 @@ fn serve(
         let mut ready = [false; 2];
         {
             let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-            fds.extend(socket.as_ref().map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)));
+            fds.extend(
+                socket
+                    .as_ref()
+                    .map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)),
+            );
             match poll(&mut fds, PollTimeout::NONE) {
                 Err(nix::errno::Errno::EINTR) => continue,
                 other => other.context("waiting for the node process")?,
@@ -195,22 +244,32 @@ fn serve(
             if asked == 1 {
                 eprintln!("stopping; press Ctrl-C again to kill");
                 let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-                nix::sys::signal::kill(pid, Signal::SIGTERM).context("stopping the node process")?;
+                nix::sys::signal::kill(pid, Signal::SIGTERM)
+                    .context("stopping the node process")?;
             } else {
                 // The node's init ends when the socket closes, and every process of the cluster with it.
                 socket = None;
             }
         }
         if let Some(status) = child.try_wait().context("waiting for the node process")? {
-            let code = status.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(1);
-            return Ok(if asked > 0 && code == 0 { ExitCode::SUCCESS } else { ExitCode::from(code) });
+            let code = status
+                .code()
+                .and_then(|c| u8::try_from(c).ok())
+                .unwrap_or(1);
+            return Ok(if asked > 0 && code == 0 {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::from(code)
+            });
         }
         if ready[1]
             && let Some(stream) = socket.as_mut()
         {
             match pass::read_request(stream) {
                 Ok(Some(request)) => {
-                    let listener = held.remove(&request.address).map_or_else(|| bind(request.address), Ok);
+                    let listener = held
+                        .remove(&request.address)
+                        .map_or_else(|| bind(request.address), Ok);
                     let _ = pass::answer(stream, listener);
                 }
                 _ => socket = None,

@@ -9,7 +9,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 use serde::{Deserialize, Serialize};
 
 /// Longest message of either side; they are addresses and error texts.
@@ -36,24 +39,43 @@ pub(crate) struct HostPorts {
 
 impl HostPorts {
     pub(crate) fn new(socket: UnixStream) -> Self {
-        Self { socket: Mutex::new(socket) }
+        Self {
+            socket: Mutex::new(socket),
+        }
     }
 
     /// Binds `address` in the host's network. An address that the parent bound before the start is handed over.
     pub(crate) fn bind(&self, address: SocketAddr) -> std::io::Result<TcpListener> {
-        let mut socket = self.socket.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut socket = self
+            .socket
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         socket.write_all(&serde_json::to_vec(&BindRequest { address })?)?;
         let mut buffer = [0; MAX_MESSAGE];
         let (length, fd) = receive(&socket, &mut buffer)?;
         let reply: BindReply = serde_json::from_slice(&buffer[..length])?;
         match (fd, reply) {
             (Some(fd), _) => Ok(TcpListener::from(fd)),
-            (None, BindReply { errno: Some(errno), .. }) => Err(std::io::Error::from_raw_os_error(errno)),
-            (None, reply) => Err(std::io::Error::other(reply.error.unwrap_or_else(|| "the parent sent no socket".to_owned()))),
+            (
+                None,
+                BindReply {
+                    errno: Some(errno), ..
+                },
+            ) => Err(std::io::Error::from_raw_os_error(errno)),
+            (None, reply) => Err(std::io::Error::other(
+                reply
+                    .error
+                    .unwrap_or_else(|| "the parent sent no socket".to_owned()),
+            )),
         }
     }
 }
 
+impl crate::edge::PortBinder for HostPorts {
+    fn bind(&self, host_addr: SocketAddr) -> std::io::Result<TcpListener> {
+        HostPorts::bind(self, host_addr)
+    }
+}
 
 /// The parent's end: reads one request. `None`: the node has closed the socket.
 pub(crate) fn read_request(socket: &mut UnixStream) -> std::io::Result<Option<BindRequest>> {
@@ -65,10 +87,19 @@ pub(crate) fn read_request(socket: &mut UnixStream) -> std::io::Result<Option<Bi
 }
 
 /// The parent's end: answers a request.
-pub(crate) fn answer(socket: &UnixStream, listener: std::io::Result<TcpListener>) -> std::io::Result<()> {
+pub(crate) fn answer(
+    socket: &UnixStream,
+    listener: std::io::Result<TcpListener>,
+) -> std::io::Result<()> {
     let reply = match &listener {
-        Ok(_) => BindReply { error: None, errno: None },
-        Err(error) => BindReply { error: Some(error.to_string()), errno: error.raw_os_error() },
+        Ok(_) => BindReply {
+            error: None,
+            errno: None,
+        },
+        Err(error) => BindReply {
+            error: Some(error.to_string()),
+            errno: error.raw_os_error(),
+        },
     };
     let message = serde_json::to_vec(&reply)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -77,14 +108,24 @@ pub(crate) fn answer(socket: &UnixStream, listener: std::io::Result<TcpListener>
     if let Some(fds) = &fds {
         control.push(SendAncillaryMessage::ScmRights(fds));
     }
-    rustix::net::sendmsg(socket, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL)?;
+    rustix::net::sendmsg(
+        socket,
+        &[IoSlice::new(&message)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
     Ok(())
 }
 
 fn receive(socket: &UnixStream, buffer: &mut [u8]) -> std::io::Result<(usize, Option<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let received = rustix::net::recvmsg(
+        socket,
+        &mut [IoSliceMut::new(buffer)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
     if received.bytes == 0 {
         return Err(std::io::ErrorKind::UnexpectedEof.into());
     }
@@ -114,7 +155,11 @@ mod tests {
             bound
         });
         let ports = HostPorts::new(node);
-        let address = ports.bind("127.0.0.1:0".parse().unwrap()).unwrap().local_addr().unwrap();
+        let address = ports
+            .bind("127.0.0.1:0".parse().unwrap())
+            .unwrap()
+            .local_addr()
+            .unwrap();
         let holder = TcpListener::bind("127.0.0.1:0").unwrap();
         let taken = ports.bind(holder.local_addr().unwrap()).unwrap_err();
         assert_eq!(taken.kind(), std::io::ErrorKind::AddrInUse);

@@ -10,7 +10,8 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
 use mesh_apiserver::node::{
-    Duplex, ExecRequest, ExecSession, ExitStatus, LogRequest, NodeBackend, NodeError, NodeErrorKind, TerminalSize,
+    Duplex, ExecRequest, ExecSession, ExitStatus, LogRequest, NodeBackend, NodeError,
+    NodeErrorKind, TerminalSize,
 };
 use nix::pty::openpty;
 use tokio::io::AsyncWriteExt;
@@ -35,7 +36,11 @@ impl Backend {
 
     fn entry(&self, namespace: &str, pod: &str, container: &str) -> Result<Entry, NodeError> {
         let found = self.registry.container(namespace, pod, container);
-        found.ok_or_else(|| bad(format!("container \"{container}\" in pod \"{pod}\" is waiting to start")))
+        found.ok_or_else(|| {
+            bad(format!(
+                "container \"{container}\" in pod \"{pod}\" is waiting to start"
+            ))
+        })
     }
 }
 
@@ -48,13 +53,23 @@ fn internal(error: impl std::fmt::Display) -> NodeError {
 }
 
 impl NodeBackend for Backend {
-    fn logs(&self, request: LogRequest) -> BoxFuture<'static, Result<BoxStream<'static, Bytes>, NodeError>> {
+    fn logs(
+        &self,
+        request: LogRequest,
+    ) -> BoxFuture<'static, Result<BoxStream<'static, Bytes>, NodeError>> {
         let entry = self.entry(&request.namespace, &request.pod, &request.container);
         async move {
             let entry = entry?;
-            let log = if request.previous { entry.previous } else { entry.log };
+            let log = if request.previous {
+                entry.previous
+            } else {
+                entry.log
+            };
             let log = log.ok_or_else(|| {
-                bad(format!("previous terminated container \"{}\" in pod \"{}\" not found", request.container, request.pod))
+                bad(format!(
+                    "previous terminated container \"{}\" in pod \"{}\" not found",
+                    request.container, request.pod
+                ))
             })?;
             let (send, receive) = mpsc::channel(64);
             tokio::spawn(log.stream(request, send));
@@ -68,16 +83,30 @@ impl NodeBackend for Backend {
         async move {
             let entry = entry?;
             let target = entry.target.clone();
-            let target = target.ok_or_else(|| bad(format!("container \"{}\" is not running", request.container)))?;
+            let target = target.ok_or_else(|| {
+                bad(format!(
+                    "container \"{}\" is not running",
+                    request.container
+                ))
+            })?;
             if request.attach {
                 return attach(entry, &request);
             }
-            if request.tty { exec_tty(&target, request).await } else { exec_pipes(&target, request).await }
+            if request.tty {
+                exec_tty(&target, request).await
+            } else {
+                exec_pipes(&target, request).await
+            }
         }
         .boxed()
     }
 
-    fn port_forward(&self, namespace: String, pod: String, port: u16) -> BoxFuture<'static, Result<Box<dyn Duplex>, NodeError>> {
+    fn port_forward(
+        &self,
+        namespace: String,
+        pod: String,
+        port: u16,
+    ) -> BoxFuture<'static, Result<Box<dyn Duplex>, NodeError>> {
         let sandbox = self.registry.sandbox(&namespace, &pod);
         async move {
             let sandbox = sandbox.ok_or_else(|| bad(format!("pod \"{pod}\" is not running")))?;
@@ -87,7 +116,9 @@ impl NodeBackend for Backend {
                 stream.set_nonblocking(true)?;
                 Ok(stream)
             });
-            let stream = stream.await.map_err(|e| internal(format!("connecting to port {port} inside pod {pod}: {e:#}")))?;
+            let stream = stream.await.map_err(|e| {
+                internal(format!("connecting to port {port} inside pod {pod}: {e:#}"))
+            })?;
             let stream = tokio::net::TcpStream::from_std(stream).map_err(internal)?;
             Ok(Box::new(stream) as Box<dyn Duplex>)
         }
@@ -97,9 +128,15 @@ impl NodeBackend for Backend {
 
 /// What the container prints from now on; its standard input is /dev/null.
 fn attach(entry: Entry, request: &ExecRequest) -> Result<ExecSession, NodeError> {
-    let log = entry.log.ok_or_else(|| bad("the container has no output".to_owned()))?;
+    let log = entry
+        .log
+        .ok_or_else(|| bad("the container has no output".to_owned()))?;
     let (send, mut receive) = mpsc::channel::<Bytes>(64);
-    let follow = LogRequest { follow: true, tail_lines: Some(0), ..LogRequest::default() };
+    let follow = LogRequest {
+        follow: true,
+        tail_lines: Some(0),
+        ..LogRequest::default()
+    };
     tokio::spawn(log.stream(follow, send));
     let (mut writer, reader) = tokio::io::duplex(64 << 10);
     let (done, ended) = tokio::sync::oneshot::channel();
@@ -125,9 +162,22 @@ fn attach(entry: Entry, request: &ExecRequest) -> Result<ExecSession, NodeError>
 }
 
 async fn exec_pipes(target: &Target, request: ExecRequest) -> Result<ExecSession, NodeError> {
-    let pipe = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
-    let streams = [pipe(request.stdin), pipe(request.stdout), pipe(request.stderr)];
-    let mut child = target.spawn(request.command, false, streams).await.map_err(internal)?;
+    let pipe = |wanted: bool| {
+        if wanted {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        }
+    };
+    let streams = [
+        pipe(request.stdin),
+        pipe(request.stdout),
+        pipe(request.stderr),
+    ];
+    let mut child = target
+        .spawn(request.command, false, streams)
+        .await
+        .map_err(internal)?;
     Ok(ExecSession {
         stdin: child.stdin.take().map(|s| Box::pin(s) as _),
         stdout: child.stdout.take().map(|s| Box::pin(s) as _),
@@ -148,14 +198,22 @@ async fn exec_tty(target: &Target, request: ExecRequest) -> Result<ExecSession, 
     let pty = openpty(None, None).map_err(internal)?;
     let side = || pty.slave.try_clone().map(Stdio::from).map_err(internal);
     let streams = [side()?, side()?, side()?];
-    let child = target.spawn(request.command, true, streams).await.map_err(internal)?;
+    let child = target
+        .spawn(request.command, true, streams)
+        .await
+        .map_err(internal)?;
     drop(pty.slave);
     let master = pty.master;
     let (resize, mut sizes) = mpsc::channel::<TerminalSize>(4);
     let handle = master.try_clone().map_err(internal)?;
     tokio::spawn(async move {
         while let Some(size) = sizes.recv().await {
-            let size = rustix::termios::Winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
+            let size = rustix::termios::Winsize {
+                ws_row: size.height,
+                ws_col: size.width,
+                ws_xpixel: 0,
+                ws_ypixel: 0,
+            };
             let _ = rustix::termios::tcsetwinsize(&handle, size);
         }
     });
@@ -180,7 +238,11 @@ impl tokio::io::AsyncRead for TtyOutput {
         buffer: &mut tokio::io::ReadBuf<'_>,
     ) -> std::task::Poll<std::io::Result<()>> {
         match std::pin::Pin::new(&mut self.0).poll_read(context, buffer) {
-            std::task::Poll::Ready(Err(e)) if e.raw_os_error() == Some(nix::errno::Errno::EIO as i32) => std::task::Poll::Ready(Ok(())),
+            std::task::Poll::Ready(Err(e))
+                if e.raw_os_error() == Some(nix::errno::Errno::EIO as i32) =>
+            {
+                std::task::Poll::Ready(Ok(()))
+            }
             other => other,
         }
     }

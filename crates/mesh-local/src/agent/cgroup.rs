@@ -19,12 +19,9 @@ pub fn prepare(state: &Path) -> Option<PathBuf> {
     if !controllers.split_whitespace().any(|c| c == "memory") {
         return None;
     }
-    let name: String = state.to_string_lossy().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-    let base = Path::new(MOUNT).join(format!("mesh{name}"));
+    let base = base(state);
     // What a run that was killed left behind is empty by now.
-    for entry in fs::read_dir(&base).into_iter().flatten().flatten() {
-        let _ = fs::remove_dir(entry.path());
-    }
+    remove(state);
     let enable = |dir: &Path| fs::write(dir.join("cgroup.subtree_control"), "+cpu +memory +pids");
     enable(Path::new(MOUNT)).ok()?;
     fs::create_dir_all(&base).ok()?;
@@ -32,12 +29,22 @@ pub fn prepare(state: &Path) -> Option<PathBuf> {
     Some(base)
 }
 
-/// Removes the groups at the end.
-pub fn remove(base: &Path) {
-    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+fn base(state: &Path) -> PathBuf {
+    let name: String = state
+        .to_string_lossy()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
+    Path::new(MOUNT).join(format!("mesh{name}"))
+}
+
+/// Removes the groups of the cluster with this state directory once all its processes have ended.
+pub fn remove(state: &Path) {
+    let base = base(state);
+    for entry in fs::read_dir(&base).into_iter().flatten().flatten() {
         let _ = fs::remove_dir(entry.path());
     }
-    let _ = fs::remove_dir(base);
+    let _ = fs::remove_dir(&base);
 }
 
 /// Makes a container's group with its limits.
@@ -52,13 +59,20 @@ pub fn make(base: &Path, name: &str, container: &Container) -> std::io::Result<P
 
 fn limits(container: &Container) -> Vec<(&'static str, String)> {
     let limits = container.resources.as_ref().and_then(|r| r.limits.as_ref());
-    let limit = |name: &str| limits.and_then(|l| l.get(name)).and_then(|q| quantity_value(&q.0));
+    let limit = |name: &str| {
+        limits
+            .and_then(|l| l.get(name))
+            .and_then(|q| quantity_value(&q.0))
+    };
     let mut out = vec![("pids.max", PIDS_MAX.to_owned())];
     if let Some(bytes) = limit("memory") {
         out.push(("memory.max", format!("{bytes:.0}")));
     }
     if let Some(cpus) = limit("cpu") {
-        out.push(("cpu.max", format!("{:.0} {CPU_PERIOD:.0}", cpus * CPU_PERIOD)));
+        out.push((
+            "cpu.max",
+            format!("{:.0} {CPU_PERIOD:.0}", cpus * CPU_PERIOD),
+        ));
     }
     out
 }
@@ -71,9 +85,15 @@ mod tests {
 
     #[test]
     fn limits_in_the_kernels_units() {
-        let container: Container =
-            serde_json::from_value(json!({"name": "c", "resources": {"limits": {"cpu": "500m", "memory": "1Mi"}}})).unwrap();
-        let expected = [("pids.max", "4096".to_owned()), ("memory.max", "1048576".to_owned()), ("cpu.max", "50000 100000".to_owned())];
+        let container: Container = serde_json::from_value(
+            json!({"name": "c", "resources": {"limits": {"cpu": "500m", "memory": "1Mi"}}}),
+        )
+        .unwrap();
+        let expected = [
+            ("pids.max", "4096".to_owned()),
+            ("memory.max", "1048576".to_owned()),
+            ("cpu.max", "50000 100000".to_owned()),
+        ];
         assert_eq!(limits(&container), expected);
     }
 }

@@ -78,15 +78,22 @@ impl Run {
 
     fn names(&self) -> (&str, &str) {
         let meta = &self.pod.metadata;
-        (meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+        (
+            meta.namespace.as_deref().unwrap_or_default(),
+            meta.name.as_deref().unwrap_or_default(),
+        )
     }
 
     fn event(&self, warning: bool, reason: &'static str, message: String) {
         let container = Some((self.list, self.spec.name.as_str()));
         if warning {
-            self.shared.recorder.warning(&self.pod, container, reason, message);
+            self.shared
+                .recorder
+                .warning(&self.pod, container, reason, message);
         } else {
-            self.shared.recorder.normal(&self.pod, container, reason, message);
+            self.shared
+                .recorder
+                .normal(&self.pod, container, reason, message);
         }
     }
 
@@ -95,8 +102,11 @@ impl Run {
         match self.launch().await {
             Ok((child, target, log)) => self.watch(child, target, log, stops).await,
             Err(failure) => {
-                let reason = if failure.reason == "ErrImagePull" { "Failed" } else { "FailedToStart" };
-                self.event(true, reason, format!("Error: {}: {}", failure.reason, failure.message));
+                self.event(
+                    true,
+                    "Failed",
+                    format!("Error: {}: {}", failure.reason, failure.message),
+                );
                 self.report(Report::NotStarted(failure)).await;
             }
         }
@@ -106,12 +116,17 @@ impl Run {
         let spec = self.launch_spec().await?;
         let name = &self.spec.name;
         self.event(false, "Created", format!("Created container: {name}"));
-        let broken = |e: std::io::Error| failure("CreateContainerError", format!("making the log: {e}"));
+        let broken =
+            |e: std::io::Error| failure("CreateContainerError", format!("making the log: {e}"));
         let logs = self.dir.join("logs");
         std::fs::create_dir_all(&logs).map_err(broken)?;
-        let log = RunLog::create(logs.join(format!("{name}-{}.log", self.attempt))).map_err(broken)?;
+        let log =
+            RunLog::create(logs.join(format!("{name}-{}.log", self.attempt))).map_err(broken)?;
         let mut child = process::start(self.sandbox.clone(), &spec).await?;
-        for (stream, pipe) in [("stdout", child.stdout.take().map(Pipe::Out)), ("stderr", child.stderr.take().map(Pipe::Err))] {
+        for (stream, pipe) in [
+            ("stdout", child.stdout.take().map(Pipe::Out)),
+            ("stderr", child.stderr.take().map(Pipe::Err)),
+        ] {
             let log = log.clone();
             match pipe {
                 Some(Pipe::Out(pipe)) => drop(tokio::spawn(log.copy(stream, pipe))),
@@ -131,62 +146,132 @@ impl Run {
 
     async fn launch_spec(&self) -> Result<LaunchSpec, LaunchFailure> {
         let config = |message: String| failure("CreateContainerConfigError", message);
-        let references = volumes::gather(&self.shared.client, &self.pod).await.map_err(|e| config(e.to_string()))?;
+        let references = volumes::gather(&self.shared.client, &self.pod)
+            .await
+            .map_err(|e| config(e.to_string()))?;
         let addresses = Addresses {
             pod_ip: self.sandbox.ip.to_string(),
             host_ip: super::NODE_IP.to_string(),
             node_name: super::NODE_NAME.to_owned(),
         };
-        let own = environment(&self.pod, &self.spec, &references, &addresses).map_err(|e| config(e.to_string()))?;
+        let own = environment(&self.pod, &self.spec, &references, &addresses)
+            .map_err(|e| config(e.to_string()))?;
         let program = program(&self.spec, &own).map_err(|e| failure(e.reason(), e.to_string()))?;
         if self.attempt == 1 {
             let image = self.spec.image.as_deref().unwrap_or_default();
-            self.event(false, "Pulled", format!("Container image \"{image}\" already present on machine"));
+            self.event(
+                false,
+                "Pulled",
+                format!("Container image \"{image}\" already present on machine"),
+            );
         }
-        let who = privileges(&self.pod, &self.spec, program.image, self.shared.uids_mapped).map_err(|e| failure(e.reason(), e.to_string()))?;
+        let who = privileges(
+            &self.pod,
+            &self.spec,
+            program.image,
+            self.shared.uids_mapped,
+        )
+        .map_err(|e| failure(e.reason(), e.to_string()))?;
         let env = self.full_environment(program.image.map(|i| i.env).unwrap_or_default(), own);
         let lookup: BTreeMap<String, String> = env.iter().cloned().collect();
-        let mounts = volumes::mounts(&self.pod, &self.spec, &self.dir.join("volumes"), &lookup).map_err(|e| config(e.to_string()))?;
+        let mounts = volumes::mounts(&self.pod, &self.spec, &self.dir.join("volumes"), &lookup)
+            .map_err(|e| config(e.to_string()))?;
         let root = self.dir.join("root").join(&self.spec.name);
         std::fs::create_dir_all(&root).map_err(|e| config(e.to_string()))?;
-        let etc = etc::files(&self.pod, self.sandbox.ip, who.uid.unwrap_or(0), who.gid.unwrap_or(0));
+        let etc = etc::files(
+            &self.pod,
+            self.sandbox.ip,
+            who.uid.unwrap_or(0),
+            who.gid.unwrap_or(0),
+        );
         let cgroup = match &self.shared.cgroups {
             Some(base) => {
-                let name = format!("{}-{}", self.pod.metadata.uid.as_deref().unwrap_or_default(), self.spec.name);
-                Some(cgroup::make(base, &name, &self.spec).map_err(|e| failure("CreateContainerError", format!("making the control group: {e}")))?)
+                let name = format!(
+                    "{}-{}",
+                    self.pod.metadata.uid.as_deref().unwrap_or_default(),
+                    self.spec.name
+                );
+                Some(cgroup::make(base, &name, &self.spec).map_err(|e| {
+                    failure(
+                        "CreateContainerError",
+                        format!("making the control group: {e}"),
+                    )
+                })?)
             }
             None => None,
         };
-        let applets = program.image.map(|i| i.applets).unwrap_or_default().iter().map(|a| (*a).to_owned()).collect();
+        let applets = program
+            .image
+            .map(|i| i.applets)
+            .unwrap_or_default()
+            .iter()
+            .map(|a| (*a).to_owned())
+            .collect();
         Ok(LaunchSpec {
-            root: RootSpec { dir: root, binary: self.shared.run.join("mesh"), applets, etc, mounts },
-            process: ProcessSpec { argv: program.argv, env, cwd: program.cwd, privileges: who, tty: false },
+            root: RootSpec {
+                dir: root,
+                binary: self.shared.run.join("mesh"),
+                applets,
+                etc,
+                mounts,
+            },
+            process: ProcessSpec {
+                argv: program.argv,
+                env,
+                cwd: program.cwd,
+                privileges: who,
+                tty: false,
+            },
             cgroup,
         })
     }
 
-    fn full_environment(&self, image: &[(&str, &str)], own: Vec<(String, String)>) -> Vec<(String, String)> {
+    fn full_environment(
+        &self,
+        image: &[(&str, &str)],
+        own: Vec<(String, String)>,
+    ) -> Vec<(String, String)> {
         let mut env = vec![
             ("PATH".to_owned(), DEFAULT_PATH.to_owned()),
             ("HOSTNAME".to_owned(), etc::hostname(&self.pod)),
             ("HOME".to_owned(), "/".to_owned()),
         ];
-        env.extend(image.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        env.extend(
+            image
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned())),
+        );
         env.retain(|(name, _)| !own.iter().any(|(n, _)| n == name));
         env.extend(own);
         env
     }
 
-    async fn watch(&self, mut child: Child, target: Target, log: Arc<RunLog>, mut stops: mpsc::Receiver<Stop>) {
+    async fn watch(
+        &self,
+        mut child: Child,
+        target: Target,
+        log: Arc<RunLog>,
+        mut stops: mpsc::Receiver<Stop>,
+    ) {
         let (namespace, pod) = self.names();
         let pid = target.pid;
-        self.shared.registry.started(namespace, pod, &self.spec.name, target.clone(), log.clone());
+        self.shared
+            .registry
+            .started(namespace, pod, &self.spec.name, target.clone(), log.clone());
         let started_at = Timestamp::now();
         let id = format!("mesh://{}", uuid::Uuid::new_v4().simple());
-        self.event(false, "Started", format!("Started container {}", self.spec.name));
+        self.event(
+            false,
+            "Started",
+            format!("Started container {}", self.spec.name),
+        );
         let mut message = self.post_start(&mut child, &target).await;
         let probes = if message.is_none() {
-            self.report(Report::Running { id: id.clone(), at: started_at }).await;
+            self.report(Report::Running {
+                id: id.clone(),
+                at: started_at,
+            })
+            .await;
             Some(self.start_probes(&target))
         } else {
             let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
@@ -200,12 +285,17 @@ impl Run {
             probes.abort();
         }
         log.end();
-        self.shared.registry.ended(namespace, pod, &self.spec.name, pid);
+        self.shared
+            .registry
+            .ended(namespace, pod, &self.spec.name, pid);
         if let Some(group) = &target.cgroup {
             let _ = std::fs::remove_dir(group);
         }
         let exit_code = status.map_or(255, exit_code);
-        if message.is_none() && exit_code != 0 && self.spec.termination_message_policy.as_deref() == Some("FallbackToLogsOnError") {
+        if message.is_none()
+            && exit_code != 0
+            && self.spec.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
+        {
             message = Some(log.tail(80));
         }
         let ended = Ended {
@@ -228,7 +318,9 @@ impl Run {
         tokio::spawn(async move {
             let forward = async {
                 while let Some((kind, verdict)) = receive.recv().await {
-                    let _ = reports.send((index, attempt, Report::Probe(kind, verdict))).await;
+                    let _ = reports
+                        .send((index, attempt, Report::Probe(kind, verdict)))
+                        .await;
                 }
             };
             tokio::join!(run, forward);
@@ -243,29 +335,58 @@ impl Run {
             _ = child.wait() => return None,
         };
         let error = result.err()?;
-        self.event(true, "FailedPostStartHook", format!("PostStartHook failed: {error}"));
+        self.event(
+            true,
+            "FailedPostStartHook",
+            format!("PostStartHook failed: {error}"),
+        );
         Some(format!("PostStartHook failed: {error}"))
     }
 
-    async fn hook(&self, handler: &LifecycleHandler, target: &Target, limit: Duration) -> Result<(), String> {
+    async fn hook(
+        &self,
+        handler: &LifecycleHandler,
+        target: &Target,
+        limit: Duration,
+    ) -> Result<(), String> {
         if let Some(exec) = &handler.exec {
             return probe::run_exec(exec, target, limit).await;
         }
         if let Some(get) = &handler.http_get {
             let get = probe::http_get(get, &self.spec, target);
-            return tokio::time::timeout(limit, get).await.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+            return tokio::time::timeout(limit, get)
+                .await
+                .unwrap_or_else(|_| Err("no answer in time".to_owned()));
         }
         if let Some(sleep) = &handler.sleep {
-            tokio::time::sleep(Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0)).min(limit)).await;
+            tokio::time::sleep(
+                Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0)).min(limit),
+            )
+            .await;
             return Ok(());
         }
         Err("this kind of hook is not supported: use exec, httpGet or sleep".to_owned())
     }
 
-    async fn stop(&self, child: &mut Child, target: &Target, stop: Stop, stops: &mut mpsc::Receiver<Stop>) -> std::io::Result<std::process::ExitStatus> {
-        self.event(false, "Killing", format!("Stopping container {}", self.spec.name));
+    async fn stop(
+        &self,
+        child: &mut Child,
+        target: &Target,
+        stop: Stop,
+        stops: &mut mpsc::Receiver<Stop>,
+    ) -> std::io::Result<std::process::ExitStatus> {
+        self.event(
+            false,
+            "Killing",
+            format!("Stopping container {}", self.spec.name),
+        );
         let mut deadline = stop.deadline;
-        if let Some(handler) = self.spec.lifecycle.as_ref().and_then(|l| l.pre_stop.as_ref()) {
+        if let Some(handler) = self
+            .spec
+            .lifecycle
+            .as_ref()
+            .and_then(|l| l.pre_stop.as_ref())
+        {
             let limit = deadline.saturating_duration_since(Instant::now());
             tokio::select! {
                 status = child.wait() => return status,
@@ -294,5 +415,8 @@ enum Pipe {
 }
 
 fn failure(reason: &str, message: String) -> LaunchFailure {
-    LaunchFailure { reason: reason.to_owned(), message }
+    LaunchFailure {
+        reason: reason.to_owned(),
+        message,
+    }
 }

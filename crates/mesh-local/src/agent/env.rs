@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::ByteString;
-use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, ObjectFieldSelector, Pod, ResourceFieldSelector, Secret, Service};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Container, EnvVarSource, ObjectFieldSelector, Pod, ResourceFieldSelector, Secret,
+    Service,
+};
 
 /// Why an environment can't be made; the container waits with `CreateContainerConfigError`.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -56,7 +59,11 @@ pub fn environment(
     addresses: &Addresses,
 ) -> Result<Vec<(String, String)>, EnvError> {
     let mut env = Env::default();
-    let links = pod.spec.as_ref().and_then(|s| s.enable_service_links).unwrap_or(true);
+    let links = pod
+        .spec
+        .as_ref()
+        .and_then(|s| s.enable_service_links)
+        .unwrap_or(true);
     for (name, value) in service_variables(&references.services, links) {
         env.set(name, value);
     }
@@ -103,7 +110,10 @@ impl Env {
 
     fn into_pairs(mut self) -> Vec<(String, String)> {
         let values = &mut self.values;
-        self.order.into_iter().filter_map(|name| values.remove_entry(&name)).collect()
+        self.order
+            .into_iter()
+            .filter_map(|name| values.remove_entry(&name))
+            .collect()
     }
 }
 
@@ -122,12 +132,18 @@ fn from_source(
     }
     if let Some(key) = &source.config_map_key_ref {
         let map = config_map(references, &key.name, key.optional)?;
-        let value = map.and_then(|m| m.data.as_ref()).and_then(|data| data.get(&key.key)).cloned();
+        let value = map
+            .and_then(|m| m.data.as_ref())
+            .and_then(|data| data.get(&key.key))
+            .cloned();
         return required("configmap", &key.name, &key.key, key.optional, value);
     }
     if let Some(key) = &source.secret_key_ref {
         let secret = secret(references, &key.name, key.optional)?;
-        let value = secret.and_then(|m| m.data.as_ref()).and_then(|data| data.get(&key.key)).map(text);
+        let value = secret
+            .and_then(|m| m.data.as_ref())
+            .and_then(|data| data.get(&key.key))
+            .map(text);
         return required("secret", &key.name, &key.key, key.optional, value);
     }
     Ok(None)
@@ -141,19 +157,31 @@ fn required(
     value: Option<String>,
 ) -> Result<Option<String>, EnvError> {
     match value {
-        None if optional != Some(true) => Err(EnvError::Missing { kind, name: name.to_owned(), what: format!("has no key \"{key}\"") }),
+        None if optional != Some(true) => Err(EnvError::Missing {
+            kind,
+            name: name.to_owned(),
+            what: format!("has no key \"{key}\""),
+        }),
         value => Ok(value),
     }
 }
 
-fn config_map<'a>(references: &'a References, name: &str, optional: Option<bool>) -> Result<Option<&'a ConfigMap>, EnvError> {
+fn config_map<'a>(
+    references: &'a References,
+    name: &str,
+    optional: Option<bool>,
+) -> Result<Option<&'a ConfigMap>, EnvError> {
     match references.config_maps.get(name) {
         None if optional != Some(true) => Err(not_found("configmap", name)),
         found => Ok(found),
     }
 }
 
-fn secret<'a>(references: &'a References, name: &str, optional: Option<bool>) -> Result<Option<&'a Secret>, EnvError> {
+fn secret<'a>(
+    references: &'a References,
+    name: &str,
+    optional: Option<bool>,
+) -> Result<Option<&'a Secret>, EnvError> {
     match references.secrets.get(name) {
         None if optional != Some(true) => Err(not_found("secret", name)),
         found => Ok(found),
@@ -162,7 +190,11 @@ fn secret<'a>(references: &'a References, name: &str, optional: Option<bool>) ->
 
 /// The error for an object that is not there.
 pub fn not_found(kind: &'static str, name: &str) -> EnvError {
-    EnvError::Missing { kind, name: name.to_owned(), what: "not found".to_owned() }
+    EnvError::Missing {
+        kind,
+        name: name.to_owned(),
+        what: "not found".to_owned(),
+    }
 }
 
 fn text(value: &ByteString) -> String {
@@ -170,7 +202,11 @@ fn text(value: &ByteString) -> String {
 }
 
 /// The value of a downward API field (Kubernetes, "Downward API", available fields).
-pub fn field_value(pod: &Pod, field: &ObjectFieldSelector, addresses: &Addresses) -> Result<String, EnvError> {
+pub fn field_value(
+    pod: &Pod,
+    field: &ObjectFieldSelector,
+    addresses: &Addresses,
+) -> Result<String, EnvError> {
     let meta = &pod.metadata;
     let spec = pod.spec.as_ref();
     let value = match field.field_path.as_str() {
@@ -180,7 +216,10 @@ pub fn field_value(pod: &Pod, field: &ObjectFieldSelector, addresses: &Addresses
         "metadata.labels" => Some(pairs(meta.labels.as_ref())),
         "metadata.annotations" => Some(pairs(meta.annotations.as_ref())),
         "spec.nodeName" => Some(addresses.node_name.clone()),
-        "spec.serviceAccountName" => Some(spec.and_then(|s| s.service_account_name.clone()).unwrap_or_else(|| "default".to_owned())),
+        "spec.serviceAccountName" => Some(
+            spec.and_then(|s| s.service_account_name.clone())
+                .unwrap_or_else(|| "default".to_owned()),
+        ),
         "status.hostIP" | "status.hostIPs" => Some(addresses.host_ip.clone()),
         "status.podIP" | "status.podIPs" => Some(addresses.pod_ip.clone()),
         path => return keyed_field(pod, path),
@@ -190,7 +229,10 @@ pub fn field_value(pod: &Pod, field: &ObjectFieldSelector, addresses: &Addresses
 
 fn keyed_field(pod: &Pod, path: &str) -> Result<String, EnvError> {
     let unknown = || EnvError::FieldPath(path.to_owned());
-    let (map, key) = path.strip_suffix("']").and_then(|p| p.split_once("['")).ok_or_else(unknown)?;
+    let (map, key) = path
+        .strip_suffix("']")
+        .and_then(|p| p.split_once("['"))
+        .ok_or_else(unknown)?;
     let map = match map {
         "metadata.labels" => pod.metadata.labels.as_ref(),
         "metadata.annotations" => pod.metadata.annotations.as_ref(),
@@ -201,16 +243,27 @@ fn keyed_field(pod: &Pod, path: &str) -> Result<String, EnvError> {
 
 /// `key="value"` lines, the value quoted as Go's `%q` does for ordinary text.
 fn pairs(map: Option<&BTreeMap<String, String>>) -> String {
-    map.into_iter().flatten().map(|(key, value)| format!("{key}={value:?}\n")).collect()
+    map.into_iter()
+        .flatten()
+        .map(|(key, value)| format!("{key}={value:?}\n"))
+        .collect()
 }
 
 /// The value of a `resourceFieldRef`: the limit or request of a container, divided by the divisor, rounded up.
 ///
 /// An absent limit is the node's capacity in Kubernetes; here it is the number of processors, or 0 for memory as "no limit is known".
-pub fn resource_value(pod: &Pod, own: Option<&Container>, selector: &ResourceFieldSelector) -> Result<String, EnvError> {
+pub fn resource_value(
+    pod: &Pod,
+    own: Option<&Container>,
+    selector: &ResourceFieldSelector,
+) -> Result<String, EnvError> {
     let unknown = || EnvError::Resource(selector.resource.clone());
     let named = selector.container_name.as_deref();
-    let all = pod.spec.iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
+    let all = pod.spec.iter().flat_map(|s| {
+        s.containers
+            .iter()
+            .chain(s.init_containers.iter().flatten())
+    });
     let container = match named {
         Some(name) => all.into_iter().find(|c| c.name == name),
         None => own,
@@ -228,10 +281,17 @@ pub fn resource_value(pod: &Pod, own: Option<&Container>, selector: &ResourceFie
     }
     let amount = match quantities.and_then(|q| q.get(resource)) {
         Some(quantity) => quantity_value(&quantity.0).ok_or_else(unknown)?,
-        None if kind == "limits" && resource == "cpu" => std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64),
+        None if kind == "limits" && resource == "cpu" => {
+            std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64)
+        }
         None => 0.0,
     };
-    let divisor = selector.divisor.as_ref().and_then(|d| quantity_value(&d.0)).filter(|d| *d > 0.0).unwrap_or(1.0);
+    let divisor = selector
+        .divisor
+        .as_ref()
+        .and_then(|d| quantity_value(&d.0))
+        .filter(|d| *d > 0.0)
+        .unwrap_or(1.0);
     Ok(format!("{:.0}", (amount / divisor).ceil()))
 }
 
@@ -253,9 +313,15 @@ pub fn quantity_value(text: &str) -> Option<f64> {
         ("P", 1e15),
     ];
     let text = text.trim();
-    let (number, factor) =
-        SUFFIXES.iter().find_map(|(suffix, factor)| Some((text.strip_suffix(suffix)?, *factor))).unwrap_or((text, 1.0));
-    number.parse::<f64>().ok().filter(|n| n.is_finite()).map(|n| n * factor)
+    let (number, factor) = SUFFIXES
+        .iter()
+        .find_map(|(suffix, factor)| Some((text.strip_suffix(suffix)?, *factor)))
+        .unwrap_or((text, 1.0));
+    number
+        .parse::<f64>()
+        .ok()
+        .filter(|n| n.is_finite())
+        .map(|n| n * factor)
 }
 
 /// Replaces `$(NAME)` by values that are known; `$$` escapes, unknown references stay as they are (Kubernetes, "Define Dependent
@@ -288,21 +354,36 @@ pub fn expand(text: &str, values: &BTreeMap<String, String>) -> String {
 fn service_variables(services: &[Service], links: bool) -> Vec<(String, String)> {
     let mut out = Vec::new();
     for service in services {
-        let Some(name) = service.metadata.name.as_deref() else { continue };
+        let Some(name) = service.metadata.name.as_deref() else {
+            continue;
+        };
         let spec = service.spec.as_ref();
-        let Some(ip) = spec.and_then(|s| s.cluster_ip.as_deref()).filter(|ip| !ip.is_empty() && *ip != "None") else { continue };
+        let Some(ip) = spec
+            .and_then(|s| s.cluster_ip.as_deref())
+            .filter(|ip| !ip.is_empty() && *ip != "None")
+        else {
+            continue;
+        };
         let ports = spec.and_then(|s| s.ports.as_deref()).unwrap_or_default();
-        let Some(first) = ports.first().filter(|_| links || name == "kubernetes") else { continue };
+        let Some(first) = ports.first().filter(|_| links || name == "kubernetes") else {
+            continue;
+        };
         let prefix = variable_name(name);
         out.push((format!("{prefix}_SERVICE_HOST"), ip.to_owned()));
         out.push((format!("{prefix}_SERVICE_PORT"), first.port.to_string()));
         for port in ports {
             if let Some(port_name) = &port.name {
-                out.push((format!("{prefix}_SERVICE_PORT_{}", variable_name(port_name)), port.port.to_string()));
+                out.push((
+                    format!("{prefix}_SERVICE_PORT_{}", variable_name(port_name)),
+                    port.port.to_string(),
+                ));
             }
         }
         let protocol = first.protocol.as_deref().unwrap_or("TCP").to_lowercase();
-        out.push((format!("{prefix}_PORT"), format!("{protocol}://{ip}:{}", first.port)));
+        out.push((
+            format!("{prefix}_PORT"),
+            format!("{protocol}://{ip}:{}", first.port),
+        ));
     }
     out
 }
@@ -339,8 +420,14 @@ mod tests {
 
     fn references() -> References {
         let mut references = References::default();
-        references.config_maps.insert("settings".into(), serde_json::from_value(json!({"data": {"KEY": "value"}})).unwrap());
-        references.secrets.insert("secret".into(), serde_json::from_value(json!({"data": {"p": "cHc="}})).unwrap());
+        references.config_maps.insert(
+            "settings".into(),
+            serde_json::from_value(json!({"data": {"KEY": "value"}})).unwrap(),
+        );
+        references.secrets.insert(
+            "secret".into(),
+            serde_json::from_value(json!({"data": {"p": "cHc="}})).unwrap(),
+        );
         references.services.push(
             serde_json::from_value(json!({"metadata": {"name": "my-db"},
                 "spec": {"clusterIP": "10.96.0.7", "ports": [{"name": "tcp-db", "port": 5432}]}}))
@@ -352,8 +439,17 @@ mod tests {
     #[test]
     fn every_source_of_a_variable() {
         let pod = pod();
-        let addresses = Addresses { pod_ip: "10.244.0.9".into(), ..Addresses::default() };
-        let env = environment(&pod, &pod.spec.as_ref().unwrap().containers[0], &references(), &addresses).unwrap();
+        let addresses = Addresses {
+            pod_ip: "10.244.0.9".into(),
+            ..Addresses::default()
+        };
+        let env = environment(
+            &pod,
+            &pod.spec.as_ref().unwrap().containers[0],
+            &references(),
+            &addresses,
+        )
+        .unwrap();
         let lookup: BTreeMap<_, _> = env.into_iter().collect();
         let expected = [
             ("MY_DB_SERVICE_HOST", "10.96.0.7"),
@@ -375,8 +471,18 @@ mod tests {
     #[test]
     fn a_missing_reference_is_named() {
         let pod = pod();
-        let error = environment(&pod, &pod.spec.as_ref().unwrap().containers[0], &References::default(), &Addresses::default());
-        assert!(error.unwrap_err().to_string().starts_with("configmap \"settings\" not found"));
+        let error = environment(
+            &pod,
+            &pod.spec.as_ref().unwrap().containers[0],
+            &References::default(),
+            &Addresses::default(),
+        );
+        assert!(
+            error
+                .unwrap_err()
+                .to_string()
+                .starts_with("configmap \"settings\" not found")
+        );
     }
 
     #[test]

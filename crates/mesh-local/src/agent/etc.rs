@@ -11,8 +11,18 @@ const DOMAIN: &str = "cluster.local";
 
 /// The pod's host name: `spec.hostname`, else its name, at most 63 characters.
 pub fn hostname(pod: &Pod) -> String {
-    let given = pod.spec.as_ref().and_then(|s| s.hostname.clone()).or_else(|| pod.metadata.name.clone());
-    given.unwrap_or_default().chars().take(63).collect::<String>().trim_end_matches(['-', '.']).to_owned()
+    let given = pod
+        .spec
+        .as_ref()
+        .and_then(|s| s.hostname.clone())
+        .or_else(|| pod.metadata.name.clone());
+    given
+        .unwrap_or_default()
+        .chars()
+        .take(63)
+        .collect::<String>()
+        .trim_end_matches(['-', '.'])
+        .to_owned()
 }
 
 /// Name and content.
@@ -28,18 +38,32 @@ pub fn files(pod: &Pod, ip: Ipv4Addr, uid: u32, gid: u32) -> Vec<(String, String
     if ![0, 1337, 65534].contains(&gid) {
         group.push_str(&format!("app:x:{gid}:\n"));
     }
-    let mut hosts = format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{ip}\t{host}\n");
-    for alias in pod.spec.iter().flat_map(|s| s.host_aliases.iter().flatten()) {
-        hosts.push_str(&format!("{}\t{}\n", alias.ip, alias.hostnames.as_deref().unwrap_or_default().join("\t")));
+    let mut hosts =
+        format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{ip}\t{host}\n");
+    for alias in pod
+        .spec
+        .iter()
+        .flat_map(|s| s.host_aliases.iter().flatten())
+    {
+        hosts.push_str(&format!(
+            "{}\t{}\n",
+            alias.ip,
+            alias.hostnames.as_deref().unwrap_or_default().join("\t")
+        ));
     }
-    let resolv = format!("search {namespace}.svc.{DOMAIN} svc.{DOMAIN} {DOMAIN}\nnameserver {DNS}\noptions ndots:5\n");
+    let resolv = format!(
+        "search {namespace}.svc.{DOMAIN} svc.{DOMAIN} {DOMAIN}\nnameserver {DNS}\noptions ndots:5\n"
+    );
     [
         ("passwd", passwd),
         ("group", group),
         ("hosts", hosts),
         ("hostname", format!("{host}\n")),
         ("resolv.conf", resolv),
-        ("nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n".to_owned()),
+        (
+            "nsswitch.conf",
+            "passwd: files\ngroup: files\nhosts: files dns\n".to_owned(),
+        ),
     ]
     .map(|(name, content)| (name.to_owned(), content))
     .into()
@@ -56,9 +80,17 @@ mod tests {
         let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "web-1", "namespace": "shop"},
             "spec": {"containers": [], "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["a", "b"]}]}}))
         .unwrap();
-        let files: std::collections::BTreeMap<_, _> = files(&pod, Ipv4Addr::new(10, 244, 0, 9), 1000, 1000).into_iter().collect();
-        assert!(files["resolv.conf"].starts_with("search shop.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.96.0.10\n"));
+        let files: std::collections::BTreeMap<_, _> =
+            files(&pod, Ipv4Addr::new(10, 244, 0, 9), 1000, 1000)
+                .into_iter()
+                .collect();
+        assert!(files["resolv.conf"].starts_with(
+            "search shop.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.96.0.10\n"
+        ));
         assert!(files["hosts"].ends_with("10.244.0.9\tweb-1\n10.0.0.1\ta\tb\n"));
-        assert!(files["passwd"].contains("istio-proxy:x:1337") && files["passwd"].contains("app:x:1000:1000"));
+        assert!(
+            files["passwd"].contains("istio-proxy:x:1337")
+                && files["passwd"].contains("app:x:1000:1000")
+        );
     }
 }

@@ -34,19 +34,47 @@ impl Recorder {
     }
 
     /// A normal Event.
-    pub fn normal(&self, pod: &Pod, container: Option<(&'static str, &str)>, reason: &'static str, message: impl Into<String>) {
+    pub fn normal(
+        &self,
+        pod: &Pod,
+        container: Option<(&'static str, &str)>,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
         self.note(pod, container, false, reason, message.into());
     }
 
     /// A warning.
-    pub fn warning(&self, pod: &Pod, container: Option<(&'static str, &str)>, reason: &'static str, message: impl Into<String>) {
+    pub fn warning(
+        &self,
+        pod: &Pod,
+        container: Option<(&'static str, &str)>,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
         self.note(pod, container, true, reason, message.into());
     }
 
-    fn note(&self, pod: &Pod, container: Option<(&'static str, &str)>, warning: bool, reason: &'static str, message: String) {
-        let pod = Pod { metadata: pod.metadata.clone(), ..Pod::default() };
+    fn note(
+        &self,
+        pod: &Pod,
+        container: Option<(&'static str, &str)>,
+        warning: bool,
+        reason: &'static str,
+        message: String,
+    ) {
+        let pod = Pod {
+            metadata: pod.metadata.clone(),
+            ..Pod::default()
+        };
         let container = container.map(|(list, name)| (list, name.to_owned()));
-        let _ = self.notes.send(Note { pod, container, warning, reason, message });
+        let _ = self.notes.send(Note {
+            pod,
+            container,
+            warning,
+            reason,
+            message,
+        });
     }
 }
 
@@ -56,20 +84,31 @@ async fn write(client: kube::Client, mut notes: mpsc::UnboundedReceiver<Note>) {
         let meta = &note.pod.metadata;
         let namespace = meta.namespace.as_deref().unwrap_or("default");
         let api: Api<Event> = Api::namespaced(client.clone(), namespace);
-        let path = note.container.as_ref().map(|(list, name)| format!("spec.{list}{{{name}}}"));
+        let path = note
+            .container
+            .as_ref()
+            .map(|(list, name)| format!("spec.{list}{{{name}}}"));
         let key = format!("{:?} {path:?} {} {}", meta.uid, note.reason, note.message);
         let now = format!("{:.0}", Timestamp::now());
         if let Some((name, count)) = known.get_mut(&key) {
             *count += 1;
             let patch = Patch::Merge(json!({"count": count, "lastTimestamp": now}));
-            if api.patch(name, &PatchParams::default(), &patch).await.is_ok() {
+            if api
+                .patch(name, &PatchParams::default(), &patch)
+                .await
+                .is_ok()
+            {
                 continue;
             }
         }
         if known.len() >= MAX_REMEMBERED {
             known.clear();
         }
-        let name = format!("{}.{}", meta.name.as_deref().unwrap_or_default(), &uuid::Uuid::new_v4().simple().to_string()[..16]);
+        let name = format!(
+            "{}.{}",
+            meta.name.as_deref().unwrap_or_default(),
+            &uuid::Uuid::new_v4().simple().to_string()[..16]
+        );
         let event = json!({
             "apiVersion": "v1", "kind": "Event",
             "metadata": {"name": name, "namespace": namespace},
@@ -81,12 +120,18 @@ async fn write(client: kube::Client, mut notes: mpsc::UnboundedReceiver<Note>) {
             "reportingComponent": "kubelet", "reportingInstance": super::NODE_NAME,
         });
         let created = match serde_json::from_value::<Event>(event) {
-            Ok(event) => api.create(&PostParams::default(), &event).await.map(drop).map_err(|e| e.to_string()),
+            Ok(event) => api
+                .create(&PostParams::default(), &event)
+                .await
+                .map(drop)
+                .map_err(|e| e.to_string()),
             Err(error) => Err(error.to_string()),
         };
         match created {
             Ok(()) => drop(known.insert(key, (name, 1))),
-            Err(error) => tracing::debug!(%error, reason = note.reason, "an Event could not be written"),
+            Err(error) => {
+                tracing::debug!(%error, reason = note.reason, "an Event could not be written")
+            }
         }
     }
 }

@@ -118,12 +118,19 @@ fn wait(main: Pid, signals: &SigSet) -> u8 {
 /// Makes the root file system and starts the program; `None` when the program itself could not be run (already reported).
 fn start(spec: &LaunchSpec, agent: &mut UnixStream) -> anyhow::Result<Option<Pid>> {
     if let Some(cgroup) = &spec.cgroup {
-        std::fs::write(cgroup.join("cgroup.procs"), "0").with_context(|| format!("joining the control group {}", cgroup.display()))?;
+        std::fs::write(cgroup.join("cgroup.procs"), "0")
+            .with_context(|| format!("joining the control group {}", cgroup.display()))?;
     }
     unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace")?;
-    make_root(&spec.root, spec.process.privileges.read_only_root, &spec.process.cwd)?;
+    make_root(
+        &spec.root,
+        spec.process.privileges.read_only_root,
+        &spec.process.cwd,
+    )?;
     let (mut ours, theirs) = UnixStream::pair()?;
-    let child = next_stage("enter", theirs.into()).spawn().context("starting the container's program")?;
+    let child = next_stage("enter", theirs.into())
+        .spawn()
+        .context("starting the container's program")?;
     send_spec(&mut ours, &spec.process)?;
     let mut answer = Vec::new();
     ours.read_to_end(&mut answer)?;
@@ -141,7 +148,16 @@ pub(crate) fn enter_stage() -> anyhow::Result<ExitCode> {
     let process: ProcessSpec = read_spec(&mut socket)?;
     let error = become_process(&process);
     report(&mut socket, "RunContainerError", &error);
-    Ok(ExitCode::from(if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound) { 127 } else { 126 }))
+    Ok(ExitCode::from(
+        if error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+        {
+            127
+        } else {
+            126
+        },
+    ))
 }
 
 /// The `exec` stage; `path` is a file with an [`ExecSpec`], which is removed once read (it holds the environment, so it is not an argument).
@@ -152,7 +168,8 @@ pub(crate) fn exec_stage(path: &str) -> anyhow::Result<ExitCode> {
     if let Some(cgroup) = &spec.cgroup {
         let _ = std::fs::write(cgroup.join("cgroup.procs"), "0");
     }
-    let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", spec.pid)).context("finding the container")?;
+    let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", spec.pid))
+        .context("finding the container")?;
     setns(mounts, CloneFlags::CLONE_NEWNS).context("entering the container's file system")?;
     let error = become_process(&spec.process);
     eprintln!("{error:#}");
@@ -166,7 +183,9 @@ fn become_process(process: &ProcessSpec) -> anyhow::Error {
             let program = process.argv.first().map(String::as_str).unwrap_or_default();
             let error = command.exec();
             let what = match error.kind() {
-                std::io::ErrorKind::NotFound if program.contains('/') => "no such file or directory",
+                std::io::ErrorKind::NotFound if program.contains('/') => {
+                    "no such file or directory"
+                }
                 std::io::ErrorKind::NotFound => "executable file not found in $PATH",
                 std::io::ErrorKind::PermissionDenied => "permission denied",
                 _ => "can't be executed",
@@ -184,9 +203,13 @@ fn prepare(process: &ProcessSpec) -> anyhow::Result<Command> {
     }
     drop_privileges(&process.privileges)?;
     let (program, args) = process.argv.split_first().context("no command")?;
-    std::env::set_current_dir(&process.cwd).with_context(|| format!("changing to the working directory {}", process.cwd))?;
+    std::env::set_current_dir(&process.cwd)
+        .with_context(|| format!("changing to the working directory {}", process.cwd))?;
     let mut command = Command::new(program);
-    command.args(args).env_clear().envs(process.env.iter().map(|(k, v)| (k, v)));
+    command
+        .args(args)
+        .env_clear()
+        .envs(process.env.iter().map(|(k, v)| (k, v)));
     Ok(command)
 }
 
@@ -199,21 +222,35 @@ fn drop_privileges(privileges: &Privileges) -> anyhow::Result<()> {
             let _ = rustix::thread::remove_capability_from_bounding_set(capability);
         }
     }
-    rustix::thread::set_keep_capabilities(true).context("keeping capabilities over the change of user")?;
+    rustix::thread::set_keep_capabilities(true)
+        .context("keeping capabilities over the change of user")?;
     if let Some(uid) = privileges.uid {
         let gid = Gid::from_raw(privileges.gid.unwrap_or(uid));
-        let groups: Vec<Gid> = privileges.groups.iter().copied().map(Gid::from_raw).collect();
+        let groups: Vec<Gid> = privileges
+            .groups
+            .iter()
+            .copied()
+            .map(Gid::from_raw)
+            .collect();
         setgroups(&groups).context("setting the groups")?;
         setresgid(gid, gid, gid).with_context(|| format!("changing to group {gid}"))?;
         let uid = Uid::from_raw(uid);
         setresuid(uid, uid, uid).with_context(|| format!("changing to user {uid}"))?;
     }
-    let held = rustix::thread::capabilities(None).context("reading capabilities")?.permitted & bounding;
-    let sets = CapabilitySets { effective: held, permitted: held, inheritable: ambient & held };
+    let held = rustix::thread::capabilities(None)
+        .context("reading capabilities")?
+        .permitted
+        & bounding;
+    let sets = CapabilitySets {
+        effective: held,
+        permitted: held,
+        inheritable: ambient & held,
+    };
     rustix::thread::set_capabilities(None, sets).context("dropping capabilities")?;
     let _ = rustix::thread::clear_ambient_capability_set();
     for capability in (ambient & held).iter() {
-        rustix::thread::configure_capability_in_ambient_set(capability, true).context("keeping a capability")?;
+        rustix::thread::configure_capability_in_ambient_set(capability, true)
+            .context("keeping a capability")?;
     }
     if privileges.no_new_privs {
         nix::sys::prctl::set_no_new_privs().context("setting no_new_privs")?;
@@ -224,7 +261,9 @@ fn drop_privileges(privileges: &Privileges) -> anyhow::Result<()> {
 /// Sends a value as a length and its JSON.
 pub(crate) fn send_spec(socket: &mut impl Write, value: &impl Serialize) -> anyhow::Result<()> {
     let bytes = encode_spec(value)?;
-    socket.write_all(&bytes).context("sending the container's specification")
+    socket
+        .write_all(&bytes)
+        .context("sending the container's specification")
 }
 
 /// The length and the JSON of a value.
@@ -237,19 +276,30 @@ pub(crate) fn encode_spec(value: &impl Serialize) -> anyhow::Result<Vec<u8>> {
 
 fn read_spec<T: serde::de::DeserializeOwned>(socket: &mut UnixStream) -> anyhow::Result<T> {
     let mut length = [0; 4];
-    socket.read_exact(&mut length).context("reading the container's specification")?;
+    socket
+        .read_exact(&mut length)
+        .context("reading the container's specification")?;
     let length = u32::from_le_bytes(length) as usize;
     if length > 64 << 20 {
         bail!("the container's specification is too large");
     }
     let mut json = vec![0; length];
-    socket.read_exact(&mut json).context("reading the container's specification")?;
+    socket
+        .read_exact(&mut json)
+        .context("reading the container's specification")?;
     Ok(serde_json::from_slice(&json)?)
 }
 
 fn report(socket: &mut UnixStream, reason: &str, error: &anyhow::Error) {
-    let message = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    let failure = LaunchFailure { reason: reason.to_owned(), message };
+    let message = error
+        .chain()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ");
+    let failure = LaunchFailure {
+        reason: reason.to_owned(),
+        message,
+    };
     let _ = socket.write_all(&serde_json::to_vec(&failure).unwrap_or_default());
 }
 

@@ -43,7 +43,11 @@ impl RunLog {
     pub fn create(path: PathBuf) -> std::io::Result<Arc<Self>> {
         let file = open_new(&path)?;
         let writer = Mutex::new(Writer { file, bytes: 0 });
-        Ok(Arc::new(Self { path, writer, written: watch::Sender::new(Progress::default()) }))
+        Ok(Arc::new(Self {
+            path,
+            writer,
+            written: watch::Sender::new(Progress::default()),
+        }))
     }
 
     /// Copies a stream of the container into the log until it ends.
@@ -53,7 +57,11 @@ impl RunLog {
         let mut line = Vec::new();
         loop {
             line.clear();
-            match (&mut input).take(MAX_LINE).read_until(b'\n', &mut line).await {
+            match (&mut input)
+                .take(MAX_LINE)
+                .read_until(b'\n', &mut line)
+                .await
+            {
                 Ok(0) | Err(_) => return,
                 Ok(_) => {}
             }
@@ -66,10 +74,18 @@ impl RunLog {
     }
 
     fn write(&self, stream: &str, whole: bool, text: &[u8]) {
-        let mut entry = format!("{:.9} {stream} {} ", Timestamp::now(), if whole { 'F' } else { 'P' }).into_bytes();
+        let mut entry = format!(
+            "{:.9} {stream} {} ",
+            Timestamp::now(),
+            if whole { 'F' } else { 'P' }
+        )
+        .into_bytes();
         entry.extend_from_slice(text);
         entry.push(b'\n');
-        let mut writer = self.writer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut writer = self
+            .writer
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         let rotate = writer.bytes > 0 && writer.bytes + entry.len() as u64 > MAX_BYTES;
         if rotate
             && std::fs::rename(&self.path, rotated(&self.path)).is_ok()
@@ -94,7 +110,10 @@ impl RunLog {
 
     /// The last `lines` lines, for termination messages.
     pub fn tail(&self, lines: usize) -> String {
-        let request = LogRequest { tail_lines: Some(lines as u64), ..LogRequest::default() };
+        let request = LogRequest {
+            tail_lines: Some(lines as u64),
+            ..LogRequest::default()
+        };
         let filter = Filter::new(&request);
         let mut out = Vec::new();
         for line in filter.select(read_lines(&self.path)) {
@@ -110,7 +129,9 @@ impl RunLog {
         let mut updates = self.written.subscribe();
         let mut seen = *updates.borrow_and_update();
         let mut lines = read_lines(&rotated(&self.path));
-        let Ok(mut file) = File::open(&self.path).map(BufReader::new) else { return };
+        let Ok(mut file) = File::open(&self.path).map(BufReader::new) else {
+            return;
+        };
         lines.extend(take_lines(&mut file));
         for line in filter.select(lines) {
             if !send(&out, filter.render(&line), &mut left).await {
@@ -146,7 +167,11 @@ async fn send(out: &mpsc::Sender<Bytes>, mut text: Vec<u8>, left: &mut u64) -> b
 }
 
 fn open_new(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new().create(true).truncate(true).write(true).open(path)
+    OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .open(path)
 }
 
 fn rotated(path: &Path) -> PathBuf {
@@ -156,7 +181,9 @@ fn rotated(path: &Path) -> PathBuf {
 }
 
 fn read_lines(path: &Path) -> Vec<Vec<u8>> {
-    File::open(path).map(|file| take_lines(&mut BufReader::new(file))).unwrap_or_default()
+    File::open(path)
+        .map(|file| take_lines(&mut BufReader::new(file)))
+        .unwrap_or_default()
 }
 
 fn take_lines(file: &mut BufReader<File>) -> Vec<Vec<u8>> {
@@ -179,14 +206,31 @@ struct Filter {
 impl Filter {
     fn new(request: &LogRequest) -> Self {
         let seconds = request.since_seconds.and_then(|s| i64::try_from(s).ok());
-        let ago = seconds.and_then(|s| Timestamp::from_second(Timestamp::now().as_second().saturating_sub(s)).ok());
-        let since = request.since_time.as_deref().and_then(|t| t.parse().ok()).or(ago);
-        Self { since, tail: request.tail_lines.map(|n| usize::try_from(n).unwrap_or(usize::MAX)), timestamps: request.timestamps }
+        let ago = seconds.and_then(|s| {
+            Timestamp::from_second(Timestamp::now().as_second().saturating_sub(s)).ok()
+        });
+        let since = request
+            .since_time
+            .as_deref()
+            .and_then(|t| t.parse().ok())
+            .or(ago);
+        Self {
+            since,
+            tail: request
+                .tail_lines
+                .map(|n| usize::try_from(n).unwrap_or(usize::MAX)),
+            timestamps: request.timestamps,
+        }
     }
 
     fn select(&self, mut lines: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
         if let Some(since) = self.since {
-            lines.retain(|line| split(line).0.parse::<Timestamp>().is_ok_and(|at| at >= since));
+            lines.retain(|line| {
+                split(line)
+                    .0
+                    .parse::<Timestamp>()
+                    .is_ok_and(|at| at >= since)
+            });
         }
         if let Some(tail) = self.tail {
             lines.drain(..lines.len().saturating_sub(tail));
@@ -196,7 +240,11 @@ impl Filter {
 
     fn render(&self, line: &[u8]) -> Vec<u8> {
         let (time, whole, text) = split(line);
-        let mut out = if self.timestamps { format!("{time} ").into_bytes() } else { Vec::new() };
+        let mut out = if self.timestamps {
+            format!("{time} ").into_bytes()
+        } else {
+            Vec::new()
+        };
         out.extend_from_slice(text);
         if whole {
             out.push(b'\n');
@@ -209,7 +257,10 @@ impl Filter {
 fn split(line: &[u8]) -> (&str, bool, &[u8]) {
     let line = line.strip_suffix(b"\n").unwrap_or(line);
     let mut parts = line.splitn(4, |b| *b == b' ');
-    let time = parts.next().and_then(|t| std::str::from_utf8(t).ok()).unwrap_or_default();
+    let time = parts
+        .next()
+        .and_then(|t| std::str::from_utf8(t).ok())
+        .unwrap_or_default();
     let (_, tag) = (parts.next(), parts.next());
     (time, tag == Some(b"F"), parts.next().unwrap_or_default())
 }
@@ -234,15 +285,65 @@ mod tests {
         let log = RunLog::create(dir.path().join("0.log")).unwrap();
         log.clone().copy("stdout", &b"one\ntwo\nthree"[..]).await;
         assert_eq!(read(&log, LogRequest::default()).await, "one\ntwo\nthree");
-        assert_eq!(read(&log, LogRequest { tail_lines: Some(1), ..LogRequest::default() }).await, "three");
-        assert_eq!(read(&log, LogRequest { limit_bytes: Some(5), ..LogRequest::default() }).await, "one\nt");
-        let stamped = read(&log, LogRequest { timestamps: true, ..LogRequest::default() }).await;
-        assert!(stamped.lines().next().unwrap().ends_with("Z one"), "{stamped}");
+        assert_eq!(
+            read(
+                &log,
+                LogRequest {
+                    tail_lines: Some(1),
+                    ..LogRequest::default()
+                }
+            )
+            .await,
+            "three"
+        );
+        assert_eq!(
+            read(
+                &log,
+                LogRequest {
+                    limit_bytes: Some(5),
+                    ..LogRequest::default()
+                }
+            )
+            .await,
+            "one\nt"
+        );
+        let stamped = read(
+            &log,
+            LogRequest {
+                timestamps: true,
+                ..LogRequest::default()
+            },
+        )
+        .await;
+        assert!(
+            stamped.lines().next().unwrap().ends_with("Z one"),
+            "{stamped}"
+        );
         let later = "2999-01-01T00:00:00Z".to_owned();
-        assert_eq!(read(&log, LogRequest { since_time: Some(later), ..LogRequest::default() }).await, "");
+        assert_eq!(
+            read(
+                &log,
+                LogRequest {
+                    since_time: Some(later),
+                    ..LogRequest::default()
+                }
+            )
+            .await,
+            ""
+        );
         let following = tokio::spawn({
             let log = log.clone();
-            async move { read(&log, LogRequest { follow: true, tail_lines: Some(0), ..LogRequest::default() }).await }
+            async move {
+                read(
+                    &log,
+                    LogRequest {
+                        follow: true,
+                        tail_lines: Some(0),
+                        ..LogRequest::default()
+                    },
+                )
+                .await
+            }
         });
         while log.written.receiver_count() == 0 {
             tokio::task::yield_now().await;

@@ -55,7 +55,10 @@ impl Plan {
             return;
         }
         self.backing_off.push(index);
-        self.wake = Some(self.wake.map_or(container.not_before, |wake| wake.min(container.not_before)));
+        self.wake = Some(
+            self.wake
+                .map_or(container.not_before, |wake| wake.min(container.not_before)),
+        );
     }
 
     fn stop(&mut self, index: usize, container: &Container) {
@@ -67,7 +70,10 @@ impl Plan {
 
 /// What `pod` needs at `now`.
 pub fn plan(pod: &PodState, now: Duration) -> Plan {
-    let mut plan = Plan { initialized: pod.initialized, ..Plan::default() };
+    let mut plan = Plan {
+        initialized: pod.initialized,
+        ..Plan::default()
+    };
     if pod.terminating {
         plan_end(pod, &mut plan, Outcome::Gone);
         return plan;
@@ -124,7 +130,10 @@ fn plan_init(pod: &PodState, now: Duration, plan: &mut Plan) -> Init {
 
 /// A sidecar that had started once and is being started again does not hold up the init containers after it.
 fn later_init_began(pod: &PodState, index: usize) -> bool {
-    pod.containers.iter().skip(index + 1).any(|later| later.role != Role::Main && later.attempt > 0)
+    pod.containers
+        .iter()
+        .skip(index + 1)
+        .any(|later| later.role != Role::Main && later.attempt > 0)
 }
 
 fn wants_run(container: &Container, restart: Restart) -> bool {
@@ -138,7 +147,9 @@ fn wants_run(container: &Container, restart: Restart) -> bool {
 fn finished(pod: &PodState) -> Option<Outcome> {
     let mut outcome = Outcome::Succeeded;
     for container in pod.containers.iter().filter(|c| c.role == Role::Main) {
-        let Run::Exited(ended) = &container.run else { return None };
+        let Run::Exited(ended) = &container.run else {
+            return None;
+        };
         if wants_run(container, pod.restart) {
             return None;
         }
@@ -161,7 +172,13 @@ fn plan_end(pod: &PodState, plan: &mut Plan, outcome: Outcome) {
     if alive {
         return;
     }
-    match pod.containers.iter().enumerate().rev().find(|(_, c)| c.is_alive()) {
+    match pod
+        .containers
+        .iter()
+        .enumerate()
+        .rev()
+        .find(|(_, c)| c.is_alive())
+    {
         Some((index, container)) => plan.stop(index, container),
         None => plan.outcome = outcome,
     }
@@ -227,7 +244,11 @@ mod tests {
         exit(&mut pod, 0, 0, T0);
         assert_eq!(plan(&pod, T0).actions, [Action::Start(1)]);
         running(&mut pod, 1);
-        assert_eq!(plan(&pod, T0).actions, [], "the sidecar's startup probe has not passed");
+        assert_eq!(
+            plan(&pod, T0).actions,
+            [],
+            "the sidecar's startup probe has not passed"
+        );
         pod.containers[1].started = true;
         let next = plan(&pod, T0);
         assert!(next.initialized);
@@ -239,11 +260,18 @@ mod tests {
         let mut again = pod("Always");
         running(&mut again, 0);
         exit(&mut again, 0, 1, T0);
-        assert_eq!(plan(&again, T0).actions, [Action::Start(0)], "the first restart is immediate");
+        assert_eq!(
+            plan(&again, T0).actions,
+            [Action::Start(0)],
+            "the first restart is immediate"
+        );
         running(&mut again, 0);
         exit(&mut again, 0, 1, T0);
         let waiting = plan(&again, T0);
-        assert_eq!((waiting.actions.len(), waiting.wake), (0, Some(Duration::from_secs(10))));
+        assert_eq!(
+            (waiting.actions.len(), waiting.wake),
+            (0, Some(Duration::from_secs(10)))
+        );
         let mut never = pod("Never");
         running(&mut never, 0);
         exit(&mut never, 0, 1, T0);

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Full, Limited};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use k8s_openapi::api::core::v1::{Container, ExecAction, GRPCAction, HTTPGetAction, Probe, TCPSocketAction};
+use k8s_openapi::api::core::v1::{
+    Container, ExecAction, GRPCAction, HTTPGetAction, Probe, TCPSocketAction,
+};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -76,10 +78,19 @@ fn seconds(value: Option<i32>, default: u64) -> Duration {
     Duration::from_secs(value.and_then(|v| u64::try_from(v).ok()).unwrap_or(default))
 }
 
-async fn run(kind: Kind, probe: &Probe, container: &Container, target: &Target, out: &mpsc::Sender<(Kind, Verdict)>) {
+async fn run(
+    kind: Kind,
+    probe: &Probe,
+    container: &Container,
+    target: &Target,
+    out: &mpsc::Sender<(Kind, Verdict)>,
+) {
     let period = seconds(probe.period_seconds, 10).max(Duration::from_secs(1));
     let limit = seconds(probe.timeout_seconds, 1).max(Duration::from_secs(1));
-    let (needed, allowed) = (probe.success_threshold.unwrap_or(1).max(1), probe.failure_threshold.unwrap_or(3).max(1));
+    let (needed, allowed) = (
+        probe.success_threshold.unwrap_or(1).max(1),
+        probe.failure_threshold.unwrap_or(3).max(1),
+    );
     let (mut successes, mut failures, mut pause) = (0, 0, FIRST_PAUSE);
     let (mut passed_once, mut counted) = (false, None::<Instant>);
     tokio::time::sleep(seconds(probe.initial_delay_seconds, 0)).await;
@@ -100,7 +111,9 @@ async fn run(kind: Kind, probe: &Probe, container: &Container, target: &Target, 
                 // The very first failure of a program that has not come up yet is no news.
                 match (due, failures >= allowed) {
                     (true, true) => Some(Verdict::Failing(message)),
-                    (true, false) if passed_once || failures > 1 => Some(Verdict::Unhealthy(message)),
+                    (true, false) if passed_once || failures > 1 => {
+                        Some(Verdict::Unhealthy(message))
+                    }
                     _ => None,
                 }
             }
@@ -115,14 +128,23 @@ async fn run(kind: Kind, probe: &Probe, container: &Container, target: &Target, 
             return;
         }
         passed_once |= passing;
-        let wait = if passed_once || pause >= period { period } else { pause };
+        let wait = if passed_once || pause >= period {
+            period
+        } else {
+            pause
+        };
         pause = (pause * 2).min(period);
         tokio::time::sleep(wait).await;
     }
 }
 
 /// One attempt.
-async fn check(probe: &Probe, container: &Container, target: &Target, limit: Duration) -> Result<(), String> {
+async fn check(
+    probe: &Probe,
+    container: &Container,
+    target: &Target,
+    limit: Duration,
+) -> Result<(), String> {
     if let Some(exec) = &probe.exec {
         return run_exec(exec, target, limit).await;
     }
@@ -138,52 +160,100 @@ async fn check(probe: &Probe, container: &Container, target: &Target, limit: Dur
             None => Ok(()),
         }
     };
-    tokio::time::timeout(limit, network).await.unwrap_or_else(|_| Err(format!("no answer within {} s", limit.as_secs())))
+    tokio::time::timeout(limit, network)
+        .await
+        .unwrap_or_else(|_| Err(format!("no answer within {} s", limit.as_secs())))
 }
 
 /// Runs the command of a probe or hook; a code other than 0 is an error with the output.
 pub async fn run_exec(exec: &ExecAction, target: &Target, limit: Duration) -> Result<(), String> {
-    match target.run(exec.command.clone().unwrap_or_default(), limit).await? {
+    match target
+        .run(exec.command.clone().unwrap_or_default(), limit)
+        .await?
+    {
         (0, _) => Ok(()),
-        (code, output) => Err(format!("command ended with exit code {code}: {}", output.trim())),
+        (code, output) => Err(format!(
+            "command ended with exit code {code}: {}",
+            output.trim()
+        )),
     }
 }
 
-fn resolve(host: Option<&str>, port: &IntOrString, container: &Container, target: &Target) -> Result<SocketAddr, String> {
+fn resolve(
+    host: Option<&str>,
+    port: &IntOrString,
+    container: &Container,
+    target: &Target,
+) -> Result<SocketAddr, String> {
     let number = match port {
         IntOrString::Int(number) => Some(*number),
         IntOrString::String(name) => {
-            let named = container.ports.iter().flatten().find(|p| p.name.as_deref() == Some(name)).map(|p| p.container_port);
+            let named = container
+                .ports
+                .iter()
+                .flatten()
+                .find(|p| p.name.as_deref() == Some(name))
+                .map(|p| p.container_port);
             named.or_else(|| name.parse().ok())
         }
     };
-    let port = number.and_then(|n| u16::try_from(n).ok()).ok_or_else(|| format!("the container has no port {port:?}"))?;
+    let port = number
+        .and_then(|n| u16::try_from(n).ok())
+        .ok_or_else(|| format!("the container has no port {port:?}"))?;
     let ip = match host.filter(|h| !h.is_empty()) {
-        Some(host) => host.parse().map_err(|_| format!("host \"{host}\" of the probe is not an address"))?,
+        Some(host) => host
+            .parse()
+            .map_err(|_| format!("host \"{host}\" of the probe is not an address"))?,
         None => target.sandbox.ip.into(),
     };
     Ok(SocketAddr::new(ip, port))
 }
 
-async fn tcp_connect(tcp: &TCPSocketAction, container: &Container, target: &Target) -> Result<(), String> {
+async fn tcp_connect(
+    tcp: &TCPSocketAction,
+    container: &Container,
+    target: &Target,
+) -> Result<(), String> {
     let address = resolve(tcp.host.as_deref(), &tcp.port, container, target)?;
-    TcpStream::connect(address).await.map(drop).map_err(|e| format!("dial tcp {address}: {e}"))
+    TcpStream::connect(address)
+        .await
+        .map(drop)
+        .map_err(|e| format!("dial tcp {address}: {e}"))
 }
 
 /// GETs the action's URL; a status from 200 to 399 is success (Kubernetes, "Define a liveness HTTP request"). No certificate is asked for
 /// with scheme HTTPS on Kubernetes; here that scheme only connects.
-pub async fn http_get(get: &HTTPGetAction, container: &Container, target: &Target) -> Result<(), String> {
+pub async fn http_get(
+    get: &HTTPGetAction,
+    container: &Container,
+    target: &Target,
+) -> Result<(), String> {
     let address = resolve(get.host.as_deref(), &get.port, container, target)?;
-    let stream = TcpStream::connect(address).await.map_err(|e| format!("Get \"http://{address}\": {e}"))?;
-    if get.scheme.as_deref().is_some_and(|s| s.eq_ignore_ascii_case("https")) {
+    let stream = TcpStream::connect(address)
+        .await
+        .map_err(|e| format!("Get \"http://{address}\": {e}"))?;
+    if get
+        .scheme
+        .as_deref()
+        .is_some_and(|s| s.eq_ignore_ascii_case("https"))
+    {
         return Ok(());
     }
     let (mut sender, connection) =
-        hyper::client::conn::http1::handshake::<_, Empty<Bytes>>(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+        hyper::client::conn::http1::handshake::<_, Empty<Bytes>>(TokioIo::new(stream))
+            .await
+            .map_err(|e| e.to_string())?;
     let connection = tokio::spawn(connection);
     let path = get.path.as_deref().filter(|p| !p.is_empty()).unwrap_or("/");
-    let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
-    let mut request = http::Request::get(&path).header("user-agent", "kube-probe/1.36").header("accept", "*/*").header("connection", "close");
+    let path = if path.starts_with('/') {
+        path.to_owned()
+    } else {
+        format!("/{path}")
+    };
+    let mut request = http::Request::get(&path)
+        .header("user-agent", "kube-probe/1.36")
+        .header("accept", "*/*")
+        .header("connection", "close");
     let headers = get.http_headers.as_deref().unwrap_or_default();
     if !headers.iter().any(|h| h.name.eq_ignore_ascii_case("host")) {
         request = request.header("host", address.to_string());
@@ -191,15 +261,29 @@ pub async fn http_get(get: &HTTPGetAction, container: &Container, target: &Targe
     for header in headers {
         request = request.header(&header.name, &header.value);
     }
-    let request = request.body(Empty::new()).map_err(|e| format!("the probe's request can't be made: {e}"))?;
-    let answer = sender.send_request(request).await.map_err(|e| format!("Get \"http://{address}{path}\": {e}"));
+    let request = request
+        .body(Empty::new())
+        .map_err(|e| format!("the probe's request can't be made: {e}"))?;
+    let answer = sender
+        .send_request(request)
+        .await
+        .map_err(|e| format!("Get \"http://{address}{path}\": {e}"));
     let result = match answer {
         Ok(answer) if (200..400).contains(&answer.status().as_u16()) => Ok(()),
         Ok(answer) => {
             let status = answer.status().as_u16();
-            let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+            let body = Limited::new(answer.into_body(), MAX_ANSWER)
+                .collect()
+                .await
+                .map(|b| b.to_bytes())
+                .unwrap_or_default();
             let text = String::from_utf8_lossy(&body);
-            Err(format!("HTTP probe failed with statuscode: {status} {}", text.chars().take(200).collect::<String>()).trim().to_owned())
+            Err(format!(
+                "HTTP probe failed with statuscode: {status} {}",
+                text.chars().take(200).collect::<String>()
+            )
+            .trim()
+            .to_owned())
         }
         Err(error) => Err(error),
     };
@@ -211,8 +295,11 @@ pub async fn http_get(get: &HTTPGetAction, container: &Container, target: &Targe
 async fn grpc_health(grpc: &GRPCAction, target: &Target) -> Result<(), String> {
     let port = u16::try_from(grpc.port).map_err(|_| format!("{} is not a port", grpc.port))?;
     let address = SocketAddr::new(target.sandbox.ip.into(), port);
-    let stream = TcpStream::connect(address).await.map_err(|e| format!("dial tcp {address}: {e}"))?;
-    let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
+    let stream = TcpStream::connect(address)
+        .await
+        .map_err(|e| format!("dial tcp {address}: {e}"))?;
+    let handshake =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(|e| e.to_string())?;
     let connection = tokio::spawn(connection);
     // HealthCheckRequest { string service = 1 }, behind the gRPC prefix (not compressed, length).
@@ -230,12 +317,23 @@ async fn grpc_health(grpc: &GRPCAction, target: &Target) -> Result<(), String> {
         .header("te", "trailers")
         .body(Full::new(Bytes::from(body)))
         .map_err(|e| e.to_string())?;
-    let answer = sender.send_request(request).await.map_err(|e| format!("health check of {address}: {e}"));
+    let answer = sender
+        .send_request(request)
+        .await
+        .map_err(|e| format!("health check of {address}: {e}"));
     let result = match answer {
         Ok(answer) => {
-            let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+            let body = Limited::new(answer.into_body(), MAX_ANSWER)
+                .collect()
+                .await
+                .map(|b| b.to_bytes())
+                .unwrap_or_default();
             // HealthCheckResponse { ServingStatus status = 1 }, SERVING = 1.
-            if body.get(5..).is_some_and(|m| m.starts_with(&[0x08, 0x01])) { Ok(()) } else { Err(format!("{address} is not serving")) }
+            if body.get(5..).is_some_and(|m| m.starts_with(&[0x08, 0x01])) {
+                Ok(())
+            } else {
+                Err(format!("{address} is not serving"))
+            }
         }
         Err(error) => Err(error),
     };

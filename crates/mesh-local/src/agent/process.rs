@@ -22,7 +22,10 @@ use crate::stage::{STAGE, next_stage};
 const MAX_OUTPUT: u64 = 4096;
 
 fn failure(error: &anyhow::Error) -> LaunchFailure {
-    LaunchFailure { reason: "CreateContainerError".to_owned(), message: format!("{error:#}") }
+    LaunchFailure {
+        reason: "CreateContainerError".to_owned(),
+        message: format!("{error:#}"),
+    }
 }
 
 /// Starts a container; its output is piped. Returns when the program runs, or with the reason why it does not.
@@ -41,7 +44,9 @@ pub async fn start(sandbox: Arc<Sandbox>, spec: &LaunchSpec) -> Result<Child, La
     {
         let _ = socket.read_to_end(&mut answer).await;
         if answer.is_empty() {
-            return Err(failure(&anyhow::Error::new(error).context("talking to the container's first process")));
+            return Err(failure(
+                &anyhow::Error::new(error).context("talking to the container's first process"),
+            ));
         }
     }
     if answer.is_empty() {
@@ -57,9 +62,17 @@ async fn spawn_stage(sandbox: Arc<Sandbox>) -> anyhow::Result<(Child, tokio::net
         sandbox.enter().context("entering the pod's namespaces")?;
         unshare(CloneFlags::CLONE_NEWPID).context("making a PID namespace")?;
         let mut command = Command::from(next_stage("container", theirs.into()));
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
         let _runtime = runtime.enter();
-        Ok((command.spawn().context("starting the container's first process")?, ours))
+        Ok((
+            command
+                .spawn()
+                .context("starting the container's first process")?,
+            ours,
+        ))
     })
     .await?;
     ours.set_nonblocking(true)?;
@@ -83,21 +96,40 @@ pub struct Target {
 
 impl Target {
     /// Starts a command in the container with the given standard streams.
-    pub async fn spawn(&self, argv: Vec<String>, tty: bool, streams: [Stdio; 3]) -> anyhow::Result<Child> {
-        let process = ProcessSpec { argv, tty, ..self.process.clone() };
-        let spec = ExecSpec { pid: self.pid, process, cgroup: self.cgroup.clone() };
+    pub async fn spawn(
+        &self,
+        argv: Vec<String>,
+        tty: bool,
+        streams: [Stdio; 3],
+    ) -> anyhow::Result<Child> {
+        let process = ProcessSpec {
+            argv,
+            tty,
+            ..self.process.clone()
+        };
+        let spec = ExecSpec {
+            pid: self.pid,
+            process,
+            cgroup: self.cgroup.clone(),
+        };
         let path = self.run.join(format!("exec-{}", uuid::Uuid::new_v4()));
         crate::parent::write_private(&path, &serde_json::to_vec(&spec)?)?;
         let (sandbox, pid) = (self.sandbox.clone(), self.pid);
         let runtime = tokio::runtime::Handle::current();
         on_thread(move || {
-            let pids = File::open(format!("/proc/{pid}/ns/pid")).context("the container is not running")?;
+            let pids = File::open(format!("/proc/{pid}/ns/pid"))
+                .context("the container is not running")?;
             sandbox.enter().context("entering the pod's namespaces")?;
-            setns(pids, CloneFlags::CLONE_NEWPID).context("entering the container's PID namespace")?;
+            setns(pids, CloneFlags::CLONE_NEWPID)
+                .context("entering the container's PID namespace")?;
             let [stdin, stdout, stderr] = streams;
             let mut command = Command::new("/proc/self/exe");
             command.arg0("mesh").args([STAGE, "exec"]).arg(&path);
-            command.stdin(stdin).stdout(stdout).stderr(stderr).kill_on_drop(true);
+            command
+                .stdin(stdin)
+                .stdout(stdout)
+                .stderr(stderr)
+                .kill_on_drop(true);
             let _runtime = runtime.enter();
             command.spawn().context("starting the command")
         })
@@ -107,16 +139,23 @@ impl Target {
     /// Runs a command to its end and gives its exit code and the beginning of its output; an error when it takes longer than `limit`.
     pub async fn run(&self, argv: Vec<String>, limit: Duration) -> Result<(i32, String), String> {
         let run = async {
-            let child = self.spawn(argv, false, [Stdio::null(), Stdio::piped(), Stdio::piped()]).await;
+            let child = self
+                .spawn(argv, false, [Stdio::null(), Stdio::piped(), Stdio::piped()])
+                .await;
             let mut child = child.map_err(|e| format!("{e:#}"))?;
             let (mut out, mut err) = (Vec::new(), Vec::new());
             let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
             tokio::join!(drain(stdout, &mut out), drain(stderr, &mut err));
             let status = child.wait().await.map_err(|e| e.to_string())?;
             out.extend(err);
-            Ok((exit_code(status), String::from_utf8_lossy(&out).into_owned()))
+            Ok((
+                exit_code(status),
+                String::from_utf8_lossy(&out).into_owned(),
+            ))
         };
-        tokio::time::timeout(limit, run).await.unwrap_or_else(|_| Err(format!("command timed out after {} s", limit.as_secs_f32())))
+        tokio::time::timeout(limit, run)
+            .await
+            .unwrap_or_else(|_| Err(format!("command timed out after {} s", limit.as_secs_f32())))
     }
 }
 
@@ -130,5 +169,7 @@ async fn drain(stream: Option<impl tokio::io::AsyncRead + Unpin>, into: &mut Vec
 /// The shell's convention: the code, or 128 + signal.
 pub fn exit_code(status: std::process::ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }

@@ -36,8 +36,13 @@ impl Registry {
 
     /// Adds a pod with its sandbox.
     pub fn add_pod(&self, namespace: &str, name: &str, uid: &str, sandbox: Arc<Sandbox>) {
-        let entry = PodEntry { uid: uid.to_owned(), sandbox: Some(sandbox), containers: HashMap::new() };
-        self.pods().insert((namespace.to_owned(), name.to_owned()), entry);
+        let entry = PodEntry {
+            uid: uid.to_owned(),
+            sandbox: Some(sandbox),
+            containers: HashMap::new(),
+        };
+        self.pods()
+            .insert((namespace.to_owned(), name.to_owned()), entry);
     }
 
     /// Removes a pod, unless another of the same name has taken its place.
@@ -50,7 +55,14 @@ impl Registry {
     }
 
     /// Takes note of a new run.
-    pub fn started(&self, namespace: &str, pod: &str, container: &str, target: Target, log: Arc<RunLog>) {
+    pub fn started(
+        &self,
+        namespace: &str,
+        pod: &str,
+        container: &str,
+        target: Target,
+        log: Arc<RunLog>,
+    ) {
         if let Some(pod) = self.pods().get_mut(&(namespace.to_owned(), pod.to_owned())) {
             let entry = pod.containers.entry(container.to_owned()).or_default();
             entry.previous = entry.log.take();
@@ -71,11 +83,15 @@ impl Registry {
 
     /// A pod's sandbox; `None`: no such pod runs here.
     pub fn sandbox(&self, namespace: &str, pod: &str) -> Option<Arc<Sandbox>> {
-        self.pods().get(&(namespace.to_owned(), pod.to_owned())).and_then(|p| p.sandbox.clone())
+        self.pods()
+            .get(&(namespace.to_owned(), pod.to_owned()))
+            .and_then(|p| p.sandbox.clone())
     }
 
     /// A container that has been started at least once.
     pub fn container(&self, namespace: &str, pod: &str, container: &str) -> Option<Entry> {
-        self.pods().get(&(namespace.to_owned(), pod.to_owned())).and_then(|p| p.containers.get(container).cloned())
+        self.pods()
+            .get(&(namespace.to_owned(), pod.to_owned()))
+            .and_then(|p| p.containers.get(container).cloned())
     }
 }

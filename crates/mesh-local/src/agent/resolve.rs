@@ -40,7 +40,9 @@ pub enum ResolveError {
     #[error("no command specified: image \"{0}\" has none, set `command` or `args`")]
     NoCommand(String),
     /// `runAsNonRoot` with uid 0.
-    #[error("container has runAsNonRoot and image will run as root: set runAsUser to another uid than 0")]
+    #[error(
+        "container has runAsNonRoot and image will run as root: set runAsUser to another uid than 0"
+    )]
     Root,
     /// A capability that does not exist.
     #[error("capability \"{0}\" is unknown")]
@@ -77,8 +79,14 @@ pub fn program(container: &Container, env: &[(String, String)]) -> Result<Progra
     let given = |list: &Option<Vec<String>>| list.as_ref().filter(|l| !l.is_empty()).cloned();
     let (command, args) = (given(&container.command), given(&container.args));
     if image.is_none() && command.is_none() {
-        let known = images::known().map(|image| image.name).collect::<Vec<_>>().join(", ");
-        return Err(ResolveError::UnknownImage { image: reference.to_owned(), known });
+        let known = images::known()
+            .map(|image| image.name)
+            .collect::<Vec<_>>()
+            .join(", ");
+        return Err(ResolveError::UnknownImage {
+            image: reference.to_owned(),
+            known,
+        });
     }
     let owned = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
     let mut argv: Vec<String> = match (&command, image) {
@@ -91,9 +99,15 @@ pub fn program(container: &Container, env: &[(String, String)]) -> Result<Progra
         (None, None, Some(image)) => argv.extend(owned(image.cmd)),
         _ => {}
     }
-    let first = argv.first().ok_or_else(|| ResolveError::NoCommand(reference.to_owned()))?;
+    let first = argv
+        .first()
+        .ok_or_else(|| ResolveError::NoCommand(reference.to_owned()))?;
     let applets = image.map(|i| i.applets).unwrap_or_default();
-    check_program(first, applets, values.get("PATH").map_or(DEFAULT_PATH, String::as_str))?;
+    check_program(
+        first,
+        applets,
+        values.get("PATH").map_or(DEFAULT_PATH, String::as_str),
+    )?;
     let cwd = container.working_dir.clone().filter(|d| !d.is_empty());
     let cwd = cwd.unwrap_or_else(|| image.map_or("/", |i| i.workdir).to_owned());
     Ok(Program { argv, image, cwd })
@@ -104,10 +118,15 @@ fn check_program(program: &str, applets: &[&str], path: &str) -> Result<(), Reso
     if program.contains('/') {
         return Ok(());
     }
-    let known = program == "mesh" || applets.contains(&program) || path.split(':').any(|dir| Path::new(dir).join(program).is_file());
-    known
-        .then_some(())
-        .ok_or_else(|| ResolveError::NoProgram { program: program.to_owned(), what: "executable file not found in $PATH" })
+    let known = program == "mesh"
+        || applets.contains(&program)
+        || path
+            .split(':')
+            .any(|dir| Path::new(dir).join(program).is_file());
+    known.then_some(()).ok_or_else(|| ResolveError::NoProgram {
+        program: program.to_owned(),
+        what: "executable file not found in $PATH",
+    })
 }
 
 /// Who a container runs as and what it may do.
@@ -198,24 +217,44 @@ fn bit(name: &str) -> Result<u64, ResolveError> {
     let upper = name.to_uppercase();
     let plain = upper.strip_prefix("CAP_").unwrap_or(&upper);
     let number = CAPABILITIES.iter().position(|c| *c == plain);
-    number.map(|n| 1 << n).ok_or_else(|| ResolveError::Capability(name.to_owned()))
+    number
+        .map(|n| 1 << n)
+        .ok_or_else(|| ResolveError::Capability(name.to_owned()))
 }
 
 /// Who `container` of `pod` runs as. `uids_mapped`: whether the node has more than one uid.
-pub fn privileges(pod: &Pod, container: &Container, image: Option<&Image>, uids_mapped: bool) -> Result<Privileges, ResolveError> {
+pub fn privileges(
+    pod: &Pod,
+    container: &Container,
+    image: Option<&Image>,
+    uids_mapped: bool,
+) -> Result<Privileges, ResolveError> {
     let pod_context = pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
     let own = container.security_context.as_ref();
-    let user = own.and_then(|c| c.run_as_user).or(pod_context.and_then(|c| c.run_as_user));
-    let group = own.and_then(|c| c.run_as_group).or(pod_context.and_then(|c| c.run_as_group));
-    let non_root = own.and_then(|c| c.run_as_non_root).or(pod_context.and_then(|c| c.run_as_non_root)).unwrap_or(false);
+    let user = own
+        .and_then(|c| c.run_as_user)
+        .or(pod_context.and_then(|c| c.run_as_user));
+    let group = own
+        .and_then(|c| c.run_as_group)
+        .or(pod_context.and_then(|c| c.run_as_group));
+    let non_root = own
+        .and_then(|c| c.run_as_non_root)
+        .or(pod_context.and_then(|c| c.run_as_non_root))
+        .unwrap_or(false);
     let privileged = own.and_then(|c| c.privileged).unwrap_or(false);
-    let uid = user.or(image.and_then(|i| i.user).map(i64::from)).unwrap_or(if privileged { 0 } else { DEFAULT_UID.into() });
+    let uid = user
+        .or(image.and_then(|i| i.user).map(i64::from))
+        .unwrap_or(if privileged { 0 } else { DEFAULT_UID.into() });
     if non_root && uid == 0 {
         return Err(ResolveError::Root);
     }
     let (bounding, ambient) = capabilities(container, privileged, uid, uids_mapped)?;
-    let mut groups: Vec<u32> =
-        pod_context.and_then(|c| c.supplemental_groups.as_ref()).into_iter().flatten().map(|g| narrow(*g)).collect();
+    let mut groups: Vec<u32> = pod_context
+        .and_then(|c| c.supplemental_groups.as_ref())
+        .into_iter()
+        .flatten()
+        .map(|g| narrow(*g))
+        .collect();
     groups.extend(pod_context.and_then(|c| c.fs_group).map(narrow));
     Ok(Privileges {
         uid: uids_mapped.then(|| narrow(uid)),
@@ -224,7 +263,9 @@ pub fn privileges(pod: &Pod, container: &Container, image: Option<&Image>, uids_
         bounding,
         ambient,
         no_new_privs: !privileged && own.and_then(|c| c.allow_privilege_escalation) != Some(true),
-        read_only_root: own.and_then(|c| c.read_only_root_filesystem).unwrap_or(false),
+        read_only_root: own
+            .and_then(|c| c.read_only_root_filesystem)
+            .unwrap_or(false),
     })
 }
 
@@ -232,17 +273,41 @@ fn narrow(id: i64) -> u32 {
     u32::try_from(id).unwrap_or(u32::MAX - 1)
 }
 
-fn capabilities(container: &Container, privileged: bool, uid: i64, uids_mapped: bool) -> Result<(u64, u64), ResolveError> {
+fn capabilities(
+    container: &Container,
+    privileged: bool,
+    uid: i64,
+    uids_mapped: bool,
+) -> Result<(u64, u64), ResolveError> {
     let all = (1u64 << CAPABILITIES.len()) - 1;
-    let mut set = if privileged { all } else { DEFAULT_CAPABILITIES.iter().map(|c| bit(c)).try_fold(0, |a, b| b.map(|b| a | b))? };
+    let mut set = if privileged {
+        all
+    } else {
+        DEFAULT_CAPABILITIES
+            .iter()
+            .map(|c| bit(c))
+            .try_fold(0, |a, b| b.map(|b| a | b))?
+    };
     let mut added = 0;
-    if let Some(wanted) = container.security_context.as_ref().and_then(|c| c.capabilities.as_ref()) {
+    if let Some(wanted) = container
+        .security_context
+        .as_ref()
+        .and_then(|c| c.capabilities.as_ref())
+    {
         // Drops come first and ALL is a word of its own, as with container runtimes.
         for name in wanted.drop.iter().flatten() {
-            set &= if name.eq_ignore_ascii_case("ALL") { 0 } else { !bit(name)? };
+            set &= if name.eq_ignore_ascii_case("ALL") {
+                0
+            } else {
+                !bit(name)?
+            };
         }
         for name in wanted.add.iter().flatten() {
-            added |= if name.eq_ignore_ascii_case("ALL") { all } else { bit(name)? };
+            added |= if name.eq_ignore_ascii_case("ALL") {
+                all
+            } else {
+                bit(name)?
+            };
         }
     }
     set |= added;
@@ -278,39 +343,78 @@ mod tests {
         let image = "docker.io/istio/examples-bookinfo-reviews-v2:1.20.3";
         let plain = program(&container(json!({"name": "c", "image": image})), &[]).unwrap();
         assert_eq!(plain.argv[1..], ["sample", "reviews"]);
-        let args = program(&container(json!({"name": "c", "image": image, "args": ["--x", "$(A)"]})), &[("A".into(), "b".into())]).unwrap();
+        let args = program(
+            &container(json!({"name": "c", "image": image, "args": ["--x", "$(A)"]})),
+            &[("A".into(), "b".into())],
+        )
+        .unwrap();
         assert_eq!(args.argv[3..], ["--x", "b"]);
-        let own = program(&container(json!({"name": "c", "image": "whatever", "command": ["/bin/sh", "-c"], "args": ["exit 3"]})), &[]);
+        let own = program(
+            &container(
+                json!({"name": "c", "image": "whatever", "command": ["/bin/sh", "-c"], "args": ["exit 3"]}),
+            ),
+            &[],
+        );
         assert_eq!(own.unwrap().argv, ["/bin/sh", "-c", "exit 3"]);
     }
 
     #[test]
     fn what_can_not_run_says_so() {
-        let unknown = program(&container(json!({"name": "c", "image": "redis:7"})), &[]).unwrap_err();
+        let unknown =
+            program(&container(json!({"name": "c", "image": "redis:7"})), &[]).unwrap_err();
         assert_eq!(unknown.reason(), "ErrImagePull");
         assert!(unknown.to_string().contains("go-httpbin"), "{unknown}");
-        let missing = program(&container(json!({"name": "c", "image": "x", "command": ["no-such-program"]})), &[]).unwrap_err();
-        assert_eq!(missing.to_string(), "exec: \"no-such-program\": executable file not found in $PATH");
+        let missing = program(
+            &container(json!({"name": "c", "image": "x", "command": ["no-such-program"]})),
+            &[],
+        )
+        .unwrap_err();
+        assert_eq!(
+            missing.to_string(),
+            "exec: \"no-such-program\": executable file not found in $PATH"
+        );
     }
 
     #[test]
     fn privileges_follow_the_security_context() {
-        let pod: Pod =
-            serde_json::from_value(json!({"spec": {"containers": [], "securityContext": {"fsGroup": 5, "runAsUser": 7}}})).unwrap();
+        let pod: Pod = serde_json::from_value(
+            json!({"spec": {"containers": [], "securityContext": {"fsGroup": 5, "runAsUser": 7}}}),
+        )
+        .unwrap();
         let plain = privileges(&pod, &container(json!({"name": "c"})), None, true).unwrap();
-        assert_eq!((plain.uid, plain.gid, plain.groups.clone(), plain.no_new_privs), (Some(7), Some(0), vec![5], true));
+        assert_eq!(
+            (
+                plain.uid,
+                plain.gid,
+                plain.groups.clone(),
+                plain.no_new_privs
+            ),
+            (Some(7), Some(0), vec![5], true)
+        );
         assert_eq!(plain.bounding & bit("NET_RAW").unwrap(), 0);
-        let init = container(json!({"name": "c", "securityContext": {"runAsUser": 0, "capabilities": {"add": ["NET_ADMIN"], "drop": ["ALL"]}}}));
-        assert_eq!(privileges(&pod, &init, None, true).unwrap().bounding, bit("NET_ADMIN").unwrap());
-        let root = container(json!({"name": "c", "securityContext": {"runAsUser": 0, "runAsNonRoot": true}}));
-        assert_eq!(privileges(&pod, &root, None, true).unwrap_err(), ResolveError::Root);
+        let init = container(
+            json!({"name": "c", "securityContext": {"runAsUser": 0, "capabilities": {"add": ["NET_ADMIN"], "drop": ["ALL"]}}}),
+        );
+        assert_eq!(
+            privileges(&pod, &init, None, true).unwrap().bounding,
+            bit("NET_ADMIN").unwrap()
+        );
+        let root = container(
+            json!({"name": "c", "securityContext": {"runAsUser": 0, "runAsNonRoot": true}}),
+        );
+        assert_eq!(
+            privileges(&pod, &root, None, true).unwrap_err(),
+            ResolveError::Root
+        );
     }
 
     #[test]
     fn with_one_uid_only_the_proxy_may_mark() {
         let pod: Pod = serde_json::from_value(json!({"spec": {"containers": []}})).unwrap();
         let net_admin = bit("NET_ADMIN").unwrap();
-        let proxy = container(json!({"name": "p", "securityContext": {"runAsUser": 1337, "capabilities": {"drop": ["ALL"]}}}));
+        let proxy = container(
+            json!({"name": "p", "securityContext": {"runAsUser": 1337, "capabilities": {"drop": ["ALL"]}}}),
+        );
         let proxy = privileges(&pod, &proxy, None, false).unwrap();
         assert_eq!((proxy.uid, proxy.ambient), (None, net_admin));
         let app = privileges(&pod, &container(json!({"name": "a"})), None, false).unwrap();

@@ -46,7 +46,9 @@ pub struct VolumeMount {
 }
 
 /// The host's directories that containers see, read-only.
-const HOST_DIRS: [&str; 9] = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix"];
+const HOST_DIRS: [&str; 9] = [
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix",
+];
 /// The host's files of /etc that programs of the host need to run.
 const HOST_ETC: [&str; 16] = [
     "alternatives",
@@ -86,7 +88,8 @@ pub(crate) fn make_root(spec: &RootSpec, read_only: bool, cwd: &str) -> anyhow::
     // Best effort: nothing of ours reads it, and a container without it runs all the same.
     let _ = mount(Some("sysfs"), &sys, Some("sysfs"), quiet, None::<&str>);
     for volume in &spec.mounts {
-        mount_volume(root, volume).with_context(|| format!("mounting a volume at {}", volume.target))?;
+        mount_volume(root, volume)
+            .with_context(|| format!("mounting a volume at {}", volume.target))?;
     }
     // As container runtimes do, the working directory is made when it does not exist; below a read-only mount that fails at chdir.
     let _ = fs::create_dir_all(below(root, cwd));
@@ -97,13 +100,21 @@ pub(crate) fn make_root(spec: &RootSpec, read_only: bool, cwd: &str) -> anyhow::
 }
 
 fn tmpfs(target: &Path, options: &str) -> anyhow::Result<()> {
-    mount(Some("mesh"), target, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(options))
-        .with_context(|| format!("mounting a tmpfs at {}", target.display()))
+    mount(
+        Some("mesh"),
+        target,
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some(options),
+    )
+    .with_context(|| format!("mounting a tmpfs at {}", target.display()))
 }
 
 fn host_dir(root: &Path, dir: &str) -> anyhow::Result<()> {
     let host = Path::new(dir);
-    let Ok(meta) = fs::symlink_metadata(host) else { return Ok(()) };
+    let Ok(meta) = fs::symlink_metadata(host) else {
+        return Ok(());
+    };
     let target = below(root, dir);
     if meta.is_symlink() {
         symlink(fs::read_link(host)?, &target)?;
@@ -114,9 +125,19 @@ fn host_dir(root: &Path, dir: &str) -> anyhow::Result<()> {
 }
 
 fn bind(source: &Path, target: &Path, read_only: bool) -> anyhow::Result<()> {
-    mount(Some(source), target, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-        .with_context(|| format!("binding {} to {}", source.display(), target.display()))?;
-    if read_only { remount_read_only(target) } else { Ok(()) }
+    mount(
+        Some(source),
+        target,
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        None::<&str>,
+    )
+    .with_context(|| format!("binding {} to {}", source.display(), target.display()))?;
+    if read_only {
+        remount_read_only(target)
+    } else {
+        Ok(())
+    }
 }
 
 /// Makes the mount at `target` read-only. In a user namespace the flags that the mount has must be repeated, or the kernel refuses.
@@ -136,11 +157,22 @@ fn remount_read_only(target: &Path) -> anyhow::Result<()> {
             flags |= flag;
         }
     }
-    mount(None::<&str>, target, None::<&str>, flags, None::<&str>).with_context(|| format!("making {} read-only", target.display()))
+    mount(None::<&str>, target, None::<&str>, flags, None::<&str>)
+        .with_context(|| format!("making {} read-only", target.display()))
 }
 
 fn own_dirs(root: &Path) -> anyhow::Result<()> {
-    for dir in ["tmp", "run", "var/tmp", "var/log", "var/lib", "var/cache", "home", "srv", "mnt"] {
+    for dir in [
+        "tmp",
+        "run",
+        "var/tmp",
+        "var/log",
+        "var/lib",
+        "var/cache",
+        "home",
+        "srv",
+        "mnt",
+    ] {
         let path = root.join(dir);
         fs::create_dir_all(&path)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o1777))?;
@@ -155,7 +187,9 @@ fn make_etc(root: &Path, files: &[(String, String)]) -> anyhow::Result<()> {
     fs::create_dir_all(&etc)?;
     for name in HOST_ETC {
         let host = Path::new("/etc").join(name);
-        let Ok(meta) = fs::metadata(&host) else { continue };
+        let Ok(meta) = fs::metadata(&host) else {
+            continue;
+        };
         let target = etc.join(name);
         if meta.is_dir() {
             fs::create_dir_all(&target)?;
@@ -207,21 +241,36 @@ fn local_bin(root: &Path, spec: &RootSpec) -> anyhow::Result<()> {
 fn make_dev(root: &Path) -> anyhow::Result<()> {
     let dev = root.join("dev");
     fs::create_dir_all(&dev)?;
-    mount(Some("mesh"), &dev, Some("tmpfs"), MsFlags::MS_NOSUID, Some("mode=0755,size=64k")).context("mounting /dev")?;
+    mount(
+        Some("mesh"),
+        &dev,
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID,
+        Some("mode=0755,size=64k"),
+    )
+    .context("mounting /dev")?;
     for name in ["null", "zero", "full", "random", "urandom", "tty"] {
         let target = dev.join(name);
         fs::write(&target, [])?;
         bind(&Path::new("/dev").join(name), &target, false)?;
     }
-    for (dir, kind, options) in [("pts", "devpts", "newinstance,ptmxmode=0666,mode=0620"), ("shm", "tmpfs", "mode=1777,size=64m")] {
+    for (dir, kind, options) in [
+        ("pts", "devpts", "newinstance,ptmxmode=0666,mode=0620"),
+        ("shm", "tmpfs", "mode=1777,size=64m"),
+    ] {
         let target = dev.join(dir);
         fs::create_dir(&target)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-        mount(Some(kind), &target, Some(kind), flags, Some(options)).with_context(|| format!("mounting /dev/{dir}"))?;
+        mount(Some(kind), &target, Some(kind), flags, Some(options))
+            .with_context(|| format!("mounting /dev/{dir}"))?;
     }
-    for (link, to) in
-        [("ptmx", "pts/ptmx"), ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")]
-    {
+    for (link, to) in [
+        ("ptmx", "pts/ptmx"),
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
         symlink(to, dev.join(link))?;
     }
     Ok(())
@@ -237,27 +286,47 @@ fn mount_volume(root: &Path, volume: &VolumeMount) -> anyhow::Result<()> {
         }
         None => volume.source.clone(),
     };
-    let is_dir = fs::metadata(&source).with_context(|| format!("looking at {}", source.display()))?.is_dir();
+    let is_dir = fs::metadata(&source)
+        .with_context(|| format!("looking at {}", source.display()))?
+        .is_dir();
     let target = open_or_make(root, &volume.target, is_dir)?;
     let target = PathBuf::from(format!("/proc/self/fd/{}", target.as_raw_fd()));
-    mount(Some(&source), &target, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?;
+    mount(
+        Some(&source),
+        &target,
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        None::<&str>,
+    )?;
     if volume.read_only {
         let mounted = open_or_make(root, &volume.target, is_dir)?;
-        remount_read_only(&PathBuf::from(format!("/proc/self/fd/{}", mounted.as_raw_fd())))?;
+        remount_read_only(&PathBuf::from(format!(
+            "/proc/self/fd/{}",
+            mounted.as_raw_fd()
+        )))?;
     }
     Ok(())
 }
 
 fn open_in(root: &OwnedFd, path: &str) -> nix::Result<OwnedFd> {
     let path = path.trim_matches('/');
-    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT);
     openat2(root, if path.is_empty() { "." } else { path }, how)
 }
 
 /// Opens `path` below `root`, making what is missing: directories, and the last part as a directory or an empty file.
 fn open_or_make(root: &Path, path: &str, is_dir: bool) -> anyhow::Result<OwnedFd> {
-    let root = nix::fcntl::open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty() && *p != ".").collect();
+    let root = nix::fcntl::open(
+        root,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?;
+    let parts: Vec<&str> = path
+        .split('/')
+        .filter(|p| !p.is_empty() && *p != ".")
+        .collect();
     let mut at = String::new();
     let mut parent = open_in(&root, "")?;
     for (index, part) in parts.iter().enumerate() {
@@ -266,8 +335,13 @@ fn open_or_make(root: &Path, path: &str, is_dir: bool) -> anyhow::Result<OwnedFd
         let fd = match open_in(&root, &at) {
             Err(Errno::ENOENT) => {
                 if last && !is_dir {
-                    nix::fcntl::openat(&parent, *part, OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW, Mode::from_bits_truncate(0o644))
-                        .map(drop)
+                    nix::fcntl::openat(
+                        &parent,
+                        *part,
+                        OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW,
+                        Mode::from_bits_truncate(0o644),
+                    )
+                    .map(drop)
                 } else {
                     nix::sys::stat::mkdirat(&parent, *part, Mode::from_bits_truncate(0o755))
                 }

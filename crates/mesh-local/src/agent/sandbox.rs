@@ -39,15 +39,28 @@ struct Leases {
 impl Ipam {
     /// A free address; `None` when all 65,000 are taken.
     pub fn take(&self, now: Instant) -> Option<Ipv4Addr> {
-        let mut leases = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        while leases.resting.front().is_some_and(|(since, _)| now.duration_since(*since) >= REST) {
+        let mut leases = self
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        while leases
+            .resting
+            .front()
+            .is_some_and(|(since, _)| now.duration_since(*since) >= REST)
+        {
             leases.resting.pop_front();
         }
         // 0 and 1 are the network and the node, the last one is broadcast.
         for _ in 2..u16::MAX {
-            leases.next = if leases.next < 9 || leases.next >= u16::MAX - 1 { 10 } else { leases.next + 1 };
+            leases.next = if leases.next < 9 || leases.next >= u16::MAX - 1 {
+                10
+            } else {
+                leases.next + 1
+            };
             let number = leases.next;
-            if !leases.used.contains_key(&number) && !leases.resting.iter().any(|(_, n)| *n == number) {
+            if !leases.used.contains_key(&number)
+                && !leases.resting.iter().any(|(_, n)| *n == number)
+            {
                 leases.used.insert(number, ());
                 let [high, low] = number.to_be_bytes();
                 return Some(Ipv4Addr::new(10, 244, high, low));
@@ -60,7 +73,10 @@ impl Ipam {
     pub fn release(&self, ip: Ipv4Addr, now: Instant) {
         let [_, _, high, low] = ip.octets();
         let number = u16::from_be_bytes([high, low]);
-        let mut leases = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut leases = self
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         if leases.used.remove(&number).is_some() {
             leases.resting.push_back((now, number));
         }
@@ -79,12 +95,16 @@ pub struct Sandbox {
 impl Sandbox {
     /// The sandbox of a pod with `hostNetwork: true`.
     pub fn of_node() -> Self {
-        Self { ip: NODE_IP, namespaces: None }
+        Self {
+            ip: NODE_IP,
+            namespaces: None,
+        }
     }
 
     /// Makes the namespaces, and the link with the address `ip`.
     pub async fn create(ip: Ipv4Addr, hostname: String, index: u64) -> anyhow::Result<Self> {
-        let node = File::open("/proc/self/ns/net").context("opening the node's network namespace")?;
+        let node =
+            File::open("/proc/self/ns/net").context("opening the node's network namespace")?;
         let peer = format!("veth{index:x}");
         let name = peer.clone();
         let namespaces = on_thread(move || make_namespaces(ip, &hostname, &name, &node)).await?;
@@ -93,7 +113,10 @@ impl Sandbox {
         let attached = attach(&handle, &peer).await;
         connection.abort();
         attached.with_context(|| format!("attaching {peer} to {BRIDGE}"))?;
-        Ok(Self { ip, namespaces: Some(namespaces) })
+        Ok(Self {
+            ip,
+            namespaces: Some(namespaces),
+        })
     }
 
     /// Enters the namespaces; for a thread of its own that ends afterwards.
@@ -106,58 +129,144 @@ impl Sandbox {
 }
 
 /// Runs `work` on a new thread, whose namespaces it may change.
-pub async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
+pub async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
     let (send, receive) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new().name("namespace".to_owned()).spawn(move || drop(send.send(work()))).context("starting a thread")?;
-    receive.await.context("the thread in the namespace ended early")?
+    std::thread::Builder::new()
+        .name("namespace".to_owned())
+        .spawn(move || drop(send.send(work())))
+        .context("starting a thread")?;
+    receive
+        .await
+        .context("the thread in the namespace ended early")?
 }
 
 fn connect() -> anyhow::Result<(Handle, impl Future<Output = ()> + Send + 'static)> {
-    let (connection, handle, _) = rtnetlink::new_connection().context("opening a netlink socket")?;
+    let (connection, handle, _) =
+        rtnetlink::new_connection().context("opening a netlink socket")?;
     Ok((handle, connection))
 }
 
 async fn index_of(handle: &Handle, name: &str) -> anyhow::Result<u32> {
     use futures::TryStreamExt;
     let mut links = handle.link().get().match_name(name.to_owned()).execute();
-    let link = links.try_next().await.with_context(|| format!("looking for the link {name}"))?;
-    Ok(link.with_context(|| format!("there is no link {name}"))?.header.index)
+    let link = links
+        .try_next()
+        .await
+        .with_context(|| format!("looking for the link {name}"))?;
+    Ok(link
+        .with_context(|| format!("there is no link {name}"))?
+        .header
+        .index)
 }
 
 async fn attach(handle: &Handle, peer: &str) -> anyhow::Result<()> {
-    let (bridge, port) = (index_of(handle, BRIDGE).await?, index_of(handle, peer).await?);
-    handle.link().set(LinkUnspec::new_with_index(port).controller(bridge).up().build()).execute().await?;
+    let (bridge, port) = (
+        index_of(handle, BRIDGE).await?,
+        index_of(handle, peer).await?,
+    );
+    handle
+        .link()
+        .set(
+            LinkUnspec::new_with_index(port)
+                .controller(bridge)
+                .up()
+                .build(),
+        )
+        .execute()
+        .await?;
     Ok(())
 }
 
-fn make_namespaces(ip: Ipv4Addr, hostname: &str, peer: &str, node: &File) -> anyhow::Result<[(File, CloneFlags); 3]> {
-    let kinds = [CloneFlags::CLONE_NEWNET, CloneFlags::CLONE_NEWUTS, CloneFlags::CLONE_NEWIPC];
+fn make_namespaces(
+    ip: Ipv4Addr,
+    hostname: &str,
+    peer: &str,
+    node: &File,
+) -> anyhow::Result<[(File, CloneFlags); 3]> {
+    let kinds = [
+        CloneFlags::CLONE_NEWNET,
+        CloneFlags::CLONE_NEWUTS,
+        CloneFlags::CLONE_NEWIPC,
+    ];
     unshare(kinds[0] | kinds[1] | kinds[2]).context("making the pod's namespaces")?;
     nix::unistd::sethostname(hostname).context("setting the host name")?;
     // Unprivileged processes of a pod may use every port, and ping, as container runtimes have it.
     write_sysctl("net/ipv4/ip_unprivileged_port_start", "0")?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting a runtime")?;
     runtime.block_on(async {
         let (handle, connection) = connect()?;
         tokio::spawn(connection);
         pod_links(&handle, ip, peer, node).await
     })?;
-    let open = |name: &str| File::open(format!("/proc/thread-self/ns/{name}")).context("opening the pod's namespaces");
-    Ok([(open("net")?, kinds[0]), (open("uts")?, kinds[1]), (open("ipc")?, kinds[2])])
+    let open = |name: &str| {
+        File::open(format!("/proc/thread-self/ns/{name}")).context("opening the pod's namespaces")
+    };
+    Ok([
+        (open("net")?, kinds[0]),
+        (open("uts")?, kinds[1]),
+        (open("ipc")?, kinds[2]),
+    ])
 }
 
 async fn pod_links(handle: &Handle, ip: Ipv4Addr, peer: &str, node: &File) -> anyhow::Result<()> {
-    handle.link().set(LinkUnspec::new_with_name("lo").up().build()).execute().await.context("setting lo up")?;
-    handle.link().add(LinkVeth::new("eth0", peer).build()).execute().await.context("making the veth pair")?;
-    let outer = LinkUnspec::new_with_name(peer).setns_by_fd(node.as_raw_fd()).build();
-    handle.link().set(outer).execute().await.context("moving the veth's other end to the node")?;
+    handle
+        .link()
+        .set(LinkUnspec::new_with_name("lo").up().build())
+        .execute()
+        .await
+        .context("setting lo up")?;
+    handle
+        .link()
+        .add(LinkVeth::new("eth0", peer).build())
+        .execute()
+        .await
+        .context("making the veth pair")?;
+    let outer = LinkUnspec::new_with_name(peer)
+        .setns_by_fd(node.as_raw_fd())
+        .build();
+    handle
+        .link()
+        .set(outer)
+        .execute()
+        .await
+        .context("moving the veth's other end to the node")?;
     let eth0 = index_of(handle, "eth0").await?;
-    handle.address().add(eth0, ip.into(), 32).execute().await.context("giving eth0 its address")?;
-    handle.link().set(LinkUnspec::new_with_index(eth0).up().build()).execute().await.context("setting eth0 up")?;
-    let gateway = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(NODE_IP, 32).output_interface(eth0).scope(RouteScope::Link);
-    handle.route().add(gateway.build()).execute().await.context("adding the route to the node")?;
-    let default = RouteMessageBuilder::<Ipv4Addr>::new().gateway(NODE_IP).output_interface(eth0);
-    handle.route().add(default.build()).execute().await.context("adding the default route")
+    handle
+        .address()
+        .add(eth0, ip.into(), 32)
+        .execute()
+        .await
+        .context("giving eth0 its address")?;
+    handle
+        .link()
+        .set(LinkUnspec::new_with_index(eth0).up().build())
+        .execute()
+        .await
+        .context("setting eth0 up")?;
+    let gateway = RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(NODE_IP, 32)
+        .output_interface(eth0)
+        .scope(RouteScope::Link);
+    handle
+        .route()
+        .add(gateway.build())
+        .execute()
+        .await
+        .context("adding the route to the node")?;
+    let default = RouteMessageBuilder::<Ipv4Addr>::new()
+        .gateway(NODE_IP)
+        .output_interface(eth0);
+    handle
+        .route()
+        .add(default.build())
+        .execute()
+        .await
+        .context("adding the default route")
 }
 
 /// Sets the node's network up: loopback, the bridge with the node's address, forwarding, and a route by which service addresses pass the
@@ -175,17 +284,53 @@ pub async fn prepare_node() -> anyhow::Result<()> {
         ("net/ipv4/conf/cni0/send_redirects", "0"),
         ("net/ipv4/ip_unprivileged_port_start", "0"),
     ];
-    settings.iter().try_for_each(|(name, value)| write_sysctl(name, value))
+    settings
+        .iter()
+        .try_for_each(|(name, value)| write_sysctl(name, value))
 }
 
 async fn node_links(handle: &Handle) -> anyhow::Result<()> {
-    handle.link().set(LinkUnspec::new_with_name("lo").up().build()).execute().await.context("setting lo up")?;
-    handle.link().add(LinkBridge::new(BRIDGE).build()).execute().await.context("making the bridge")?;
+    handle
+        .link()
+        .set(LinkUnspec::new_with_name("lo").up().build())
+        .execute()
+        .await
+        .context("setting lo up")?;
+    handle
+        .link()
+        .add(LinkBridge::new(BRIDGE).build())
+        .execute()
+        .await
+        .context("making the bridge")?;
     let bridge = index_of(handle, BRIDGE).await?;
-    handle.address().add(bridge, NODE_IP.into(), PREFIX).execute().await.context("giving the bridge its address")?;
-    handle.link().set(LinkUnspec::new_with_index(bridge).up().build()).execute().await.context("setting the bridge up")?;
-    let services = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(SERVICES, PREFIX).output_interface(bridge).scope(RouteScope::Link);
-    handle.route().add(services.build()).execute().await.context("adding the route to the service addresses")
+    handle
+        .address()
+        .add(bridge, NODE_IP.into(), PREFIX)
+        .execute()
+        .await
+        .context("giving the bridge its address")?;
+    handle
+        .address()
+        .add(bridge, crate::dns::ADDRESS.into(), 32)
+        .execute()
+        .await
+        .context("giving the bridge the address of the DNS server")?;
+    handle
+        .link()
+        .set(LinkUnspec::new_with_index(bridge).up().build())
+        .execute()
+        .await
+        .context("setting the bridge up")?;
+    let services = RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(SERVICES, PREFIX)
+        .output_interface(bridge)
+        .scope(RouteScope::Link);
+    handle
+        .route()
+        .add(services.build())
+        .execute()
+        .await
+        .context("adding the route to the service addresses")
 }
 
 fn write_sysctl(name: &str, value: &str) -> anyhow::Result<()> {
@@ -202,8 +347,13 @@ mod tests {
         let first = ipam.take(start).unwrap();
         assert_ne!(first, NODE_IP);
         ipam.release(first, start);
-        let soon: Vec<_> = std::iter::from_fn(|| ipam.take(start + Duration::from_secs(29))).collect();
+        let soon: Vec<_> =
+            std::iter::from_fn(|| ipam.take(start + Duration::from_secs(29))).collect();
         assert!(!soon.contains(&first));
-        assert_eq!(ipam.take(start + Duration::from_secs(31)), Some(first), "the only one left");
+        assert_eq!(
+            ipam.take(start + Duration::from_secs(31)),
+            Some(first),
+            "the only one left"
+        );
     }
 }

@@ -111,13 +111,20 @@ pub struct Container {
 
 impl Container {
     fn new(spec: &ContainerSpec, role: Role) -> Self {
-        let reason = if role == Role::Main { "PodInitializing" } else { "ContainerCreating" };
+        let reason = if role == Role::Main {
+            "PodInitializing"
+        } else {
+            "ContainerCreating"
+        };
         Self {
             name: spec.name.clone(),
             role,
             startup_probe: spec.startup_probe.is_some(),
             readiness_probe: spec.readiness_probe.is_some(),
-            run: Run::Waiting { reason: reason.to_owned(), message: String::new() },
+            run: Run::Waiting {
+                reason: reason.to_owned(),
+                message: String::new(),
+            },
             last: None,
             restarts: 0,
             attempt: 0,
@@ -149,14 +156,21 @@ impl Container {
 
     /// Takes note that the process runs.
     pub fn note_running(&mut self, container_id: String, started_at: Timestamp, now: Duration) {
-        self.run = Run::Running { since: now, started_at, container_id };
+        self.run = Run::Running {
+            since: now,
+            started_at,
+            container_id,
+        };
         self.started = !self.startup_probe;
         self.ready = self.started && !self.readiness_probe;
     }
 
     /// Takes note that no process could be made; a later attempt follows after a delay.
     pub fn note_launch_failure(&mut self, reason: &str, message: String, now: Duration) {
-        self.run = Run::Waiting { reason: reason.to_owned(), message };
+        self.run = Run::Waiting {
+            reason: reason.to_owned(),
+            message,
+        };
         self.crashes = self.crashes.max(1);
         self.not_before = now + backoff(self.crashes);
         self.crashes += 1;
@@ -186,7 +200,9 @@ impl Container {
 pub fn backoff(crashes: u32) -> Duration {
     match crashes {
         0 => Duration::ZERO,
-        n => BACKOFF_FIRST.saturating_mul(1u32 << (n - 1).min(8)).min(BACKOFF_MAX),
+        n => BACKOFF_FIRST
+            .saturating_mul(1u32 << (n - 1).min(8))
+            .min(BACKOFF_MAX),
     }
 }
 
@@ -207,11 +223,22 @@ impl PodState {
     /// The state of a pod that has not begun.
     pub fn new(pod: &Pod) -> Self {
         let spec = pod.spec.as_ref();
-        let inits = spec.and_then(|s| s.init_containers.as_deref()).unwrap_or_default();
+        let inits = spec
+            .and_then(|s| s.init_containers.as_deref())
+            .unwrap_or_default();
         let mains = spec.map(|s| s.containers.as_slice()).unwrap_or_default();
         let containers = inits
             .iter()
-            .map(|c| Container::new(c, if c.restart_policy.as_deref() == Some("Always") { Role::Sidecar } else { Role::Init }))
+            .map(|c| {
+                Container::new(
+                    c,
+                    if c.restart_policy.as_deref() == Some("Always") {
+                        Role::Sidecar
+                    } else {
+                        Role::Init
+                    },
+                )
+            })
             .chain(mains.iter().map(|c| Container::new(c, Role::Main)))
             .collect();
         let restart = match spec.and_then(|s| s.restart_policy.as_deref()) {
@@ -219,6 +246,11 @@ impl PodState {
             Some("OnFailure") => Restart::OnFailure,
             _ => Restart::Always,
         };
-        Self { containers, restart, initialized: inits.is_empty(), terminating: false }
+        Self {
+            containers,
+            restart,
+            initialized: inits.is_empty(),
+            terminating: false,
+        }
     }
 }

@@ -20,7 +20,14 @@ pub struct Facts {
 }
 
 /// The status; `previous` lends the times of conditions that did not change.
-pub fn status(pod: &Pod, state: &PodState, plan: &Plan, facts: &Facts, previous: &Value, now: Timestamp) -> Value {
+pub fn status(
+    pod: &Pod,
+    state: &PodState,
+    plan: &Plan,
+    facts: &Facts,
+    previous: &Value,
+    now: Timestamp,
+) -> Value {
     let spec = pod.spec.as_ref();
     let images: Vec<String> = spec
         .iter()
@@ -32,25 +39,50 @@ pub fn status(pod: &Pod, state: &PodState, plan: &Plan, facts: &Facts, previous:
     for (index, container) in state.containers.iter().enumerate() {
         let image = images.get(index).map(String::as_str).unwrap_or_default();
         let entry = container_status(container, image, plan.backing_off.contains(&index));
-        if container.role == Role::Main { mains.push(entry) } else { inits.push(entry) }
+        if container.role == Role::Main {
+            mains.push(entry)
+        } else {
+            inits.push(entry)
+        }
     }
-    let unready: Vec<&str> =
-        state.containers.iter().filter(|c| c.role != Role::Init && !c.ready).map(|c| c.name.as_str()).collect();
+    let unready: Vec<&str> = state
+        .containers
+        .iter()
+        .filter(|c| c.role != Role::Init && !c.ready)
+        .map(|c| c.name.as_str())
+        .collect();
     let finished = matches!(plan.outcome, Outcome::Succeeded);
     let ready = unready.is_empty() && !state.terminating;
     let (reason, message) = if finished {
         ("PodCompleted", String::new())
     } else {
-        ("ContainersNotReady", format!("containers with unready status: [{}]", unready.join(" ")))
+        (
+            "ContainersNotReady",
+            format!("containers with unready status: [{}]", unready.join(" ")),
+        )
     };
-    let mut conditions = vec![condition("PodReadyToStartContainers", facts.ip.is_some(), "", "")];
+    let mut conditions = vec![condition(
+        "PodReadyToStartContainers",
+        facts.ip.is_some(),
+        "",
+        "",
+    )];
     conditions.push(match (plan.initialized, finished) {
         (true, true) => condition("Initialized", true, "PodCompleted", ""),
         (true, false) => condition("Initialized", true, "", ""),
-        (false, _) => condition("Initialized", false, "ContainersNotInitialized", &incomplete(state)),
+        (false, _) => condition(
+            "Initialized",
+            false,
+            "ContainersNotInitialized",
+            &incomplete(state),
+        ),
     });
     for kind in ["Ready", "ContainersReady"] {
-        conditions.push(if ready { condition(kind, true, "", "") } else { condition(kind, false, reason, &message) });
+        conditions.push(if ready {
+            condition(kind, true, "", "")
+        } else {
+            condition(kind, false, reason, &message)
+        });
     }
     conditions.push(condition("PodScheduled", true, "", ""));
     for condition in &mut conditions {
@@ -79,9 +111,21 @@ fn phase(state: &PodState, plan: &Plan) -> &'static str {
     match plan.outcome {
         Outcome::Succeeded => "Succeeded",
         Outcome::Failed => "Failed",
-        Outcome::Gone if state.containers.iter().any(|c| matches!(&c.run, Run::Exited(e) if c.role == Role::Main && e.exit_code != 0)) => "Failed",
+        Outcome::Gone
+            if state.containers.iter().any(
+                |c| matches!(&c.run, Run::Exited(e) if c.role == Role::Main && e.exit_code != 0),
+            ) =>
+        {
+            "Failed"
+        }
         Outcome::Gone => "Succeeded",
-        Outcome::Going if state.containers.iter().any(|c| c.role == Role::Main && c.attempt > 0 && !matches!(c.run, Run::Waiting { .. })) => "Running",
+        Outcome::Going
+            if state.containers.iter().any(|c| {
+                c.role == Role::Main && c.attempt > 0 && !matches!(c.run, Run::Waiting { .. })
+            }) =>
+        {
+            "Running"
+        }
         Outcome::Going => "Pending",
     }
 }
@@ -112,8 +156,13 @@ fn condition(kind: &str, holds: bool, reason: &str, message: &str) -> Value {
 }
 
 fn keep_time(condition: &mut Value, previous: &Value, now: Timestamp) {
-    let before = previous["conditions"].as_array().and_then(|c| c.iter().find(|c| c["type"] == condition["type"]));
-    let same = before.filter(|c| c["status"] == condition["status"]).map(|c| c["lastTransitionTime"].clone()).filter(|t| !t.is_null());
+    let before = previous["conditions"]
+        .as_array()
+        .and_then(|c| c.iter().find(|c| c["type"] == condition["type"]));
+    let same = before
+        .filter(|c| c["status"] == condition["status"])
+        .map(|c| c["lastTransitionTime"].clone())
+        .filter(|t| !t.is_null());
     condition["lastTransitionTime"] = same.unwrap_or_else(|| json!(second(&now)));
 }
 
@@ -126,9 +175,22 @@ fn container_status(container: &Container, image: &str, backing_off: bool) -> Va
     let (state, id) = match &container.run {
         Run::Waiting { reason, message } => (waiting(reason, message), ""),
         Run::Starting => (waiting("ContainerCreating", ""), ""),
-        Run::Running { started_at, container_id, .. } => (json!({"running": {"startedAt": second(started_at)}}), container_id.as_str()),
-        Run::Exited(ended) if backing_off => (waiting("CrashLoopBackOff", &back_off_message(container)), ended.container_id.as_str()),
-        Run::Exited(ended) => (json!({"terminated": terminated(ended)}), ended.container_id.as_str()),
+        Run::Running {
+            started_at,
+            container_id,
+            ..
+        } => (
+            json!({"running": {"startedAt": second(started_at)}}),
+            container_id.as_str(),
+        ),
+        Run::Exited(ended) if backing_off => (
+            waiting("CrashLoopBackOff", &back_off_message(container)),
+            ended.container_id.as_str(),
+        ),
+        Run::Exited(ended) => (
+            json!({"terminated": terminated(ended)}),
+            ended.container_id.as_str(),
+        ),
     };
     let last = match &container.run {
         Run::Exited(ended) if backing_off => Some(ended),
@@ -153,7 +215,10 @@ fn container_status(container: &Container, image: &str, backing_off: bool) -> Va
 
 fn back_off_message(container: &Container) -> String {
     let delay = super::state::backoff(container.crashes.saturating_sub(1)).as_secs();
-    format!("back-off {delay}s restarting failed container={}", container.name)
+    format!(
+        "back-off {delay}s restarting failed container={}",
+        container.name
+    )
 }
 
 fn waiting(reason: &str, message: &str) -> Value {
@@ -194,23 +259,53 @@ mod tests {
             {"name": "app", "image": "x", "readinessProbe": {"tcpSocket": {"port": 1}}}]}}))
         .unwrap();
         let mut state = PodState::new(&pod);
-        let facts = Facts { ip: Some("10.244.0.10".into()), ..Facts::default() };
+        let facts = Facts {
+            ip: Some("10.244.0.10".into()),
+            ..Facts::default()
+        };
         let at = |state: &PodState, previous: &Value, now: i64| {
             let now = Timestamp::from_second(now).unwrap();
-            status(&pod, state, &plan(state, Duration::ZERO), &facts, previous, now)
+            status(
+                &pod,
+                state,
+                &plan(state, Duration::ZERO),
+                &facts,
+                previous,
+                now,
+            )
         };
-        let ready = |status: &Value| status["conditions"].as_array().unwrap().iter().find(|c| c["type"] == "Ready").unwrap().clone();
+        let ready = |status: &Value| {
+            status["conditions"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|c| c["type"] == "Ready")
+                .unwrap()
+                .clone()
+        };
         assert_eq!(at(&state, &Value::Null, 1)["phase"], "Pending");
         state.containers[0].note_launch();
         state.containers[0].note_running("id".into(), Timestamp::UNIX_EPOCH, Duration::ZERO);
         let running = at(&state, &Value::Null, 1);
         assert_eq!(running["phase"], "Running");
-        assert_eq!(ready(&running)["message"], "containers with unready status: [app]");
+        assert_eq!(
+            ready(&running)["message"],
+            "containers with unready status: [app]"
+        );
         state.containers[0].ready = true;
         let now_ready = at(&state, &running, 2);
         assert_eq!(ready(&now_ready)["status"], "True");
-        assert_eq!(ready(&now_ready)["lastTransitionTime"], "1970-01-01T00:00:02Z");
-        assert_eq!(ready(&at(&state, &now_ready, 3))["lastTransitionTime"], "1970-01-01T00:00:02Z");
-        assert_eq!(now_ready["containerStatuses"][0]["state"]["running"]["startedAt"], "1970-01-01T00:00:00Z");
+        assert_eq!(
+            ready(&now_ready)["lastTransitionTime"],
+            "1970-01-01T00:00:02Z"
+        );
+        assert_eq!(
+            ready(&at(&state, &now_ready, 3))["lastTransitionTime"],
+            "1970-01-01T00:00:02Z"
+        );
+        assert_eq!(
+            now_ready["containerStatuses"][0]["state"]["running"]["startedAt"],
+            "1970-01-01T00:00:00Z"
+        );
     }
 }

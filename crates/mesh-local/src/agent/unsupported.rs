@@ -4,7 +4,9 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 
 /// One sentence a field; empty when everything is supported.
 pub fn unsupported(pod: &Pod, uids_mapped: bool, cgroups: bool) -> Vec<String> {
-    let Some(spec) = &pod.spec else { return Vec::new() };
+    let Some(spec) = &pod.spec else {
+        return Vec::new();
+    };
     let mut found = Vec::new();
     let mut add = |wrong: bool, field: &str, why: &str| {
         if wrong {
@@ -13,15 +15,48 @@ pub fn unsupported(pod: &Pod, uids_mapped: bool, cgroups: bool) -> Vec<String> {
     };
     let isolated = "every container has its own PID namespace on this node";
     add(spec.host_pid == Some(true), "spec.hostPID", isolated);
-    add(spec.share_process_namespace == Some(true), "spec.shareProcessNamespace", isolated);
-    add(spec.host_ipc == Some(true), "spec.hostIPC", "every pod has its own IPC namespace on this node");
-    add(spec.active_deadline_seconds.is_some(), "spec.activeDeadlineSeconds", "this node does not watch the deadline");
-    add(spec.dns_config.is_some(), "spec.dnsConfig", "pods get the cluster's resolv.conf");
-    add(spec.dns_policy.as_deref() == Some("None"), "spec.dnsPolicy", "pods get the cluster's resolv.conf");
-    add(spec.runtime_class_name.is_some(), "spec.runtimeClassName", "containers run as processes of this machine");
-    for container in spec.init_containers.iter().flatten().chain(&spec.containers) {
+    add(
+        spec.share_process_namespace == Some(true),
+        "spec.shareProcessNamespace",
+        isolated,
+    );
+    add(
+        spec.host_ipc == Some(true),
+        "spec.hostIPC",
+        "every pod has its own IPC namespace on this node",
+    );
+    add(
+        spec.active_deadline_seconds.is_some(),
+        "spec.activeDeadlineSeconds",
+        "this node does not watch the deadline",
+    );
+    add(
+        spec.dns_config.is_some(),
+        "spec.dnsConfig",
+        "pods get the cluster's resolv.conf",
+    );
+    add(
+        spec.dns_policy.as_deref() == Some("None"),
+        "spec.dnsPolicy",
+        "pods get the cluster's resolv.conf",
+    );
+    add(
+        spec.runtime_class_name.is_some(),
+        "spec.runtimeClassName",
+        "containers run as processes of this machine",
+    );
+    for container in spec
+        .init_containers
+        .iter()
+        .flatten()
+        .chain(&spec.containers)
+    {
         for (wrong, field, why) in container_fields(container, cgroups) {
-            add(wrong, &format!("{field} of container {}", container.name), why);
+            add(
+                wrong,
+                &format!("{field} of container {}", container.name),
+                why,
+            );
         }
     }
     if !uids_mapped {
@@ -34,18 +69,64 @@ pub fn unsupported(pod: &Pod, uids_mapped: bool, cgroups: bool) -> Vec<String> {
     found
 }
 
-fn container_fields(container: &Container, cgroups: bool) -> Vec<(bool, &'static str, &'static str)> {
+fn container_fields(
+    container: &Container,
+    cgroups: bool,
+) -> Vec<(bool, &'static str, &'static str)> {
     let context = container.security_context.as_ref();
-    let limits = container.resources.as_ref().is_some_and(|r| r.limits.as_ref().is_some_and(|l| !l.is_empty()));
+    let limits = container
+        .resources
+        .as_ref()
+        .is_some_and(|r| r.limits.as_ref().is_some_and(|l| !l.is_empty()));
     vec![
-        (limits && !cgroups, "resources.limits", "mesh can't write control groups (version 2) here"),
-        (container.stdin == Some(true), "stdin", "containers have no standard input here; use kubectl exec -i"),
-        (container.tty == Some(true), "tty", "containers have no terminal here; use kubectl exec -it"),
-        (container.volume_devices.is_some(), "volumeDevices", "this node has no block devices"),
-        (container.ports.iter().flatten().any(|p| p.host_port.is_some_and(|p| p != 0)), "hostPort", "use a Service of type NodePort or LoadBalancer"),
-        (context.is_some_and(|c| c.seccomp_profile.as_ref().is_some_and(|p| p.type_ == "Localhost")), "seccompProfile", "no profile is loaded"),
-        (context.is_some_and(|c| c.app_armor_profile.is_some()), "appArmorProfile", "no profile is loaded"),
-        (context.is_some_and(|c| c.se_linux_options.is_some()), "seLinuxOptions", "no label is set"),
+        (
+            limits && !cgroups,
+            "resources.limits",
+            "mesh can't write control groups (version 2) here",
+        ),
+        (
+            container.stdin == Some(true),
+            "stdin",
+            "containers have no standard input here; use kubectl exec -i",
+        ),
+        (
+            container.tty == Some(true),
+            "tty",
+            "containers have no terminal here; use kubectl exec -it",
+        ),
+        (
+            container.volume_devices.is_some(),
+            "volumeDevices",
+            "this node has no block devices",
+        ),
+        (
+            container
+                .ports
+                .iter()
+                .flatten()
+                .any(|p| p.host_port.is_some_and(|p| p != 0)),
+            "hostPort",
+            "use a Service of type NodePort or LoadBalancer",
+        ),
+        (
+            context.is_some_and(|c| {
+                c.seccomp_profile
+                    .as_ref()
+                    .is_some_and(|p| p.type_ == "Localhost")
+            }),
+            "seccompProfile",
+            "no profile is loaded",
+        ),
+        (
+            context.is_some_and(|c| c.app_armor_profile.is_some()),
+            "appArmorProfile",
+            "no profile is loaded",
+        ),
+        (
+            context.is_some_and(|c| c.se_linux_options.is_some()),
+            "seLinuxOptions",
+            "no label is set",
+        ),
     ]
 }
 

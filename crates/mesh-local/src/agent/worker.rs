@@ -42,16 +42,29 @@ pub enum Change {
 
 /// Runs `pod` until it is gone.
 pub async fn run(shared: Arc<Shared>, pod: Pod, changes: mpsc::UnboundedReceiver<Change>) {
-    let finished = pod.status.as_ref().and_then(|s| s.phase.as_deref()).is_some_and(|p| p == "Succeeded" || p == "Failed");
+    let finished = pod
+        .status
+        .as_ref()
+        .and_then(|s| s.phase.as_deref())
+        .is_some_and(|p| p == "Succeeded" || p == "Failed");
     let uid = pod.metadata.uid.clone().unwrap_or_default();
     let dir = shared.run.join("pods").join(&uid);
     let (reports, inbox) = mpsc::channel(64);
-    let previous = pod.status.as_ref().and_then(|s| serde_json::to_value(s).ok()).unwrap_or_default();
+    let previous = pod
+        .status
+        .as_ref()
+        .and_then(|s| serde_json::to_value(s).ok())
+        .unwrap_or_default();
     let (status, writer) = start_writer(&shared, &pod);
     let mut worker = Worker {
         state: PodState::new(&pod),
         facts: Facts {
-            started_at: pod.status.as_ref().and_then(|s| s.start_time.as_ref()).map(|t| t.0).or_else(|| Some(Timestamp::now())),
+            started_at: pod
+                .status
+                .as_ref()
+                .and_then(|s| s.start_time.as_ref())
+                .map(|t| t.0)
+                .or_else(|| Some(Timestamp::now())),
             host_network: pod.spec.as_ref().and_then(|s| s.host_network) == Some(true),
             ip: None,
         },
@@ -82,10 +95,21 @@ pub async fn run(shared: Arc<Shared>, pod: Pod, changes: mpsc::UnboundedReceiver
 /// Takes over what an earlier run of the cluster left in the status: its processes ended with it.
 fn resume(state: &mut PodState, pod: &Pod) {
     let Some(status) = &pod.status else { return };
-    let before = status.container_statuses.iter().chain(&status.init_container_statuses).flatten();
+    let before = status
+        .container_statuses
+        .iter()
+        .chain(&status.init_container_statuses)
+        .flatten();
     for old in before {
-        let Some(container) = state.containers.iter_mut().find(|c| c.name == old.name) else { continue };
-        let started = old.state.as_ref().and_then(|s| s.running.as_ref()).and_then(|r| r.started_at.as_ref()).map(|t| t.0);
+        let Some(container) = state.containers.iter_mut().find(|c| c.name == old.name) else {
+            continue;
+        };
+        let started = old
+            .state
+            .as_ref()
+            .and_then(|s| s.running.as_ref())
+            .and_then(|r| r.started_at.as_ref())
+            .map(|t| t.0);
         container.restarts = old.restart_count;
         if let Some(started_at) = started {
             container.restarts += 1;
@@ -106,7 +130,10 @@ fn resume(state: &mut PodState, pod: &Pod) {
 fn start_writer(shared: &Arc<Shared>, pod: &Pod) -> (watch::Sender<Value>, JoinHandle<()>) {
     let (send, mut receive) = watch::channel(Value::Null);
     let meta = &pod.metadata;
-    let api: Api<Pod> = Api::namespaced(shared.client.clone(), meta.namespace.as_deref().unwrap_or("default"));
+    let api: Api<Pod> = Api::namespaced(
+        shared.client.clone(),
+        meta.namespace.as_deref().unwrap_or("default"),
+    );
     let (name, uid) = (meta.name.clone().unwrap_or_default(), meta.uid.clone());
     let task = tokio::spawn(async move {
         while receive.changed().await.is_ok() {
@@ -115,9 +142,14 @@ fn start_writer(shared: &Arc<Shared>, pod: &Pod) -> (watch::Sender<Value>, JoinH
                 let status = receive.borrow_and_update().clone();
                 // The uid makes this fail for another pod of the same name.
                 let patch = Patch::Merge(json!({"metadata": {"uid": uid}, "status": status}));
-                match api.patch_status(&name, &PatchParams::default(), &patch).await {
+                match api
+                    .patch_status(&name, &PatchParams::default(), &patch)
+                    .await
+                {
                     Ok(_) => break,
-                    Err(kube::Error::Api(e)) if e.code == 404 || e.code == 409 && tries > 2 => break,
+                    Err(kube::Error::Api(e)) if e.code == 404 || e.code == 409 && tries > 2 => {
+                        break;
+                    }
                     Err(error) => {
                         tracing::warn!(pod = name, %error, "the pod's status could not be written");
                         tries += 1;
@@ -157,7 +189,10 @@ impl Worker {
 
     fn names(&self) -> (String, String) {
         let meta = &self.pod.metadata;
-        (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
+        (
+            meta.namespace.clone().unwrap_or_default(),
+            meta.name.clone().unwrap_or_default(),
+        )
     }
 
     /// A pod that had finished before: nothing to run, only its end to wait for.
@@ -173,11 +208,19 @@ impl Worker {
 
     async fn go(&mut self) {
         self.note_deletion();
-        for message in unsupported(&self.pod, self.shared.uids_mapped, self.shared.cgroups.is_some()) {
-            self.shared.recorder.warning(&self.pod, None, "NotSupported", message);
+        for message in unsupported(
+            &self.pod,
+            self.shared.uids_mapped,
+            self.shared.cgroups.is_some(),
+        ) {
+            self.shared
+                .recorder
+                .warning(&self.pod, None, "NotSupported", message);
         }
         self.publish(&Plan::default());
-        let Some(mut renew) = self.set_up().await else { return };
+        let Some(mut renew) = self.set_up().await else {
+            return;
+        };
         loop {
             let plan = plan(&self.state, self.now());
             self.state.initialized = plan.initialized;
@@ -215,7 +258,12 @@ impl Worker {
                 renew = match self.write_volumes().await {
                     Ok(after) => after.map(|after| Instant::now() + after),
                     Err(error) => {
-                        self.shared.recorder.warning(&self.pod, None, "FailedMount", error.to_string());
+                        self.shared.recorder.warning(
+                            &self.pod,
+                            None,
+                            "FailedMount",
+                            error.to_string(),
+                        );
                         Some(Instant::now() + RETRY_MAX)
                     }
                 };
@@ -234,7 +282,9 @@ impl Worker {
                 Ok(renew) => return Some(renew.map(|after| Instant::now() + after)),
                 Err(failed) => failed,
             };
-            self.shared.recorder.warning(&self.pod, None, failed.0, failed.1);
+            self.shared
+                .recorder
+                .warning(&self.pod, None, failed.0, failed.1);
             let until = Instant::now() + pause;
             pause = (pause * 2).min(RETRY_MAX);
             tokio::select! {
@@ -249,13 +299,20 @@ impl Worker {
 
     async fn try_set_up(&mut self) -> Result<Option<Duration>, (&'static str, String)> {
         if self.sandbox.is_none() {
-            let sandbox = self.make_sandbox().await.map_err(|e| ("FailedCreatePodSandBox", format!("{e:#}")))?;
+            let sandbox = self
+                .make_sandbox()
+                .await
+                .map_err(|e| ("FailedCreatePodSandBox", format!("{e:#}")))?;
             self.facts.ip = Some(sandbox.ip.to_string());
             let (namespace, name) = self.names();
-            self.shared.registry.add_pod(&namespace, &name, &self.uid, sandbox.clone());
+            self.shared
+                .registry
+                .add_pod(&namespace, &name, &self.uid, sandbox.clone());
             self.sandbox = Some(sandbox);
         }
-        self.write_volumes().await.map_err(|e| ("FailedMount", e.to_string()))
+        self.write_volumes()
+            .await
+            .map_err(|e| ("FailedMount", e.to_string()))
     }
 
     async fn make_sandbox(&self) -> anyhow::Result<Arc<Sandbox>> {
@@ -263,7 +320,8 @@ impl Worker {
             return Ok(Arc::new(Sandbox::of_node()));
         }
         let ip = self.shared.ipam.take(std::time::Instant::now());
-        let ip: Ipv4Addr = ip.ok_or_else(|| anyhow::anyhow!("all addresses of the pod network are in use"))?;
+        let ip: Ipv4Addr =
+            ip.ok_or_else(|| anyhow::anyhow!("all addresses of the pod network are in use"))?;
         let index = self.shared.counter.fetch_add(1, Ordering::Relaxed);
         let made = Sandbox::create(ip, etc::hostname(&self.pod), index).await;
         if made.is_err() {
@@ -273,14 +331,26 @@ impl Worker {
     }
 
     async fn write_volumes(&self) -> Result<Option<Duration>, volumes::VolumeError> {
-        let node = |source: anyhow::Error| volumes::VolumeError::Node { volume: "(references)".to_owned(), source };
-        let references = volumes::gather(&self.shared.client, &self.pod).await.map_err(|e| node(e.into()))?;
+        let node = |source: anyhow::Error| volumes::VolumeError::Node {
+            volume: "(references)".to_owned(),
+            source,
+        };
+        let references = volumes::gather(&self.shared.client, &self.pod)
+            .await
+            .map_err(|e| node(e.into()))?;
         let addresses = Addresses {
             pod_ip: self.facts.ip.clone().unwrap_or_default(),
             host_ip: NODE_IP.to_string(),
             node_name: NODE_NAME.to_owned(),
         };
-        volumes::write_all(&self.shared.client, &self.pod, &references, &addresses, &self.dir.join("volumes")).await
+        volumes::write_all(
+            &self.shared.client,
+            &self.pod,
+            &references,
+            &addresses,
+            &self.dir.join("volumes"),
+        )
+        .await
     }
 
     fn spec_of(&self, index: usize) -> Option<(&'static str, &ContainerSpec)> {
@@ -293,9 +363,14 @@ impl Worker {
     }
 
     fn start(&mut self, index: usize) {
-        let (Some(sandbox), Some((list, spec))) = (self.sandbox.clone(), self.spec_of(index)) else { return };
+        let (Some(sandbox), Some((list, spec))) = (self.sandbox.clone(), self.spec_of(index))
+        else {
+            return;
+        };
         let spec = spec.clone();
-        let Some(container) = self.state.containers.get_mut(index) else { return };
+        let Some(container) = self.state.containers.get_mut(index) else {
+            return;
+        };
         container.note_launch();
         let run = Run {
             shared: self.shared.clone(),
@@ -314,8 +389,17 @@ impl Worker {
     }
 
     fn grace(&self) -> Duration {
-        let spec = self.pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
-        let seconds = self.pod.metadata.deletion_grace_period_seconds.or(spec).unwrap_or(30);
+        let spec = self
+            .pod
+            .spec
+            .as_ref()
+            .and_then(|s| s.termination_grace_period_seconds);
+        let seconds = self
+            .pod
+            .metadata
+            .deletion_grace_period_seconds
+            .or(spec)
+            .unwrap_or(30);
         Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
     }
 
@@ -356,7 +440,12 @@ impl Worker {
         }
         self.end_by = Some(by);
         for (index, stop) in &self.stops {
-            if self.state.containers.get(*index).is_some_and(|c| c.stopping) {
+            if self
+                .state
+                .containers
+                .get(*index)
+                .is_some_and(|c| c.stopping)
+            {
                 let _ = stop.try_send(Stop { deadline: by });
             }
         }
@@ -365,13 +454,29 @@ impl Worker {
     fn note(&mut self, index: usize, attempt: u32, report: Report) {
         let now = self.now();
         let backing_off = self.state.restart != Restart::Never;
-        let Some((list, spec)) = self.spec_of(index).map(|(list, spec)| (list, spec.name.clone())) else { return };
-        let Some(container) = self.state.containers.get_mut(index).filter(|c| c.attempt == attempt) else { return };
+        let Some((list, spec)) = self
+            .spec_of(index)
+            .map(|(list, spec)| (list, spec.name.clone()))
+        else {
+            return;
+        };
+        let Some(container) = self
+            .state
+            .containers
+            .get_mut(index)
+            .filter(|c| c.attempt == attempt)
+        else {
+            return;
+        };
         match report {
             Report::Running { id, at } => container.note_running(id, at, now),
             Report::NotStarted(failure) => {
                 let again = failure.reason == "ErrImagePull" && attempt > 1;
-                let reason = if again { "ImagePullBackOff" } else { failure.reason.as_str() };
+                let reason = if again {
+                    "ImagePullBackOff"
+                } else {
+                    failure.reason.as_str()
+                };
                 container.note_launch_failure(reason, failure.message, now);
                 self.stops.remove(&index);
             }
@@ -380,7 +485,12 @@ impl Worker {
                 container.note_exit(ended, now);
                 if failed && backing_off && container.not_before > now {
                     let message = format!("Back-off restarting failed container {spec} in pod");
-                    self.shared.recorder.warning(&self.pod, Some((list, &spec)), "BackOff", message);
+                    self.shared.recorder.warning(
+                        &self.pod,
+                        Some((list, &spec)),
+                        "BackOff",
+                        message,
+                    );
                 }
                 self.stops.remove(&index);
             }
@@ -389,14 +499,23 @@ impl Worker {
     }
 
     fn note_probe(&mut self, index: usize, kind: Kind, verdict: Verdict) {
-        let Some((list, name)) = self.spec_of(index).map(|(list, spec)| (list, spec.name.clone())) else { return };
-        let Some(container) = self.state.containers.get_mut(index) else { return };
+        let Some((list, name)) = self
+            .spec_of(index)
+            .map(|(list, spec)| (list, spec.name.clone()))
+        else {
+            return;
+        };
+        let Some(container) = self.state.containers.get_mut(index) else {
+            return;
+        };
         if !matches!(container.run, RunState::Running { .. }) || container.stopping {
             return;
         }
         if let Verdict::Unhealthy(message) | Verdict::Failing(message) = &verdict {
             let message = format!("{} probe failed: {message}", kind.word());
-            self.shared.recorder.warning(&self.pod, Some((list, &name)), "Unhealthy", message);
+            self.shared
+                .recorder
+                .warning(&self.pod, Some((list, &name)), "Unhealthy", message);
         }
         match (kind, verdict) {
             (Kind::Startup, Verdict::Passing) => {
@@ -406,8 +525,13 @@ impl Worker {
             (Kind::Readiness, Verdict::Passing) => container.ready = true,
             (Kind::Readiness, Verdict::Failing(_)) => container.ready = false,
             (Kind::Startup | Kind::Liveness, Verdict::Failing(_)) => {
-                let message = format!("Container {name} failed {} probe, will be restarted", kind.word().to_lowercase());
-                self.shared.recorder.normal(&self.pod, Some((list, &name)), "Killing", message);
+                let message = format!(
+                    "Container {name} failed {} probe, will be restarted",
+                    kind.word().to_lowercase()
+                );
+                self.shared
+                    .recorder
+                    .normal(&self.pod, Some((list, &name)), "Killing", message);
                 self.stop(index);
             }
             (Kind::Liveness, Verdict::Passing) | (_, Verdict::Unhealthy(_)) => {}
@@ -415,7 +539,14 @@ impl Worker {
     }
 
     fn publish(&mut self, plan: &Plan) {
-        let next = status(&self.pod, &self.state, plan, &self.facts, &self.previous, Timestamp::now());
+        let next = status(
+            &self.pod,
+            &self.state,
+            plan,
+            &self.facts,
+            &self.previous,
+            Timestamp::now(),
+        );
         if next != self.previous {
             self.previous = next.clone();
             self.status.send_replace(next);
@@ -424,10 +555,16 @@ impl Worker {
 
     async fn clean_up(self, writer: JoinHandle<()>) {
         let (namespace, name) = self.names();
-        self.shared.registry.remove_pod(&namespace, &name, &self.uid);
+        self.shared
+            .registry
+            .remove_pod(&namespace, &name, &self.uid);
         drop(self.status);
         let _ = writer.await;
-        let ip = self.sandbox.as_ref().map(|s| s.ip).filter(|_| !self.facts.host_network);
+        let ip = self
+            .sandbox
+            .as_ref()
+            .map(|s| s.ip)
+            .filter(|_| !self.facts.host_network);
         drop(self.sandbox);
         if let Some(ip) = ip {
             self.shared.ipam.release(ip, std::time::Instant::now());
@@ -437,14 +574,19 @@ impl Worker {
             let api: Api<Pod> = Api::namespaced(self.shared.client.clone(), &namespace);
             let params = DeleteParams {
                 grace_period_seconds: Some(0),
-                preconditions: Some(Preconditions { uid: Some(self.uid.clone()), resource_version: None }),
+                preconditions: Some(Preconditions {
+                    uid: Some(self.uid.clone()),
+                    resource_version: None,
+                }),
                 ..DeleteParams::default()
             };
             for pause in [10, 50, 250, 1000, 5000] {
                 match api.delete(&name, &params).await {
                     Ok(_) => return,
                     Err(kube::Error::Api(e)) if e.code == 404 || e.code == 409 => return,
-                    Err(error) => tracing::warn!(pod = name, %error, "the ended pod could not be removed"),
+                    Err(error) => {
+                        tracing::warn!(pod = name, %error, "the ended pod could not be removed")
+                    }
                 }
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             }
@@ -454,7 +596,11 @@ impl Worker {
 
 /// Removes the pod's folder with the mounts in it.
 fn remove_dir(dir: &std::path::Path) {
-    for volume in std::fs::read_dir(dir.join("volumes")).into_iter().flatten().flatten() {
+    for volume in std::fs::read_dir(dir.join("volumes"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         let _ = nix::mount::umount2(&volume.path(), nix::mount::MntFlags::MNT_DETACH);
     }
     let _ = std::fs::remove_dir_all(dir);

@@ -9,8 +9,8 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Event;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind, TypeMeta};
-use kube::runtime::watcher::{self, watcher};
 use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, watcher};
 use serde_json::Value;
 
 use crate::{BootWave, WaitFor};
@@ -22,7 +22,11 @@ const NEW_KIND_PAUSE: Duration = Duration::from_millis(10);
 const NEW_KIND_LIMIT: Duration = Duration::from_secs(10);
 
 /// Applies all waves; `limit` is for each of them.
-pub(super) async fn run(client: &kube::Client, waves: &[BootWave], limit: Duration) -> anyhow::Result<()> {
+pub(super) async fn run(
+    client: &kube::Client,
+    waves: &[BootWave],
+    limit: Duration,
+) -> anyhow::Result<()> {
     for wave in waves {
         let started = Instant::now();
         say(&format!("  {} ...", wave.title));
@@ -30,7 +34,11 @@ pub(super) async fn run(client: &kube::Client, waves: &[BootWave], limit: Durati
             .await
             .unwrap_or_else(|_| Err(anyhow::anyhow!("not ready after {} s", limit.as_secs())))
             .with_context(|| format!("starting the {}", wave.title))?;
-        say(&format!("  {} \u{2713} {:.2} s", wave.title, started.elapsed().as_secs_f32()));
+        say(&format!(
+            "  {} \u{2713} {:.2} s",
+            wave.title,
+            started.elapsed().as_secs_f32()
+        ));
     }
     Ok(())
 }
@@ -52,8 +60,11 @@ async fn one(client: &kube::Client, wave: &BootWave) -> anyhow::Result<()> {
 }
 
 async fn apply(client: &kube::Client, document: &Value) -> anyhow::Result<()> {
-    let types: TypeMeta = serde_json::from_value(document.clone()).context("a manifest lacks apiVersion or kind")?;
-    let name = document["metadata"]["name"].as_str().with_context(|| format!("a {} has no name", types.kind))?;
+    let types: TypeMeta =
+        serde_json::from_value(document.clone()).context("a manifest lacks apiVersion or kind")?;
+    let name = document["metadata"]["name"]
+        .as_str()
+        .with_context(|| format!("a {} has no name", types.kind))?;
     let what = format!("applying {} \"{name}\"", types.kind);
     let gvk = GroupVersionKind::try_from(&types).with_context(|| what.clone())?;
     let resource = ApiResource::from_gvk_with_plural(&gvk, &plural(&gvk.kind));
@@ -66,7 +77,9 @@ async fn apply(client: &kube::Client, document: &Value) -> anyhow::Result<()> {
     loop {
         match api.patch(name, &params, &Patch::Apply(document)).await {
             Ok(_) => return Ok(()),
-            Err(kube::Error::Api(status)) if status.code == 404 && began.elapsed() < NEW_KIND_LIMIT && custom(&gvk) => {
+            Err(kube::Error::Api(status))
+                if status.code == 404 && began.elapsed() < NEW_KIND_LIMIT && custom(&gvk) =>
+            {
                 tokio::time::sleep(NEW_KIND_PAUSE).await;
             }
             Err(error) => return Err(error).context(what),
@@ -90,7 +103,11 @@ fn namespace<'a>(gvk: &GroupVersionKind, document: &'a Value) -> Option<&'a str>
         "PriorityClass",
         "GatewayClass",
     ];
-    (!CLUSTER_WIDE.contains(&gvk.kind.as_str())).then(|| document["metadata"]["namespace"].as_str().unwrap_or("default"))
+    (!CLUSTER_WIDE.contains(&gvk.kind.as_str())).then(|| {
+        document["metadata"]["namespace"]
+            .as_str()
+            .unwrap_or("default")
+    })
 }
 
 /// Kubernetes' plural of a kind: regular English, and Endpoints.
@@ -99,10 +116,16 @@ fn plural(kind: &str) -> String {
     if lower.ends_with("endpoints") {
         return lower;
     }
-    if let Some(stem) = lower.strip_suffix('y').filter(|s| !s.ends_with(['a', 'e', 'i', 'o', 'u'])) {
+    if let Some(stem) = lower
+        .strip_suffix('y')
+        .filter(|s| !s.ends_with(['a', 'e', 'i', 'o', 'u']))
+    {
         return format!("{stem}ies");
     }
-    if ["s", "x", "ch", "sh"].iter().any(|end| lower.ends_with(end)) {
+    if ["s", "x", "ch", "sh"]
+        .iter()
+        .any(|end| lower.ends_with(end))
+    {
         return format!("{lower}es");
     }
     format!("{lower}s")
@@ -111,8 +134,14 @@ fn plural(kind: &str) -> String {
 async fn available(client: &kube::Client, wait: &WaitFor) -> anyhow::Result<()> {
     let api: Api<Deployment> = Api::namespaced(client.clone(), &wait.namespace);
     let config = watcher::Config::default().fields(&format!("metadata.name={}", wait.deployment));
-    let mut stream = watcher(api, config).default_backoff().applied_objects().boxed();
-    let mut hint = tokio::time::interval_at(tokio::time::Instant::now() + Duration::from_secs(5), Duration::from_secs(5));
+    let mut stream = watcher(api, config)
+        .default_backoff()
+        .applied_objects()
+        .boxed();
+    let mut hint = tokio::time::interval_at(
+        tokio::time::Instant::now() + Duration::from_secs(5),
+        Duration::from_secs(5),
+    );
     let mut told = String::new();
     loop {
         tokio::select! {
@@ -134,7 +163,9 @@ async fn available(client: &kube::Client, wait: &WaitFor) -> anyhow::Result<()> 
 
 fn is_available(deployment: &Deployment) -> bool {
     let wanted = deployment.spec.replicas.unwrap_or(1);
-    let Some(status) = &deployment.status else { return false };
+    let Some(status) = &deployment.status else {
+        return false;
+    };
     status.observed_generation == deployment.metadata.generation
         && status.updated_replicas.unwrap_or(0) >= wanted
         && status.available_replicas.unwrap_or(0) >= wanted
@@ -142,10 +173,21 @@ fn is_available(deployment: &Deployment) -> bool {
 
 async fn last_warning(client: &kube::Client, namespace: &str) -> String {
     let api: Api<Event> = Api::namespaced(client.clone(), namespace);
-    let Ok(events) = api.list(&Default::default()).await else { return String::new() };
-    let warning = events.items.into_iter().filter(|e| e.type_.as_deref() == Some("Warning") && e.reason.as_deref() != Some("NotSupported"));
+    let Ok(events) = api.list(&Default::default()).await else {
+        return String::new();
+    };
+    let warning = events.items.into_iter().filter(|e| {
+        e.type_.as_deref() == Some("Warning") && e.reason.as_deref() != Some("NotSupported")
+    });
     let last = warning.max_by_key(|e| e.last_timestamp.as_ref().map(|t| t.0));
-    last.map(|e| format!("{}: {}", e.involved_object.name.unwrap_or_default(), e.message.unwrap_or_default())).unwrap_or_default()
+    last.map(|e| {
+        format!(
+            "{}: {}",
+            e.involved_object.name.unwrap_or_default(),
+            e.message.unwrap_or_default()
+        )
+    })
+    .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -156,9 +198,13 @@ mod tests {
 
     #[test]
     fn plurals() {
-        for (kind, expected) in
-            [("Gateway", "gateways"), ("NetworkPolicy", "networkpolicies"), ("Endpoints", "endpoints"), ("Ingress", "ingresses"), ("Service", "services")]
-        {
+        for (kind, expected) in [
+            ("Gateway", "gateways"),
+            ("NetworkPolicy", "networkpolicies"),
+            ("Endpoints", "endpoints"),
+            ("Ingress", "ingresses"),
+            ("Service", "services"),
+        ] {
             assert_eq!(plural(kind), expected);
         }
     }

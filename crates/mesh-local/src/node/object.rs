@@ -27,8 +27,16 @@ pub(super) async fn register(client: &kube::Client) -> Result<(), kube::Error> {
         "node-role.kubernetes.io/control-plane": "",
     });
     let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE_NAME, "labels": labels}, "spec": {"podCIDR": "10.244.0.0/16"}});
-    nodes.patch(NODE_NAME, &params, &Patch::Apply(&node)).await?;
-    nodes.patch_status(NODE_NAME, &PatchParams::default(), &Patch::Merge(json!({"status": status()}))).await?;
+    nodes
+        .patch(NODE_NAME, &params, &Patch::Apply(&node))
+        .await?;
+    nodes
+        .patch_status(
+            NODE_NAME,
+            &PatchParams::default(),
+            &Patch::Merge(json!({"status": status()})),
+        )
+        .await?;
     Ok(())
 }
 
@@ -36,7 +44,13 @@ pub(super) async fn register(client: &kube::Client) -> Result<(), kube::Error> {
 pub(super) async fn publish_root(client: &kube::Client, pem: &str) -> Result<(), kube::Error> {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "kube-system");
     let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": pem}});
-    maps.patch("kube-root-ca.crt", &PatchParams::apply(MANAGER).force(), &Patch::Apply(&map)).await.map(drop)
+    maps.patch(
+        "kube-root-ca.crt",
+        &PatchParams::apply(MANAGER).force(),
+        &Patch::Apply(&map),
+    )
+    .await
+    .map(drop)
 }
 
 fn arch() -> &'static str {
@@ -49,12 +63,25 @@ fn arch() -> &'static str {
 
 fn status() -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let memory = read("/proc/meminfo").lines().find_map(|l| Some(l.strip_prefix("MemTotal:")?.trim().trim_end_matches(" kB").to_owned()));
+    let memory = read("/proc/meminfo").lines().find_map(|l| {
+        Some(
+            l.strip_prefix("MemTotal:")?
+                .trim()
+                .trim_end_matches(" kB")
+                .to_owned(),
+        )
+    });
     let memory = format!("{}Ki", memory.unwrap_or_else(|| "0".to_owned()));
-    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get()).to_string();
+    let cpus = std::thread::available_parallelism()
+        .map_or(1, |n| n.get())
+        .to_string();
     let resources = json!({"cpu": cpus, "memory": memory, "pods": "250", "ephemeral-storage": "0"});
     let os = read("/etc/os-release");
-    let os = os.lines().find_map(|l| l.strip_prefix("PRETTY_NAME=")).unwrap_or("Linux").trim_matches('"');
+    let os = os
+        .lines()
+        .find_map(|l| l.strip_prefix("PRETTY_NAME="))
+        .unwrap_or("Linux")
+        .trim_matches('"');
     let now = format!("{:.0}", Timestamp::now());
     let condition = |kind: &str, holds: bool, reason: &str, message: &str| {
         json!({"type": kind, "status": if holds { "True" } else { "False" }, "reason": reason, "message": message,
@@ -81,16 +108,22 @@ fn status() -> Value {
 /// Renews the node's lease until `shutdown`.
 pub(super) async fn heartbeat(client: kube::Client, shutdown: CancellationToken) {
     let namespaces: Api<Namespace> = Api::all(client.clone());
-    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kube-node-lease"}});
+    let namespace =
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kube-node-lease"}});
     let params = PatchParams::apply(MANAGER).force();
-    let _ = namespaces.patch("kube-node-lease", &params, &Patch::Apply(&namespace)).await;
+    let _ = namespaces
+        .patch("kube-node-lease", &params, &Patch::Apply(&namespace))
+        .await;
     let leases: Api<Lease> = Api::namespaced(client, "kube-node-lease");
     loop {
         let lease = json!({
             "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": NODE_NAME, "namespace": "kube-node-lease"},
             "spec": {"holderIdentity": NODE_NAME, "leaseDurationSeconds": 40, "renewTime": format!("{:.6}", Timestamp::now())},
         });
-        if let Err(error) = leases.patch(NODE_NAME, &params, &Patch::Apply(&lease)).await {
+        if let Err(error) = leases
+            .patch(NODE_NAME, &params, &Patch::Apply(&lease))
+            .await
+        {
             tracing::warn!(%error, "the node's lease could not be renewed");
         }
         tokio::select! {

@@ -32,8 +32,11 @@ impl Pki {
         std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         let (certificate, key) = (dir.join("ca.crt"), dir.join("ca.key"));
         let authority = if key.exists() {
-            let read = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()));
-            Authority::from_pem(&read(&certificate)?, &read(&key)?).with_context(|| format!("in {}", dir.display()))?
+            let read = |path: &Path| {
+                std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
+            };
+            Authority::from_pem(&read(&certificate)?, &read(&key)?)
+                .with_context(|| format!("in {}", dir.display()))?
         } else {
             let authority = Authority::generate("mesh", "mesh local cluster", now(), 10 * YEAR)?;
             write_private(&certificate, authority.certificate_pem().as_bytes())?;
@@ -42,7 +45,9 @@ impl Pki {
         };
         let sa = dir.join("sa.key");
         let tokens = match std::fs::read_to_string(&sa) {
-            Ok(pem) => TokenKeys::from_pem(ISSUER, &pem).with_context(|| format!("in {}", sa.display()))?,
+            Ok(pem) => {
+                TokenKeys::from_pem(ISSUER, &pem).with_context(|| format!("in {}", sa.display()))?
+            }
             Err(_) => {
                 let tokens = TokenKeys::generate(ISSUER)?;
                 write_private(&sa, tokens.key_pem().as_bytes())?;
@@ -53,27 +58,51 @@ impl Pki {
         let admin_token = match std::fs::read_to_string(&file) {
             Ok(token) if token.len() >= 20 => token,
             _ => {
-                let token = format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
+                let token = format!(
+                    "{}{}",
+                    uuid::Uuid::new_v4().simple(),
+                    uuid::Uuid::new_v4().simple()
+                );
                 write_private(&file, token.as_bytes())?;
                 token
             }
         };
-        Ok(Self { authority, tokens: Arc::new(tokens), admin_token })
+        Ok(Self {
+            authority,
+            tokens: Arc::new(tokens),
+            admin_token,
+        })
     }
 
     /// A fresh serving certificate for the API server.
     pub(super) fn serving(&self, api: SocketAddr) -> anyhow::Result<Leaf> {
-        let names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "localhost"];
-        let mut addresses: Vec<IpAddr> = vec![[127, 0, 0, 1].into(), [10, 96, 0, 1].into(), crate::agent::NODE_IP.into()];
+        let names = [
+            "kubernetes",
+            "kubernetes.default",
+            "kubernetes.default.svc",
+            "kubernetes.default.svc.cluster.local",
+            "localhost",
+        ];
+        let mut addresses: Vec<IpAddr> = vec![
+            [127, 0, 0, 1].into(),
+            [10, 96, 0, 1].into(),
+            crate::agent::NODE_IP.into(),
+        ];
         if !api.ip().is_unspecified() && !addresses.contains(&api.ip()) {
             addresses.push(api.ip());
         }
-        Ok(self.authority.issue_server(&names, &addresses, now(), YEAR)?)
+        Ok(self
+            .authority
+            .issue_server(&names, &addresses, now(), YEAR)?)
     }
 
     /// The kubeconfig for the user, as JSON (which is YAML).
     pub(super) fn kubeconfig(&self, api: SocketAddr) -> anyhow::Result<Vec<u8>> {
-        let host = if api.ip().is_unspecified() { SocketAddr::new([127, 0, 0, 1].into(), api.port()) } else { api };
+        let host = if api.ip().is_unspecified() {
+            SocketAddr::new([127, 0, 0, 1].into(), api.port())
+        } else {
+            api
+        };
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "mesh",
             "clusters": [{"name": "mesh", "cluster": {
@@ -88,7 +117,9 @@ impl Pki {
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
 }
 
 #[cfg(test)]
@@ -100,9 +131,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = Pki::open(dir.path()).unwrap();
         let second = Pki::open(dir.path()).unwrap();
-        assert_eq!(first.authority.certificate_pem(), second.authority.certificate_pem());
+        assert_eq!(
+            first.authority.certificate_pem(),
+            second.authority.certificate_pem()
+        );
         assert_eq!(first.admin_token, second.admin_token);
-        let config: serde_json::Value = serde_yaml::from_slice(&first.kubeconfig("127.0.0.1:16443".parse().unwrap()).unwrap()).unwrap();
-        assert_eq!(config["clusters"][0]["cluster"]["server"], "https://127.0.0.1:16443");
+        let config: serde_json::Value = serde_yaml::from_slice(
+            &first
+                .kubeconfig("127.0.0.1:16443".parse().unwrap())
+                .unwrap(),
+        )
+        .unwrap();
+        assert_eq!(
+            config["clusters"][0]["cluster"]["server"],
+            "https://127.0.0.1:16443"
+        );
     }
 }

@@ -45,10 +45,19 @@ impl Api {
         let body: Value = serde_json::from_slice(body).unwrap_or_default();
         match *method {
             Method::GET => {
-                let found = self.objects.lock().unwrap().iter().find(|(p, _)| p == path).map(|(_, o)| o.clone());
+                let found = self
+                    .objects
+                    .lock()
+                    .unwrap()
+                    .iter()
+                    .find(|(p, _)| p == path)
+                    .map(|(_, o)| o.clone());
                 match found {
                     Some(object) => axum::Json(object).into_response(),
-                    None if path.split('/').count() == 6 => axum::Json(json!({"apiVersion": "v1", "kind": "List", "metadata": {}, "items": []})).into_response(),
+                    None if path.split('/').count() == 6 => axum::Json(
+                        json!({"apiVersion": "v1", "kind": "List", "metadata": {}, "items": []}),
+                    )
+                    .into_response(),
                     None => {
                         let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "not found", "reason": "NotFound", "code": 404});
                         (StatusCode::NOT_FOUND, axum::Json(status)).into_response()
@@ -57,7 +66,8 @@ impl Api {
             }
             Method::PATCH if path.ends_with("/status") => {
                 self.statuses.send_replace(body["status"].clone());
-                axum::Json(json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}})).into_response()
+                axum::Json(json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}))
+                    .into_response()
             }
             Method::POST if path.ends_with("/events") => {
                 self.events.lock().unwrap().push(body.clone());
@@ -65,7 +75,8 @@ impl Api {
             }
             Method::POST if path.ends_with("/token") => {
                 let mut body = body;
-                body["status"] = json!({"token": "a-token", "expirationTimestamp": "2999-01-01T00:00:00Z"});
+                body["status"] =
+                    json!({"token": "a-token", "expirationTimestamp": "2999-01-01T00:00:00Z"});
                 axum::Json(body).into_response()
             }
             Method::DELETE => {
@@ -79,20 +90,38 @@ impl Api {
     /// Waits until the last status written fulfils `wanted`; panics with that status after 20 s.
     pub async fn wait(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let mut updates = self.statuses.subscribe();
-        let found = tokio::time::timeout(std::time::Duration::from_secs(20), updates.wait_for(|s| wanted(s))).await;
+        let found = tokio::time::timeout(
+            std::time::Duration::from_secs(20),
+            updates.wait_for(|s| wanted(s)),
+        )
+        .await;
         match found {
             Ok(status) => status.expect("the API lives").clone(),
-            Err(_) => panic!("waited for {what}; status {:#}; events {:#?}", *self.statuses.borrow(), self.reasons()),
+            Err(_) => panic!(
+                "waited for {what}; status {:#}; events {:#?}",
+                *self.statuses.borrow(),
+                self.reasons()
+            ),
         }
     }
 
     pub async fn wait_deleted(&self) {
-        self.deleted.subscribe().wait_for(|d| *d).await.expect("the API lives");
+        self.deleted
+            .subscribe()
+            .wait_for(|d| *d)
+            .await
+            .expect("the API lives");
     }
 
     /// `reason: message` of all Events so far.
     pub fn reasons(&self) -> Vec<String> {
-        let text = |e: &Value| format!("{}: {}", e["reason"].as_str().unwrap_or_default(), e["message"].as_str().unwrap_or_default());
+        let text = |e: &Value| {
+            format!(
+                "{}: {}",
+                e["reason"].as_str().unwrap_or_default(),
+                e["message"].as_str().unwrap_or_default()
+            )
+        };
         self.events.lock().unwrap().iter().map(text).collect()
     }
 }

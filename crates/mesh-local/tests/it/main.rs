@@ -2,6 +2,9 @@
 //!
 //! The binary is re-executed as the agent's stages, so it has a main of its own: without arguments it runs every case once in each mode.
 
+// A test fails by panicking; the harness of its own hides from clippy that this is one.
+#![allow(clippy::unwrap_used)]
+
 mod api;
 mod pods;
 
@@ -21,32 +24,57 @@ fn main() -> ExitCode {
     match args.get(1).and_then(|a| a.to_str()) {
         Some("outer") => outer(args.get(2).is_some_and(|mode| mode == "user")),
         Some("inner") => inner(),
+        Some("cluster") => cluster(args.get(2).is_some_and(|mode| mode == "user")),
         _ => every_mode(),
     }
 }
 
 fn every_mode() -> ExitCode {
-    let modes: &[&str] = if geteuid().is_root() { &["root", "user"] } else { &["user"] };
+    let modes: &[&str] = if geteuid().is_root() {
+        &["root", "user"]
+    } else {
+        &["user"]
+    };
     for mode in modes {
-        println!("mode {mode}");
-        let status = Command::new("/proc/self/exe").arg0("it").args(["outer", mode]).status().expect("starting the test in its mode");
-        if !status.success() {
-            eprintln!("test failed in mode {mode}: {status}");
-            return ExitCode::FAILURE;
+        for case in ["outer", "cluster"] {
+            println!("{case} as {mode}");
+            let status = Command::new("/proc/self/exe")
+                .arg0("it")
+                .args([case, mode])
+                .status()
+                .expect("starting the test in its mode");
+            if !status.success() {
+                eprintln!("test {case} failed in mode {mode}: {status}");
+                return ExitCode::FAILURE;
+            }
         }
     }
     ExitCode::SUCCESS
 }
 
+fn become_nobody() {
+    let nobody = 65534;
+    setgroups(&[]).expect("dropping groups");
+    setresgid(
+        Gid::from_raw(nobody),
+        Gid::from_raw(nobody),
+        Gid::from_raw(nobody),
+    )
+    .expect("changing the group");
+    setresuid(
+        Uid::from_raw(nobody),
+        Uid::from_raw(nobody),
+        Uid::from_raw(nobody),
+    )
+    .expect("changing the user");
+    // Changing the user took the right to write our own /proc files away.
+    nix::sys::prctl::set_dumpable(true).expect("becoming dumpable");
+}
+
 /// Leaves the machine's namespaces as the cluster does and runs the cases as PID 1.
 fn outer(user: bool) -> ExitCode {
     if user && geteuid().is_root() {
-        let nobody = 65534;
-        setgroups(&[]).expect("dropping groups");
-        setresgid(Gid::from_raw(nobody), Gid::from_raw(nobody), Gid::from_raw(nobody)).expect("changing the group");
-        setresuid(Uid::from_raw(nobody), Uid::from_raw(nobody), Uid::from_raw(nobody)).expect("changing the user");
-        // Changing the user took the right to write our own /proc files away.
-        nix::sys::prctl::set_dumpable(true).expect("becoming dumpable");
+        become_nobody();
     }
     let (uid, gid) = (geteuid(), getegid());
     if user {
@@ -55,18 +83,95 @@ fn outer(user: bool) -> ExitCode {
         std::fs::write("/proc/self/uid_map", format!("0 {uid} 1")).expect("writing uid_map");
         std::fs::write("/proc/self/gid_map", format!("0 {gid} 1")).expect("writing gid_map");
     }
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).expect("making namespaces");
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).expect("private mounts");
-    let status = Command::new("/proc/self/exe").arg0("it").arg("inner").status().expect("starting PID 1");
-    if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID)
+        .expect("making namespaces");
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )
+    .expect("private mounts");
+    let status = Command::new("/proc/self/exe")
+        .arg0("it")
+        .arg("inner")
+        .status()
+        .expect("starting PID 1");
+    if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn inner() -> ExitCode {
-    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), None::<&str>).expect("mounting /proc");
+    mount(
+        Some("proc"),
+        "/proc",
+        Some("proc"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .expect("mounting /proc");
     let run = Path::new("/tmp");
-    mount(Some("mesh"), run, Some("tmpfs"), MsFlags::empty(), Some("mode=0755")).expect("mounting the runtime folder");
+    mount(
+        Some("mesh"),
+        run,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=0755"),
+    )
+    .expect("mounting the runtime folder");
     std::fs::copy("/proc/self/exe", run.join("mesh")).expect("copying the binary");
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("starting the runtime");
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .expect("starting the runtime");
     runtime.block_on(pods::all(run));
     ExitCode::SUCCESS
+}
+
+/// A cluster of its own, in memory: parent, stages and node process come up, a Deployment becomes available, and all goes away again.
+fn cluster(user: bool) -> ExitCode {
+    if user && geteuid().is_root() {
+        become_nobody();
+    }
+    let template = serde_json::json!({
+        "metadata": {"labels": {"app": "web"}},
+        "spec": {"containers": [{
+            "name": "web", "image": "none", "command": ["/bin/sh", "-c"],
+            // The account's token and the API's certificate are there, and DNS is asked through the pod's resolv.conf.
+            "args": ["test -s /var/run/secrets/kubernetes.io/serviceaccount/token -a -s /var/run/secrets/kubernetes.io/serviceaccount/ca.crt || exit 1; touch /tmp/up; sleep 1000"],
+            "readinessProbe": {"exec": {"command": ["/bin/test", "-e", "/tmp/up"]}},
+        }]},
+    });
+    let deployment = serde_json::json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"replicas": 2, "selector": {"matchLabels": {"app": "web"}}, "template": template},
+    });
+    let namespace =
+        serde_json::json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}});
+    let options = mesh_local::ClusterOptions {
+        state_dir: mesh_local::StateDir::Memory,
+        api_address: ([127, 0, 0, 1], 0).into(),
+        boot: vec![mesh_local::BootWave {
+            title: "shop".to_owned(),
+            documents: vec![namespace, deployment],
+            wait: vec![mesh_local::WaitFor {
+                namespace: "shop".to_owned(),
+                deployment: "web".to_owned(),
+            }],
+        }],
+        boot_timeout_seconds: 30,
+        exit_when_ready: true,
+        ..mesh_local::ClusterOptions::default()
+    };
+    match mesh_local::all_in_one(options) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

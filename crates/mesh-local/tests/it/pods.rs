@@ -31,15 +31,32 @@ fn start(run: &Path, api: Api, spec: Value) -> Running {
     let pod = json!({"metadata": {"name": "p", "namespace": "shop", "uid": uuid::Uuid::new_v4().to_string(), "labels": {"app": "web"}}, "spec": spec});
     let pod: Pod = serde_json::from_value(pod).unwrap();
     let registry = Arc::new(Registry::default());
-    let shared = Arc::new(Shared::new(api.client(), run.to_owned(), registry.clone(), None));
+    let shared = Arc::new(Shared::new(
+        api.client(),
+        run.to_owned(),
+        registry.clone(),
+        None,
+    ));
     let (changes, receive) = mpsc::unbounded_channel();
     let task = tokio::spawn(worker::run(shared, pod.clone(), receive));
-    Running { api, backend: Backend::new(registry), pod, changes, task }
+    Running {
+        api,
+        backend: Backend::new(registry),
+        pod,
+        changes,
+        task,
+    }
 }
 
 impl Running {
     async fn logs(&self, container: &str, previous: bool) -> String {
-        let request = LogRequest { namespace: "shop".into(), pod: "p".into(), container: container.into(), previous, ..LogRequest::default() };
+        let request = LogRequest {
+            namespace: "shop".into(),
+            pod: "p".into(),
+            container: container.into(),
+            previous,
+            ..LogRequest::default()
+        };
         let stream = self.backend.logs(request).await.unwrap();
         let parts: Vec<Bytes> = stream.collect().await;
         String::from_utf8(parts.concat()).unwrap()
@@ -57,14 +74,23 @@ impl Running {
         };
         let mut session = self.backend.exec(request).await.unwrap();
         let mut out = String::new();
-        session.stdout.take().unwrap().read_to_string(&mut out).await.unwrap();
+        session
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_string(&mut out)
+            .await
+            .unwrap();
         (out.trim().to_owned(), session.exit.await)
     }
 
     async fn delete(mut self) -> Api {
-        self.pod.metadata.deletion_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
+        self.pod.metadata.deletion_timestamp =
+            Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
         self.pod.metadata.deletion_grace_period_seconds = Some(5);
-        self.changes.send(Change::Pod(Box::new(self.pod.clone()))).unwrap();
+        self.changes
+            .send(Change::Pod(Box::new(self.pod.clone())))
+            .unwrap();
         self.api.wait_deleted().await;
         self.task.await.unwrap();
         self.api
@@ -72,7 +98,10 @@ impl Running {
 }
 
 fn ready(status: &Value) -> bool {
-    status["conditions"].as_array().is_some_and(|c| c.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"))
+    status["conditions"].as_array().is_some_and(|c| {
+        c.iter()
+            .any(|c| c["type"] == "Ready" && c["status"] == "True")
+    })
 }
 
 pub async fn all(run: &Path) {
@@ -80,8 +109,15 @@ pub async fn all(run: &Path) {
     life_of_a_pod(run).await;
     pods_that_can_not_run(run).await;
     a_finished_pod(run).await;
-    assert_eq!(other_processes(), BTreeSet::new(), "processes are left behind");
-    let left: Vec<_> = std::fs::read_dir(run.join("pods")).unwrap().flatten().collect();
+    assert_eq!(
+        other_processes(),
+        BTreeSet::new(),
+        "processes are left behind"
+    );
+    let left: Vec<_> = std::fs::read_dir(run.join("pods"))
+        .unwrap()
+        .flatten()
+        .collect();
     assert!(left.is_empty(), "{left:?}");
     // The kernel takes namespaces apart in the background.
     let links = || std::fs::read_to_string("/proc/net/dev").unwrap();
@@ -95,37 +131,49 @@ pub async fn all(run: &Path) {
 }
 
 fn other_processes() -> BTreeSet<u32> {
-    std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(|pid| *pid != 1).collect()
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .filter(|pid| *pid != 1)
+        .collect()
 }
 
 async fn life_of_a_pod(run: &Path) {
     let api = Api::new();
     api.put("/api/v1/namespaces/shop/configmaps/settings", json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"color": "red"}}));
-    let pod = start(run, api, json!({
-        "volumes": [
-            {"name": "shared", "emptyDir": {}},
-            {"name": "settings", "configMap": {"name": "settings"}},
-            {"name": "token", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}},
-        ],
-        "initContainers": [
-            {"name": "setup", "image": "x", "command": ["/bin/sh", "-c", "echo $COLOR > /shared/init; ln -s /etc /shared/escape"],
-             "env": [{"name": "COLOR", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "color"}}}],
-             "volumeMounts": [{"name": "shared", "mountPath": "/shared"}]},
-            {"name": "side", "image": "x", "restartPolicy": "Always", "securityContext": {"runAsUser": 1337},
-             "command": ["/bin/sh", "-c", "echo side up; touch /tmp/ok; trap 'echo side down; exit 0' TERM; while :; do sleep 0.05; done"],
-             "startupProbe": {"exec": {"command": ["/bin/test", "-e", "/tmp/ok"]}}},
-        ],
-        "containers": [
-            {"name": "app", "image": "x",
-             "command": ["/bin/sh", "-c", "cat /shared/init /settings/color; cat /run/token/token; echo; trap 'echo app down; exit 0' TERM; while :; do sleep 0.05; done"],
-             "volumeMounts": [
-                {"name": "shared", "mountPath": "/shared"}, {"name": "settings", "mountPath": "/settings"},
-                {"name": "settings", "mountPath": "/shared/escape/inside"}, {"name": "token", "mountPath": "/var/run/token"}]},
-        ],
-    }));
+    let pod = start(
+        run,
+        api,
+        json!({
+            "volumes": [
+                {"name": "shared", "emptyDir": {}},
+                {"name": "settings", "configMap": {"name": "settings"}},
+                {"name": "token", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}},
+            ],
+            "initContainers": [
+                {"name": "setup", "image": "x", "command": ["/bin/sh", "-c", "echo $COLOR > /shared/init; ln -s /etc /shared/escape"],
+                 "env": [{"name": "COLOR", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "color"}}}],
+                 "volumeMounts": [{"name": "shared", "mountPath": "/shared"}]},
+                {"name": "side", "image": "x", "restartPolicy": "Always", "securityContext": {"runAsUser": 1337},
+                 "command": ["/bin/sh", "-c", "echo side up; touch /tmp/ok; trap 'echo side down; exit 0' TERM; while :; do sleep 0.05; done"],
+                 "startupProbe": {"exec": {"command": ["/bin/test", "-e", "/tmp/ok"]}}},
+            ],
+            "containers": [
+                {"name": "app", "image": "x",
+                 "command": ["/bin/sh", "-c", "cat /shared/init /settings/color; cat /run/token/token; echo; trap 'echo app down; exit 0' TERM; while :; do sleep 0.05; done"],
+                 "volumeMounts": [
+                    {"name": "shared", "mountPath": "/shared"}, {"name": "settings", "mountPath": "/settings"},
+                    {"name": "settings", "mountPath": "/shared/escape/inside"}, {"name": "token", "mountPath": "/var/run/token"}]},
+            ],
+        }),
+    );
     let status = pod.api.wait("the pod to be ready", ready).await;
     assert_eq!(status["phase"], "Running");
-    assert_eq!(status["initContainerStatuses"][0]["state"]["terminated"]["exitCode"], 0);
+    assert_eq!(
+        status["initContainerStatuses"][0]["state"]["terminated"]["exitCode"],
+        0
+    );
     let wanted = "red\nreda-token\n";
     for _ in 0..500 {
         if pod.logs("app", false).await == wanted {
@@ -134,60 +182,158 @@ async fn life_of_a_pod(run: &Path) {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     assert_eq!(pod.logs("app", false).await, wanted);
-    assert!(!Path::new("/etc/inside").exists(), "a volume was mounted outside the container");
+    assert!(
+        !Path::new("/etc/inside").exists(),
+        "a volume was mounted outside the container"
+    );
     inside(&pod).await;
     restarts(&pod).await;
     let api = pod.delete().await;
     let reasons = api.reasons();
     for reason in ["Pulled", "Created", "Started", "Killing"] {
-        assert!(reasons.iter().any(|r| r.starts_with(reason)), "no Event {reason} in {reasons:?}");
+        assert!(
+            reasons.iter().any(|r| r.starts_with(reason)),
+            "no Event {reason} in {reasons:?}"
+        );
     }
 }
 
 async fn inside(pod: &Running) {
-    let ip = pod.api.wait("an address", |s| s["podIP"].is_string()).await["podIP"].as_str().unwrap().to_owned();
-    assert_eq!(pod.exec("app", "exit 7", false).await.1, ExitStatus::Code(7));
+    let ip = pod.api.wait("an address", |s| s["podIP"].is_string()).await["podIP"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert_eq!(
+        pod.exec("app", "exit 7", false).await.1,
+        ExitStatus::Code(7)
+    );
     assert_eq!(pod.exec("app", "hostname", false).await.0, "p");
-    assert!(pod.exec("app", "cat /etc/hosts", false).await.0.contains(&ip));
-    assert_eq!(pod.exec("app", "test -t 1 && echo terminal", true).await.0, "terminal");
-    assert_eq!(pod.exec("app", "touch /usr/x 2>/dev/null || echo refused", false).await.0, "refused");
+    assert!(
+        pod.exec("app", "cat /etc/hosts", false)
+            .await
+            .0
+            .contains(&ip)
+    );
+    assert_eq!(
+        pod.exec("app", "test -t 1 && echo terminal", true).await.0,
+        "terminal"
+    );
+    assert_eq!(
+        pod.exec("app", "touch /usr/x 2>/dev/null || echo refused", false)
+            .await
+            .0,
+        "refused"
+    );
     let mapped = mesh_local::agent::uids_mapped();
-    assert_eq!(pod.exec("app", "id -u", false).await.0, if mapped { "1000" } else { "0" });
-    assert_eq!(pod.exec("side", "id -u", false).await.0, if mapped { "1337" } else { "0" });
+    assert_eq!(
+        pod.exec("app", "id -u", false).await.0,
+        if mapped { "1000" } else { "0" }
+    );
+    assert_eq!(
+        pod.exec("side", "id -u", false).await.0,
+        if mapped { "1337" } else { "0" }
+    );
     let caps = |container| pod.exec(container, "grep CapEff /proc/self/status | cut -f2", false);
     let effective = |text: String| u64::from_str_radix(&text, 16).unwrap();
     let net_admin = 1 << 12;
     assert_eq!(effective(caps("app").await.0) & net_admin, 0);
-    assert_eq!(effective(caps("side").await.0) & net_admin != 0, !mapped, "the proxy may set marks only where it needs them");
+    assert_eq!(
+        effective(caps("side").await.0) & net_admin != 0,
+        !mapped,
+        "the proxy may set marks only where it needs them"
+    );
     let (processes, _) = pod.exec("app", "echo /proc/[0-9]*", false).await;
-    assert!(processes.starts_with("/proc/1 "), "the container has a PID namespace of its own: {processes}");
-    assert!(pod.exec("app", "cat /proc/net/route", false).await.0.contains("eth0"));
+    assert!(
+        processes.starts_with("/proc/1 "),
+        "the container has a PID namespace of its own: {processes}"
+    );
+    assert!(
+        pod.exec("app", "cat /proc/net/route", false)
+            .await
+            .0
+            .contains("eth0")
+    );
 }
 
 async fn restarts(pod: &Running) {
     let (_, _) = pod.exec("side", "kill -9 2", false).await;
-    let count = |s: &Value, list: &str| s[list].as_array().and_then(|l| l.last().cloned()).map_or(-1, |c| c["restartCount"].as_i64().unwrap_or(-1));
-    let status = pod.api.wait("the sidecar to be back", |s| ready(s) && count(s, "initContainerStatuses") == 1).await;
-    assert_eq!(count(&status, "containerStatuses"), 0, "the app was not touched");
-    assert_eq!(status["initContainerStatuses"][1]["lastState"]["terminated"]["exitCode"], 137);
+    let count = |s: &Value, list: &str| {
+        s[list]
+            .as_array()
+            .and_then(|l| l.last().cloned())
+            .map_or(-1, |c| c["restartCount"].as_i64().unwrap_or(-1))
+    };
+    let status = pod
+        .api
+        .wait("the sidecar to be back", |s| {
+            ready(s) && count(s, "initContainerStatuses") == 1
+        })
+        .await;
+    assert_eq!(
+        count(&status, "containerStatuses"),
+        0,
+        "the app was not touched"
+    );
+    assert_eq!(
+        status["initContainerStatuses"][1]["lastState"]["terminated"]["exitCode"],
+        137
+    );
     assert_eq!(pod.logs("side", true).await, "side up\n");
 }
 
 async fn pods_that_can_not_run(run: &Path) {
-    let waiting = |reason: &'static str| move |s: &Value| s["containerStatuses"][0]["state"]["waiting"]["reason"] == reason;
-    let pod = start(run, Api::new(), json!({"containers": [{"name": "app", "image": "redis:7"}]}));
-    pod.api.wait("an unknown image to be refused", waiting("ErrImagePull")).await;
+    let waiting = |reason: &'static str| {
+        move |s: &Value| s["containerStatuses"][0]["state"]["waiting"]["reason"] == reason
+    };
+    let pod = start(
+        run,
+        Api::new(),
+        json!({"containers": [{"name": "app", "image": "redis:7"}]}),
+    );
+    pod.api
+        .wait("an unknown image to be refused", waiting("ErrImagePull"))
+        .await;
     let api = pod.delete().await;
-    assert!(api.reasons().iter().any(|r| r.contains("redis:7") && r.contains("Use one of")), "{:?}", api.reasons());
+    assert!(
+        api.reasons()
+            .iter()
+            .any(|r| r.contains("redis:7") && r.contains("Use one of")),
+        "{:?}",
+        api.reasons()
+    );
 
-    let pod = start(run, Api::new(), json!({"containers": [{"name": "app", "image": "x", "command": ["/no/such/program"]}]}));
-    let status = pod.api.wait("a missing program to be refused", waiting("RunContainerError")).await;
-    let message = status["containerStatuses"][0]["state"]["waiting"]["message"].as_str().unwrap();
-    assert!(message.contains("\"/no/such/program\": no such file or directory"), "{message}");
+    let pod = start(
+        run,
+        Api::new(),
+        json!({"containers": [{"name": "app", "image": "x", "command": ["/no/such/program"]}]}),
+    );
+    let status = pod
+        .api
+        .wait(
+            "a missing program to be refused",
+            waiting("RunContainerError"),
+        )
+        .await;
+    let message = status["containerStatuses"][0]["state"]["waiting"]["message"]
+        .as_str()
+        .unwrap();
+    assert!(
+        message.contains("\"/no/such/program\": no such file or directory"),
+        "{message}"
+    );
     pod.delete().await;
 
-    let pod = start(run, Api::new(), json!({"volumes": [{"name": "v", "hostPath": {"path": "/etc"}}], "containers": [{"name": "app", "image": "x", "command": ["/bin/sh"]}]}));
-    while !pod.api.reasons().iter().any(|r| r.starts_with("FailedMount") && r.contains("\"v\"")) {
+    let pod = start(
+        run,
+        Api::new(),
+        json!({"volumes": [{"name": "v", "hostPath": {"path": "/etc"}}], "containers": [{"name": "app", "image": "x", "command": ["/bin/sh"]}]}),
+    );
+    while !pod
+        .api
+        .reasons()
+        .iter()
+        .any(|r| r.starts_with("FailedMount") && r.contains("\"v\""))
+    {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     pod.delete().await;
@@ -198,9 +344,18 @@ async fn a_finished_pod(run: &Path) {
         "initContainers": [{"name": "side", "image": "x", "restartPolicy": "Always", "command": ["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"]}],
         "containers": [{"name": "app", "image": "x", "command": ["/bin/sh", "-c", "echo done >&2; exit 3"], "terminationMessagePolicy": "FallbackToLogsOnError"}]});
     let pod = start(run, Api::new(), spec);
-    let status = pod.api.wait("the pod to fail", |s| s["phase"] == "Failed").await;
+    let status = pod
+        .api
+        .wait("the pod to fail", |s| s["phase"] == "Failed")
+        .await;
     let ended = &status["containerStatuses"][0]["state"]["terminated"];
-    assert_eq!((ended["exitCode"].as_i64(), ended["message"].as_str()), (Some(3), Some("done\n")));
-    assert!(status["initContainerStatuses"][0]["state"]["terminated"].is_object(), "the sidecar ended with the app: {status:#}");
+    assert_eq!(
+        (ended["exitCode"].as_i64(), ended["message"].as_str()),
+        (Some(3), Some("done\n"))
+    );
+    assert!(
+        status["initContainerStatuses"][0]["state"]["terminated"].is_object(),
+        "the sidecar ended with the app: {status:#}"
+    );
     pod.delete().await;
 }
