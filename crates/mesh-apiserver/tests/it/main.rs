@@ -1,0 +1,11 @@
+//! The API server through its router: raw requests and the `kube` client, hermetic and without namespaces.
+#![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
+
+mod auth;
+mod crds;
+mod kinds;
+mod patches;
+mod support;
+mod verbs;
+mod watches;
+mod webhooks;
