@@ -64,7 +64,9 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         let result = apply(&cluster, &mut resources, manifest, global, args.dry_run).await;
         let (label, change) =
             result.with_context(|| failure(manifest, done, manifests.len(), args.dry_run))?;
-        println!("{label} {}{suffix}", change.word());
+        global
+            .out
+            .line(format_args!("{label} {}{suffix}", change.word()))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -155,11 +157,23 @@ async fn apply(
     ))
 }
 
+/// A dry run leaves the version as it is, so the content decides.
 fn change(before: Option<&Value>, after: &Value) -> Change {
+    let content = |object: &Value| {
+        let mut object = object.clone();
+        if let Some(metadata) = object["metadata"].as_object_mut() {
+            for bookkeeping in ["managedFields", "resourceVersion", "generation"] {
+                metadata.remove(bookkeeping);
+            }
+        }
+        object
+    };
     let version = |object: &Value| object.pointer("/metadata/resourceVersion").cloned();
     match before {
         None => Change::Created,
-        Some(before) if version(before) == version(after) => Change::Unchanged,
+        Some(before) if version(before) == version(after) && content(before) == content(after) => {
+            Change::Unchanged
+        }
         Some(_) => Change::Configured,
     }
 }

@@ -69,11 +69,11 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     for target in targets(&args, global, &cluster, &resources).await? {
         match delete(&cluster, &target, &args).await? {
             Some(uid) => {
-                println!(
+                global.out.line(format_args!(
                     "{} {:?} deleted",
                     target.resource.singular_label(),
                     target.name
-                );
+                ))?;
                 going.push((target, uid));
             }
             None if args.ignore_not_found => {}
@@ -157,7 +157,7 @@ async fn targets(
         }
     }
     if found.is_empty() {
-        println!("No resources found");
+        eprintln!("No resources found");
     }
     Ok(found)
 }

@@ -12,6 +12,7 @@ use nix::sys::termios::{self, SetArg, Termios};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::out::Out;
 use crate::{Global, pods};
 
 /// Run a command in a container
@@ -60,13 +61,13 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         .await
         .with_context(|| format!("running {:?} in pod {name}", args.command[0]))?;
     let raw = if tty { Some(RawMode::enter()?) } else { None };
-    let status = attach(process, tty).await;
+    let status = attach(process, tty, &global.out).await;
     drop(raw);
     exit_code(status.context("the connection ended before the command did")?)
 }
 
 /// Copies the streams until the command ends.
-async fn attach(mut process: AttachedProcess, tty: bool) -> Option<Status> {
+async fn attach(mut process: AttachedProcess, tty: bool, out: &Out) -> Option<Status> {
     let status = process.take_status();
     if let Some(remote) = process.stdin() {
         // Detached: a read from a terminal can't be cancelled, and must not keep us.
@@ -78,7 +79,7 @@ async fn attach(mut process: AttachedProcess, tty: bool) -> Option<Status> {
     let (stdout, stderr) = (process.stdout(), process.stderr());
     let output = async {
         if let Some(remote) = stdout {
-            copy(remote, tokio::io::stdout()).await;
+            show(remote, out).await;
         }
     };
     let errors = async {
@@ -90,6 +91,16 @@ async fn attach(mut process: AttachedProcess, tty: bool) -> Option<Status> {
     match status {
         Some(status) => status.await,
         None => None,
+    }
+}
+
+/// Copies the command's output to ours until it ends.
+async fn show(mut from: impl AsyncRead + Unpin, out: &Out) {
+    let mut buffer = vec![0; 16 * 1024];
+    while let Ok(count) = from.read(&mut buffer).await {
+        if count == 0 || out.bytes(&buffer[..count]).is_err() {
+            break;
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::Global;
 use crate::cluster::{AS_TABLE, Cluster, query};
+use crate::out::Out;
 use crate::resources::{self, Resource, Resources};
 use crate::table::{Columns, Table};
 
@@ -83,11 +84,11 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         );
     }
     match (args.watch, args.output) {
-        (true, _) => watch(&cluster, &queries, &args).await?,
-        (false, Some(Output::Yaml | Output::Json | Output::Name)) => {
-            print!("{}", objects(&cluster, &queries, &args).await?)
-        }
-        (false, _) => tables(&cluster, &queries, &args).await?,
+        (true, _) => watch(&cluster, &queries, &args, &global.out).await?,
+        (false, Some(Output::Yaml | Output::Json | Output::Name)) => global
+            .out
+            .print(&objects(&cluster, &queries, &args).await?)?,
+        (false, _) => tables(&cluster, &queries, &args, &global.out).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -120,7 +121,12 @@ fn selectors(args: &Args) -> String {
     labels.chain(fields).collect::<Vec<_>>().join("&")
 }
 
-async fn tables(cluster: &Cluster, queries: &[Query], args: &Args) -> anyhow::Result<()> {
+async fn tables(
+    cluster: &Cluster,
+    queries: &[Query],
+    args: &Args,
+    out: &Out,
+) -> anyhow::Result<()> {
     let several = queries
         .iter()
         .any(|query| query.resource != queries[0].resource);
@@ -158,9 +164,9 @@ async fn tables(cluster: &Cluster, queries: &[Query], args: &Args) -> anyhow::Re
             continue;
         }
         if !std::mem::take(&mut first) {
-            println!();
+            out.line("")?;
         }
-        print!("{}", table.render(&table.widths(), !args.no_headers));
+        out.print(&table.render(&table.widths(), !args.no_headers))?;
     }
     if first {
         let namespaced = queries.iter().any(|query| query.resource.namespaced);
@@ -219,7 +225,7 @@ async fn objects(cluster: &Cluster, queries: &[Query], args: &Args) -> anyhow::R
     })
 }
 
-/// Items of a list don't say their kind; and nobody reads the managed fields.
+/// Items of a list don't say their kind; nobody reads the managed fields; and fields are sorted by name, as kubectl does.
 fn complete(item: &mut Value, resource: &Resource, managed_fields: bool) {
     let api_version = if resource.group.is_empty() {
         resource.version.clone()
@@ -227,27 +233,23 @@ fn complete(item: &mut Value, resource: &Resource, managed_fields: bool) {
         format!("{}/{}", resource.group, resource.version)
     };
     if let Some(map) = item.as_object_mut() {
-        let mut head = serde_json::Map::new();
-        head.insert(
-            "apiVersion".into(),
-            map.remove("apiVersion")
-                .unwrap_or_else(|| api_version.into()),
-        );
-        head.insert(
-            "kind".into(),
-            map.remove("kind")
-                .unwrap_or_else(|| resource.kind.clone().into()),
-        );
-        head.append(map);
-        *map = head;
+        map.entry("apiVersion")
+            .or_insert_with(|| api_version.into());
+        map.entry("kind")
+            .or_insert_with(|| resource.kind.clone().into());
+        if let Some(metadata) = map
+            .get_mut("metadata")
+            .and_then(Value::as_object_mut)
+            .filter(|_| !managed_fields)
+        {
+            metadata.remove("managedFields");
+        }
     }
-    if let Some(metadata) = item["metadata"].as_object_mut().filter(|_| !managed_fields) {
-        metadata.remove("managedFields");
-    }
+    item.sort_all_objects();
 }
 
 /// Shows what is there, then every change, until it is stopped or the server ends.
-async fn watch(cluster: &Cluster, queries: &[Query], args: &Args) -> anyhow::Result<()> {
+async fn watch(cluster: &Cluster, queries: &[Query], args: &Args, out: &Out) -> anyhow::Result<()> {
     let [query] = queries else {
         anyhow::bail!("-w watches one type, or one object");
     };
@@ -292,19 +294,18 @@ async fn watch(cluster: &Cluster, queries: &[Query], args: &Args) -> anyhow::Res
             let rows = Table::from_server(&event["object"], columns, "");
             let first = widths.is_none() && !args.no_headers;
             let widths = widths.get_or_insert_with(|| rows.widths());
-            print!("{}", rows.render(widths, first));
+            out.print(&rows.render(widths, first))?;
         } else {
             let mut item = event["object"].clone();
             complete(&mut item, &query.resource, args.show_managed_fields);
             match args.output {
-                Some(Output::Name) => println!(
-                    "{}",
+                Some(Output::Name) => out.line(
                     query
                         .resource
-                        .label(item["metadata"]["name"].as_str().unwrap_or_default())
-                ),
-                Some(Output::Json) => println!("{}", serde_json::to_string_pretty(&item)?),
-                _ => print!("---\n{}", mesh_api::yaml::to_string(&item)),
+                        .label(item["metadata"]["name"].as_str().unwrap_or_default()),
+                )?,
+                Some(Output::Json) => out.line(serde_json::to_string_pretty(&item)?)?,
+                _ => out.print(&format!("---\n{}", mesh_api::yaml::to_string(&item)))?,
             }
         }
     }

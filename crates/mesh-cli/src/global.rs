@@ -28,6 +28,9 @@ pub struct Global {
     /// Namespace of the mesh's own parts
     #[arg(long = "istioNamespace", visible_alias = "istio-namespace", global = true, value_name = "NAME", default_value = crate::install::NAMESPACE)]
     pub istio_namespace: String,
+    /// Where results go.
+    #[arg(skip)]
+    pub out: crate::out::Out,
 }
 
 impl Global {

@@ -13,6 +13,7 @@ pub mod get;
 pub mod global;
 pub mod install;
 pub mod logs;
+pub mod out;
 pub mod version;
 
 mod cluster;

@@ -1,6 +1,5 @@
 //! `mesh logs`: what containers wrote.
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use futures::AsyncReadExt as _;
@@ -8,6 +7,7 @@ use serde_json::Value;
 
 use crate::Global;
 use crate::cluster::Cluster;
+use crate::out::Out;
 use crate::pods;
 
 /// Show what a container wrote
@@ -58,7 +58,9 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         .as_deref()
         .map(str::parse::<mesh_api::Duration>)
         .transpose()?;
-    let streams = selected.iter().map(|pod| copy(&cluster, pod, &args, since));
+    let streams = selected
+        .iter()
+        .map(|pod| copy(&cluster, pod, &args, since, &global.out));
     futures::future::try_join_all(streams).await?;
     Ok(ExitCode::SUCCESS)
 }
@@ -68,6 +70,7 @@ async fn copy(
     pod: &Value,
     args: &Args,
     since: Option<mesh_api::Duration>,
+    out: &Out,
 ) -> anyhow::Result<()> {
     let container = pods::container(pod, args.container.as_deref())?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
@@ -97,8 +100,6 @@ async fn copy(
         if count == 0 {
             return Ok(());
         }
-        let mut out = std::io::stdout().lock();
-        out.write_all(&buffer[..count])?;
-        out.flush()?;
+        out.bytes(&buffer[..count])?;
     }
 }

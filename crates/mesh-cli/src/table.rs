@@ -155,7 +155,7 @@ mod tests {
         let narrow = Table::from_server(&table(), Columns::default(), "");
         assert_eq!(
             narrow.render(&narrow.widths(), true),
-            "NAME         READY\nreviews-v1   2/2\nx\u{fffd}[2J       1\n"
+            "NAME         READY\nreviews-v1   2/2\nx\u{fffd}[2J        1\n"
         );
         let all = Table::from_server(
             &table(),

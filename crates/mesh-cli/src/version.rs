@@ -54,12 +54,13 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         false => None,
     };
     match args.output {
-        Some(Output::Json) => println!(
-            "{}",
-            serde_json::to_string_pretty(&object(remote.as_ref()))?
-        ),
-        Some(_) => print!("{}", mesh_api::yaml::to_string(&object(remote.as_ref()))),
-        None => print!("{}", text(remote.as_ref(), args.short)),
+        Some(Output::Json) => global
+            .out
+            .line(serde_json::to_string_pretty(&object(remote.as_ref()))?)?,
+        Some(_) => global
+            .out
+            .print(&mesh_api::yaml::to_string(&object(remote.as_ref())))?,
+        None => global.out.print(&text(remote.as_ref(), args.short))?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,5 @@
+//! Tests of the commands against the real API server, over loopback, and of the installation's objects.
+
+mod commands;
+mod install;
+mod world;

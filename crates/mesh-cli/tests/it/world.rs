@@ -1,0 +1,245 @@
+//! An API server on a free port, a node agent that answers, and a command line in front of them.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use clap::{Args as _, FromArgMatches as _};
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use mesh_apiserver::node::{
+    Duplex, ExecRequest, ExecSession, ExitStatus, LogRequest, NodeBackend, NodeError, NodeErrorKind,
+};
+use mesh_apiserver::{ApiServer, Auth, Identity, Options};
+use mesh_cli::Global;
+use mesh_cli::out::Out;
+
+/// Echoes what it is asked for.
+struct EchoNode;
+
+impl NodeBackend for EchoNode {
+    fn logs(
+        &self,
+        request: LogRequest,
+    ) -> BoxFuture<'static, Result<BoxStream<'static, Bytes>, NodeError>> {
+        Box::pin(async move {
+            let text = format!(
+                "{} {} tail {:?} previous {}\n",
+                request.pod, request.container, request.tail_lines, request.previous
+            );
+            let stream: BoxStream<'static, Bytes> = Box::pin(futures::stream::iter([
+                Bytes::from(text),
+                Bytes::from("second\n"),
+            ]));
+            Ok(stream)
+        })
+    }
+
+    fn exec(&self, request: ExecRequest) -> BoxFuture<'static, Result<ExecSession, NodeError>> {
+        Box::pin(async move {
+            if request.command[0] == "nope" {
+                return Err(NodeError::new(
+                    NodeErrorKind::BadRequest,
+                    "no such program \"nope\"",
+                ));
+            }
+            let text = format!("{} {:?}\n", request.container, request.command);
+            let code = request
+                .command
+                .last()
+                .and_then(|word| word.parse().ok())
+                .unwrap_or(0);
+            Ok(ExecSession {
+                stdin: None,
+                stdout: Some(Box::pin(std::io::Cursor::new(text.into_bytes()))),
+                stderr: Some(Box::pin(tokio::io::empty())),
+                resize: tokio::sync::mpsc::channel(1).0,
+                exit: Box::pin(async move { ExitStatus::Code(code) }),
+            })
+        })
+    }
+
+    fn port_forward(
+        &self,
+        _: String,
+        _: String,
+        _: u16,
+    ) -> BoxFuture<'static, Result<Box<dyn Duplex>, NodeError>> {
+        Box::pin(async { Err(NodeError::new(NodeErrorKind::BadRequest, "not here")) })
+    }
+}
+
+/// A buffer that can be read while something else writes to it.
+#[derive(Clone, Default)]
+struct Buffer(Arc<Mutex<Vec<u8>>>);
+
+impl Buffer {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().expect("buffer").clone()).expect("text")
+    }
+}
+
+impl Write for Buffer {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("buffer").write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The cluster of one test.
+pub struct World {
+    directory: tempfile::TempDir,
+    /// Kept for its lifetime.
+    _server: ApiServer,
+}
+
+/// What a command did.
+pub struct Ran {
+    /// What it wrote.
+    pub out: String,
+    /// How it ended.
+    pub result: anyhow::Result<ExitCode>,
+}
+
+impl Ran {
+    /// What it wrote; it must have succeeded.
+    pub fn ok(self) -> String {
+        let code = self.result.unwrap_or_else(|error| panic!("{error:#}"));
+        assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::SUCCESS));
+        self.out
+    }
+
+    /// The error as the program shows it.
+    pub fn error(self) -> String {
+        format!("{:#}", self.result.expect_err("an error"))
+    }
+}
+
+impl World {
+    pub async fn start() -> Self {
+        let (store, _) = mesh_store::Store::open(None).expect("store in memory");
+        let tokens = mesh_identity::token::TokenKeys::generate(
+            "https://kubernetes.default.svc.cluster.local",
+        )
+        .expect("keys");
+        let auth = Auth {
+            admin_tokens: Vec::new(),
+            tokens: Arc::new(tokens),
+        };
+        let server =
+            ApiServer::open(Options::new(store, auth, Arc::new(EchoNode))).expect("API server");
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("a free port");
+        let address = listener.local_addr().expect("address");
+        let router = server.router_as(Identity::admin());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let kubeconfig = format!(
+            "apiVersion: v1\nkind: Config\nclusters:\n- {{name: t, cluster: {{server: \"http://{address}\"}}}}\nusers:\n- {{name: t, user: {{}}}}\n\
+             contexts:\n- {{name: t, context: {{cluster: t, user: t}}}}\ncurrent-context: t\n"
+        );
+        std::fs::write(directory.path().join("kubeconfig"), kubeconfig).expect("kubeconfig");
+        Self {
+            directory,
+            _server: server,
+        }
+    }
+
+    /// Writes a file for a command to read.
+    pub fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.directory.path().join(name);
+        std::fs::write(&path, text).expect("temporary file");
+        path
+    }
+
+    /// Runs a command line; `@name` stands for the path of a file.
+    pub async fn mesh(&self, line: &str) -> Ran {
+        let buffer = Buffer::default();
+        let result = self.run(line, &buffer).await;
+        Ran {
+            out: buffer.text(),
+            result,
+        }
+    }
+
+    /// Runs a command line that does not end by itself, until it has written something that `done` takes; what it wrote comes back.
+    pub async fn mesh_until(&self, line: &str, done: impl Fn(&str) -> bool) -> String {
+        let buffer = Buffer::default();
+        let enough = async {
+            while !done(&buffer.text()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            result = self.run(line, &buffer) => panic!("ended: {result:?}"),
+            () = enough => buffer.text(),
+            () = tokio::time::sleep(Duration::from_secs(60)) => panic!("too late: {}", buffer.text()),
+        }
+    }
+
+    async fn run(&self, line: &str, buffer: &Buffer) -> anyhow::Result<ExitCode> {
+        let words: Vec<String> = line
+            .split_whitespace()
+            .map(|word| match word.strip_prefix('@') {
+                Some(name) => self.directory.path().join(name).display().to_string(),
+                None => word.to_owned(),
+            })
+            .collect();
+        let kubeconfig = self.directory.path().join("kubeconfig");
+        run(&words, kubeconfig, Out::new(buffer.clone())).await
+    }
+}
+
+/// The part of the command tree that is tested here.
+async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<ExitCode> {
+    let command = mesh_cli::Global::augment_args(clap::Command::new("mesh")).subcommands([
+        mesh_cli::apply::Args::augment_args(clap::Command::new("apply")),
+        mesh_cli::get::Args::augment_args(clap::Command::new("get")),
+        mesh_cli::delete::Args::augment_args(clap::Command::new("delete")),
+        mesh_cli::logs::Args::augment_args(clap::Command::new("logs")),
+        mesh_cli::exec::Args::augment_args(clap::Command::new("exec")),
+        mesh_cli::version::Args::augment_args(clap::Command::new("version")),
+    ]);
+    let matches = command
+        .try_get_matches_from(std::iter::once("mesh".to_owned()).chain(words.iter().cloned()))?;
+    let mut global = Global::from_arg_matches(&matches)?;
+    global.kubeconfig = Some(kubeconfig);
+    global.out = out;
+    let (name, arguments) = matches.subcommand().expect("a command");
+    match name {
+        "apply" => {
+            mesh_cli::apply::run(mesh_cli::apply::Args::from_arg_matches(arguments)?, &global).await
+        }
+        "get" => {
+            mesh_cli::get::run(mesh_cli::get::Args::from_arg_matches(arguments)?, &global).await
+        }
+        "delete" => {
+            mesh_cli::delete::run(
+                mesh_cli::delete::Args::from_arg_matches(arguments)?,
+                &global,
+            )
+            .await
+        }
+        "logs" => {
+            mesh_cli::logs::run(mesh_cli::logs::Args::from_arg_matches(arguments)?, &global).await
+        }
+        "exec" => {
+            mesh_cli::exec::run(mesh_cli::exec::Args::from_arg_matches(arguments)?, &global).await
+        }
+        "version" => {
+            mesh_cli::version::run(
+                mesh_cli::version::Args::from_arg_matches(arguments)?,
+                &global,
+            )
+            .await
+        }
+        other => panic!("{other}"),
+    }
+}
