@@ -140,7 +140,7 @@ async fn apply_patch(
     let Some(manager_name) = request.query.get("fieldManager") else {
         let field =
             crate::errors::FieldError::required("fieldManager", "is required for apply patch");
-        let mut error = ApiError::invalid(resource, name, &[field.clone()]);
+        let mut error = ApiError::invalid(resource, name, std::slice::from_ref(&field));
         error.message = format!("PatchOptions.meta.k8s.io \"\" is invalid: {field}");
         return Err(error);
     };

@@ -272,7 +272,7 @@ impl FieldSelector {
             let same = match value {
                 Value::String(text) => text == wanted,
                 Value::Null => wanted.is_empty() || wanted == "false",
-                other => other.to_string() == *wanted,
+                other => serde_json::from_str::<Value>(wanted).is_ok_and(|w| w == *other),
             };
             same == *equal
         })

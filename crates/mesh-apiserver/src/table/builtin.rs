@@ -168,7 +168,7 @@ fn or_unknown(value: &Value) -> Value {
     }
 }
 
-fn list<'a>(value: &'a Value) -> impl DoubleEndedIterator<Item = &'a Value> {
+fn list(value: &Value) -> impl DoubleEndedIterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 

@@ -129,9 +129,10 @@ fn passes(found: Option<&Value>, condition: &Option<(bool, String)>) -> bool {
     match (condition, found) {
         (None, found) => found.is_some(),
         (Some((equal, wanted)), Some(value)) => {
-            let same = value
-                .as_str()
-                .map_or_else(|| value.to_string() == *wanted, |text| text == wanted);
+            let same = value.as_str().map_or_else(
+                || serde_json::from_str::<Value>(wanted).is_ok_and(|w| w == *value),
+                |text| text == wanted,
+            );
             same == *equal
         }
         (Some((equal, _)), None) => !equal,
