@@ -189,8 +189,10 @@ pub(crate) fn typed<T: DeserializeOwned>(value: &Value, root: &str) -> Result<T,
     })
 }
 
-/// Kubernetes treats a null like an absent field; free-form values (EnvoyFilter, plugins) keep theirs.
+/// Kubernetes treats a null like an absent field; free-form values (EnvoyFilter patches, configuration of plugins) keep theirs.
 fn without_nulls(value: &Value) -> Value {
+    let free_form =
+        |key: &str, item: &Value| key == "pluginConfig" || (key == "value" && item.is_object());
     match value {
         Value::Object(map) => Value::Object(
             map.iter()
@@ -198,7 +200,7 @@ fn without_nulls(value: &Value) -> Value {
                 .map(|(key, item)| {
                     (
                         key.clone(),
-                        if matches!(key.as_str(), "pluginConfig") {
+                        if free_form(key, item) {
                             item.clone()
                         } else {
                             without_nulls(item)

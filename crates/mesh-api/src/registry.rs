@@ -107,7 +107,10 @@ macro_rules! kinds {
         /// Registry lines by kind.
         #[allow(non_upper_case_globals)]
         pub(crate) mod info {
-            use super::*;
+            use super::{
+                AGE, AnyObject, KindInfo, V1_BETA, V1_BETA_ALPHA, column, extensions, networking, parsers, schema, security, served, stored, telemetry,
+                validate,
+            };
             $(pub(crate) static $kind: KindInfo = KindInfo {
                 group: $group,
                 kind: stringify!($kind),

@@ -15,6 +15,7 @@ pub mod install;
 pub mod logs;
 pub mod out;
 pub mod version;
+pub mod wait;
 
 mod cluster;
 mod files;

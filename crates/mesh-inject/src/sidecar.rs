@@ -395,8 +395,7 @@ fn proxy_container(
     });
     if settings.hold && !settings.native && settings.template == Template::Sidecar {
         // The next container is started only when this hook is done.
-        proxy["lifecycle"] =
-            json!({ "postStart": { "exec": { "command": ["mesh", "proxy", "wait"] } } });
+        proxy["lifecycle"] = json!({ "postStart": { "exec": { "command": ["mesh", "wait"] } } });
     }
     pull_policy(&mut proxy, context);
     proxy

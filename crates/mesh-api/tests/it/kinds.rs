@@ -171,3 +171,15 @@ fn core_kinds_are_lenient() {
         .expect_err("port");
     assert_eq!(error.path, "spec.ports[0].port");
 }
+
+#[test]
+fn nulls_are_absent_except_in_free_form_values() {
+    let AnyObject::EnvoyFilter(filter) = object(
+        "{apiVersion: networking.istio.io/v1alpha3, kind: EnvoyFilter, metadata: {name: f}, spec: {workloadSelector: null, configPatches: \
+         [{applyTo: CLUSTER, match: null, patch: {operation: MERGE, value: {a: null, b: 1}}}]}}",
+    ) else {
+        panic!("kind")
+    };
+    let patch = filter.spec.config_patches[0].patch.as_ref().expect("patch");
+    assert_eq!(patch.value, json!({ "a": null, "b": 1 }));
+}
