@@ -3,3 +3,4 @@
 mod kinds;
 mod structural;
 mod validation;
+mod yaml_properties;
