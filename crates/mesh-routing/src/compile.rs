@@ -60,6 +60,7 @@ pub struct Snapshot {
     by_address: Map<SocketAddr, Arc<Listener>>,
     tables: Map<Arc<str>, Arc<RouteTable>>,
     clusters: Map<Arc<str>, Cluster>,
+    warming: Vec<String>,
 }
 
 /// A compiled resource beside the message it was made from, so that unchanged ones are not compiled again.
@@ -123,6 +124,7 @@ pub fn compile(state: &XdsState, previous: Option<&Snapshot>) -> (Snapshot, Vec<
         |name| panic_percents.get(name).copied().unwrap_or(50),
         EndpointSet::compile,
     );
+    snapshot.warm(old);
     snapshot.index();
     (snapshot, rejections)
 }
@@ -179,6 +181,27 @@ impl Snapshot {
             .values()
             .filter_map(|entry| eds(&entry.compiled))
             .collect()
+    }
+
+    /// Listeners whose route tables have not arrived stay as they were, or out, until they have (Envoy's warming): LDS comes before RDS.
+    fn warm(&mut self, old: &Snapshot) {
+        let waits = |entry: &Entry<Listener, PbListener>, routes: &BTreeMap<String, _>| {
+            entry.compiled.route_names().any(|name| !routes.contains_key(name))
+        };
+        let waiting: Vec<String> =
+            self.listeners.iter().filter(|(_, entry)| waits(entry, &self.routes)).map(|(name, _)| name.clone()).collect();
+        for name in &waiting {
+            match old.listeners.get(name).filter(|entry| !waits(entry, &self.routes)) {
+                Some(entry) => self.listeners.insert(name.clone(), entry.clone()),
+                None => self.listeners.remove(name),
+            };
+        }
+        self.warming = waiting;
+    }
+
+    /// Listeners that wait for their route tables.
+    pub fn warming(&self) -> &[String] {
+        &self.warming
     }
 
     fn index(&mut self) {

@@ -9,8 +9,9 @@ use envoy_types::pb::envoy::config::listener::v3 as pb;
 use envoy_types::pb::envoy::config::listener::v3::listener_filter::ConfigType;
 use envoy_types::pb::envoy::config::listener::v3::listener_filter_chain_match_predicate::Rule;
 
-use crate::chain::{self, Candidate, ConnectionView, FilterChain, compile_chain};
+use crate::chain::{self, Candidate, ConnectionView, FilterChain, NetworkFilter, compile_chain};
 use crate::endpoint::socket_address;
+use crate::hcm::RouteSource;
 use crate::error::{CompileError, Result, Within, every_field, flag, timeout};
 
 /// Envoy's limit for listener filters.
@@ -149,6 +150,17 @@ impl Listener {
     /// The chain that takes a connection.
     pub fn chain(&self, view: &ConnectionView<'_>) -> Option<&Arc<FilterChain>> {
         chain::find(&self.chains, view).or(self.default_chain.as_ref())
+    }
+
+    /// The route tables that its chains ask for by name.
+    pub fn route_names(&self) -> impl Iterator<Item = &str> {
+        self.chains().filter_map(|chain| match &chain.filter {
+            NetworkFilter::Http(manager) => match &manager.routes {
+                RouteSource::Rds(name) => Some(&**name),
+                RouteSource::Inline(_) => None,
+            },
+            NetworkFilter::Tcp(_) => None,
+        })
     }
 
     /// All chains, the default one last.

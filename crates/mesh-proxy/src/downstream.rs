@@ -1,0 +1,391 @@
+//! A connection that was accepted: where it was going, what it speaks, which filter chain takes it, and how it ends.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use mesh_net::sockets::original_destination;
+use mesh_routing::chain::{ConnectionView, FilterChain, NetworkFilter};
+use mesh_routing::hcm::{Codec, HttpManager};
+use mesh_routing::listener::{Direction, Listener};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::clock;
+use crate::exec::LocalExec;
+use crate::sniff::{self, Protocol};
+use crate::worker::Worker;
+use crate::{http as http_path, tcp};
+
+/// Limit for request headers to arrive where the connection manager sets none, in seconds.
+const HEADER_TIMEOUT: u32 = 10;
+/// Streams of one HTTP/2 connection at once, unless configured (Envoy's advice for edges).
+const MAX_STREAMS: u32 = 100;
+/// Streams that we reset because of the client's doing before the connection is closed (rapid reset, CVE-2023-44487 and successors).
+const MAX_RESETS: usize = 100;
+
+/// A connection on its way through a worker.
+pub struct Downstream {
+    /// The worker.
+    pub worker: Rc<Worker>,
+    /// The client.
+    pub remote: SocketAddr,
+    /// Where the connection was going; its local address where it was not redirected.
+    pub destination: SocketAddr,
+    /// Was it redirected?
+    pub redirected: bool,
+    /// Direction of the listener.
+    pub direction: Direction,
+    in_flight: Cell<u32>,
+    /// Second in which the last request ended, or the connection began.
+    idle_since: Cell<u32>,
+    /// Second in which the first byte after that was read; 0 before.
+    head_since: Cell<u32>,
+    idle_limit: Cell<Option<Duration>>,
+    head_limit: Cell<u32>,
+    closing: Cell<Closing>,
+    waker: RefCell<Option<Waker>>,
+    requests: Cell<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    No,
+    Graceful,
+    Told,
+    Now,
+}
+
+/// Takes care of an accepted connection until it ends.
+pub async fn serve(worker: Rc<Worker>, stream: TcpStream, remote: SocketAddr, bound: SocketAddr) {
+    let totals = &worker.shared.totals;
+    totals.connections.fetch_add(1, Ordering::Relaxed);
+    totals.open.fetch_add(1, Ordering::Relaxed);
+    let shared = worker.shared.clone();
+    if let Err(error) = serve_inner(worker, stream, remote, bound).await {
+        tracing::debug!(%remote, %error, "connection");
+    }
+    shared.totals.open.fetch_sub(1, Ordering::Relaxed);
+}
+
+async fn serve_inner(worker: Rc<Worker>, stream: TcpStream, remote: SocketAddr, bound: SocketAddr) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let snapshot = worker.snapshot();
+    let Some(accepted) = snapshot.listeners().find(|l| l.bind && l.address == bound).cloned() else { return Ok(()) };
+    let original = if accepted.restores_destination { original_destination(&stream) } else { None };
+    let destination = original.unwrap_or(stream.local_addr()?);
+    let listener = snapshot.hand_over(&accepted, destination).clone();
+    let direction = accepted.direction;
+    drop(snapshot);
+    let mut stream = stream;
+    let mut prefix = BytesMut::new();
+    let protocol = match listener.needs_bytes(destination) {
+        true => read_first(&mut stream, &mut prefix, &listener).await?,
+        false => None,
+    };
+    let Some(chain) = choose(&listener, destination, remote, protocol.as_ref()) else {
+        tracing::debug!(%remote, %destination, listener = &*listener.name, "no filter chain takes the connection");
+        return Ok(());
+    };
+    let connection = Rc::new(Downstream {
+        remote,
+        destination,
+        redirected: original.is_some(),
+        direction,
+        in_flight: Cell::new(0),
+        idle_since: Cell::new(clock::now()),
+        head_since: Cell::new(0),
+        idle_limit: Cell::new(None),
+        head_limit: Cell::new(HEADER_TIMEOUT),
+        closing: Cell::new(Closing::No),
+        waker: RefCell::default(),
+        requests: Cell::new(0),
+        worker,
+    });
+    match &chain.filter {
+        NetworkFilter::Tcp(proxy) => {
+            tcp::serve(&connection, proxy, stream, prefix.freeze()).await;
+            Ok(())
+        }
+        NetworkFilter::Http(manager) => serve_http(connection, manager.clone(), stream, prefix, protocol).await,
+    }
+}
+
+/// Reads until the inspectors know. `None`: the client sent nothing within the time, and the connection is to go on as plain bytes.
+async fn read_first(stream: &mut TcpStream, prefix: &mut BytesMut, listener: &Listener) -> io::Result<Option<Protocol>> {
+    let reading = read_until_known(stream, prefix);
+    let Some(limit) = listener.detection_timeout else { return reading.await.map(Some) };
+    match tokio::time::timeout(limit, reading).await {
+        Ok(done) => done.map(Some),
+        Err(_) if listener.continue_on_timeout => Ok(None),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the client said nothing within the detection timeout")),
+    }
+}
+
+async fn read_until_known(stream: &mut TcpStream, prefix: &mut BytesMut) -> io::Result<Protocol> {
+    loop {
+        if let Some(protocol) = sniff::judge(prefix) {
+            return Ok(protocol);
+        }
+        if stream.read_buf(prefix).await? == 0 {
+            // Half-closed before anything could be told: plain bytes.
+            return Ok(Protocol::Other);
+        }
+    }
+}
+
+fn choose(
+    listener: &Listener,
+    destination: SocketAddr,
+    remote: SocketAddr,
+    protocol: Option<&Protocol>,
+) -> Option<Arc<FilterChain>> {
+    let mut view = ConnectionView {
+        destination: Some(destination),
+        source: Some(remote),
+        transport: "raw_buffer",
+        ..ConnectionView::default()
+    };
+    let http = listener.wants_http(destination);
+    let names: Vec<&str> = match protocol {
+        Some(Protocol::Tls { server_name, applications }) => {
+            view.transport = "tls";
+            view.server_name = server_name.as_deref();
+            applications.iter().map(String::as_str).collect()
+        }
+        Some(Protocol::Http10) if http => vec!["http/1.0"],
+        Some(Protocol::Http11) if http => vec!["http/1.1"],
+        Some(Protocol::Http2) if http => vec!["h2c"],
+        _ => Vec::new(),
+    };
+    view.applications = &names;
+    listener.chain(&view).cloned()
+}
+
+async fn serve_http(
+    connection: Rc<Downstream>,
+    manager: Arc<HttpManager>,
+    mut stream: TcpStream,
+    mut prefix: BytesMut,
+    protocol: Option<Protocol>,
+) -> io::Result<()> {
+    connection.idle_limit.set(manager.idle_timeout);
+    if let Some(limit) = manager.headers_timeout {
+        connection.head_limit.set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1));
+    }
+    connection.worker.watch_over(&connection);
+    let http2 = match (manager.codec, protocol) {
+        (Codec::Http2, _) => true,
+        (Codec::Http1, _) => false,
+        (Codec::Auto, Some(protocol)) => protocol == Protocol::Http2,
+        (Codec::Auto, None) => {
+            let limit = Duration::from_secs(u64::from(connection.head_limit.get()));
+            match tokio::time::timeout(limit, preface(&mut stream, &mut prefix)).await {
+                Ok(is_preface) => is_preface?,
+                // A connection opened ahead of use: HTTP/1 unless told otherwise; the idle timeout takes over.
+                Err(_) if prefix.is_empty() => false,
+                Err(_) => return Ok(()),
+            }
+        }
+    };
+    if !prefix.is_empty() {
+        connection.head_since.set(clock::now());
+    }
+    let io = TokioIo::new(Prefixed { prefix: prefix.freeze(), stream, connection: connection.clone() });
+    let result = if http2 {
+        serve_http2(connection, manager, io).await
+    } else {
+        serve_http1(connection, manager, io).await
+    };
+    result.map_err(io::Error::other)
+}
+
+/// Does the connection begin with the preface of HTTP/2?
+async fn preface(stream: &mut TcpStream, prefix: &mut BytesMut) -> io::Result<bool> {
+    loop {
+        let seen = prefix.len().min(sniff::PREFACE.len());
+        if prefix.get(..seen) != sniff::PREFACE.get(..seen) {
+            return Ok(false);
+        }
+        if seen == sniff::PREFACE.len() {
+            return Ok(true);
+        }
+        if stream.read_buf(prefix).await? == 0 {
+            return Ok(false);
+        }
+    }
+}
+
+type Io = TokioIo<Prefixed>;
+
+async fn serve_http1(connection: Rc<Downstream>, manager: Arc<HttpManager>, io: Io) -> hyper::Result<()> {
+    let mut builder = http1::Builder::new();
+    // The sweep keeps the time: hyper's own timer would also cut idle connections off.
+    builder.timer(TokioTimer::new()).header_read_timeout(None);
+    builder.max_buf_size(usize::try_from(manager.max_headers_kb).unwrap_or(60).clamp(8, 8192) * 1024);
+    if manager.max_headers != 100 {
+        builder.max_headers(manager.max_headers as usize);
+    }
+    let handler = connection.clone();
+    let service = service_fn(move |request| http_path::handle(handler.clone(), manager.clone(), request));
+    let serving = builder.serve_connection(io, service);
+    tokio::pin!(serving);
+    std::future::poll_fn(|cx| {
+        match connection.poll_closing(cx) {
+            Closing::Graceful => serving.as_mut().graceful_shutdown(),
+            Closing::Now => return Poll::Ready(Ok(())),
+            Closing::No | Closing::Told => {}
+        }
+        serving.as_mut().poll(cx)
+    })
+    .await
+}
+
+async fn serve_http2(connection: Rc<Downstream>, manager: Arc<HttpManager>, io: Io) -> hyper::Result<()> {
+    let mut builder = http2::Builder::new(LocalExec);
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(manager.http2.max_concurrent_streams.unwrap_or(MAX_STREAMS))
+        .max_header_list_size(manager.max_headers_kb.saturating_mul(1024))
+        .max_local_error_reset_streams(MAX_RESETS)
+        .max_pending_accept_reset_streams(MAX_RESETS);
+    if let Some(window) = manager.http2.stream_window {
+        builder.initial_stream_window_size(window);
+    }
+    if let Some(window) = manager.http2.connection_window {
+        builder.initial_connection_window_size(window);
+    }
+    let handler = connection.clone();
+    let service = service_fn(move |request| http_path::handle(handler.clone(), manager.clone(), request));
+    let serving = builder.serve_connection(io, service);
+    tokio::pin!(serving);
+    std::future::poll_fn(|cx| {
+        match connection.poll_closing(cx) {
+            Closing::Graceful => serving.as_mut().graceful_shutdown(),
+            Closing::Now => return Poll::Ready(Ok(())),
+            Closing::No | Closing::Told => {}
+        }
+        serving.as_mut().poll(cx)
+    })
+    .await
+}
+
+impl Downstream {
+    /// A request has begun; true if it is to be the last one of the connection.
+    pub fn begin(&self, manager: &HttpManager) -> bool {
+        self.in_flight.set(self.in_flight.get() + 1);
+        self.head_since.set(0);
+        self.requests.set(self.requests.get() + 1);
+        self.worker.shared.totals.requests.fetch_add(1, Ordering::Relaxed);
+        let last = manager.max_requests_per_connection.is_some_and(|most| self.requests.get() >= most);
+        last || self.worker.shared.draining.load(Ordering::Relaxed)
+    }
+
+    /// A request has its response.
+    pub fn finish(&self) {
+        self.in_flight.set(self.in_flight.get().saturating_sub(1));
+        self.idle_since.set(clock::now());
+    }
+
+    /// Called every second.
+    pub fn check_timeouts(&self) {
+        if self.in_flight.get() > 0 {
+            return;
+        }
+        let now = clock::now();
+        let head = self.head_since.get();
+        if head > 0 && now.saturating_sub(head) > self.head_limit.get() {
+            self.close(Closing::Now);
+        } else if self.idle_limit.get().is_some_and(|limit| u64::from(now.saturating_sub(self.idle_since.get())) > limit.as_secs()) {
+            self.end_gracefully();
+        }
+    }
+
+    /// Ends the connection with the response under way.
+    pub fn end_gracefully(&self) {
+        if self.closing.get() == Closing::No {
+            self.close(Closing::Graceful);
+        }
+    }
+
+    fn close(&self, how: Closing) {
+        self.closing.set(how);
+        if let Some(waker) = self.waker.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    fn poll_closing(&self, cx: &Context<'_>) -> Closing {
+        let closing = self.closing.get();
+        if closing == Closing::Graceful {
+            self.closing.set(Closing::Told);
+        }
+        let mut waker = self.waker.borrow_mut();
+        if !waker.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+        closing
+    }
+}
+
+/// The connection with the bytes that were read to find out what it speaks.
+struct Prefixed {
+    prefix: Bytes,
+    stream: TcpStream,
+    connection: Rc<Downstream>,
+}
+
+impl AsyncRead for Prefixed {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.prefix.is_empty() {
+            let n = this.prefix.len().min(buf.remaining());
+            buf.put_slice(this.prefix.get(..n).unwrap_or_default());
+            this.prefix.advance(n);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let done = Pin::new(&mut this.stream).poll_read(cx, buf);
+        let connection = &this.connection;
+        if buf.filled().len() > before && connection.in_flight.get() == 0 && connection.head_since.get() == 0 {
+            connection.head_since.set(clock::now());
+        }
+        done
+    }
+}
+
+impl AsyncWrite for Prefixed {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}

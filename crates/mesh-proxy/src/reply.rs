@@ -1,0 +1,73 @@
+//! Answers that the proxy gives itself, with Envoy's texts.
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, LOCATION};
+use http::{HeaderValue, Response, StatusCode};
+
+use crate::body::ResponseBody;
+use crate::report::{Flag, Report};
+
+/// Body where no endpoint is usable.
+pub const NO_HEALTHY: &str = "no healthy upstream";
+/// Body where the route's timeout is over.
+pub const TIMEOUT: &str = "upstream request timeout";
+/// Body where a stream was silent too long.
+pub const STREAM_TIMEOUT: &str = "stream timeout";
+
+/// Body where connecting failed, or the connection broke before response headers.
+pub fn disconnect(reason: &str) -> String {
+    format!("upstream connect error or disconnect/reset before headers. reset reason: {reason}")
+}
+
+/// A local reply; its report is recorded when it has been sent.
+pub fn local(status: StatusCode, body: impl Into<Bytes>, flag: Flag, mut report: Box<Report>) -> Response<ResponseBody> {
+    let body: Bytes = body.into();
+    report.code = status.as_u16();
+    report.flag = flag;
+    report.response_bytes = body.len() as u64;
+    if report.is_grpc {
+        return grpc(status, &body, report);
+    }
+    let text = !body.is_empty();
+    let mut response = Response::new(ResponseBody::local(text.then_some(body), report));
+    *response.status_mut() = status;
+    if text {
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    }
+    response
+}
+
+/// gRPC callers get a headers-only answer (gRPC over HTTP/2, "Responses"; mapping of statuses as Envoy's).
+fn grpc(status: StatusCode, body: &Bytes, mut report: Box<Report>) -> Response<ResponseBody> {
+    let code: u16 = match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502..=504 => 14,
+        _ => 2,
+    };
+    report.code = 200;
+    report.grpc = Some(code);
+    let mut response = Response::new(ResponseBody::local(None, report));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", HeaderValue::from(code));
+    // Our own texts; nothing of a peer is in them that is not percent-encoded by being dropped.
+    if let Ok(message) = HeaderValue::from_bytes(body) {
+        headers.insert("grpc-message", message);
+    }
+    response
+}
+
+/// A redirect.
+pub fn redirect(status: StatusCode, location: &str, report: Box<Report>) -> Response<ResponseBody> {
+    match HeaderValue::from_str(location) {
+        Ok(value) => {
+            let mut response = local(status, Bytes::new(), Flag::None, report);
+            response.headers_mut().insert(LOCATION, value);
+            response
+        }
+        Err(_) => local(StatusCode::BAD_REQUEST, Bytes::new(), Flag::BadRequest, report),
+    }
+}

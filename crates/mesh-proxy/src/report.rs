@@ -1,0 +1,250 @@
+//! Counting what happened. Label sets are built once for each combination and worker; a request pays one lookup by a small key.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use http::HeaderValue;
+use mesh_routing::cluster::ClusterConfig;
+use mesh_routing::endpoint::Workload;
+use mesh_routing::listener::Direction;
+use mesh_telemetry::istio::{Reporter, ResponseLabels, UNKNOWN};
+use mesh_telemetry::{IstioMetrics, Labels, Peer, RequestHandles, TcpHandles};
+
+use crate::node::parse_peer;
+
+type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
+
+/// Peers that a worker remembers by their header; more are taken for unknown, so that nobody can fill the memory.
+const MOST_PEERS: usize = 4096;
+/// Label sets that a cluster remembers; beyond, the code is reported as 0.
+const MOST_HANDLES: usize = 4096;
+
+/// Envoy's response flags, as far as this proxy sets them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Flag {
+    /// Nothing special.
+    None,
+    /// No route.
+    NoRoute,
+    /// No cluster.
+    NoCluster,
+    /// No healthy endpoint.
+    NoHealthy,
+    /// Connecting failed.
+    ConnectFailure,
+    /// The endpoint closed the connection.
+    UpstreamClosed,
+    /// The endpoint reset the stream.
+    UpstreamReset,
+    /// The route's timeout.
+    Timeout,
+    /// Retries were used up.
+    RetryLimit,
+    /// The client went away.
+    ClientGone,
+    /// The client broke the protocol.
+    BadRequest,
+    /// The stream was silent too long.
+    Idle,
+}
+
+impl Flag {
+    /// As Envoy writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "-",
+            Self::NoRoute => "NR",
+            Self::NoCluster => "NC",
+            Self::NoHealthy => "UH",
+            Self::ConnectFailure => "UF",
+            Self::UpstreamClosed => "UC",
+            Self::UpstreamReset => "UR",
+            Self::Timeout => "UT",
+            Self::RetryLimit => "URX",
+            Self::ClientGone => "DC",
+            Self::BadRequest => "DPE",
+            Self::Idle => "SI",
+        }
+    }
+}
+
+/// The peers that a worker knows.
+#[derive(Debug, Default)]
+pub struct Peers {
+    by_header: RefCell<Map<HeaderValue, Arc<Peer>>>,
+    by_workload: RefCell<Map<Workload, Arc<Peer>>>,
+    unknown: Arc<Peer>,
+}
+
+impl Peers {
+    /// Nobody known.
+    pub fn unknown(&self) -> &Arc<Peer> {
+        &self.unknown
+    }
+
+    /// The peer of a metadata header.
+    pub fn of_header(&self, header: &HeaderValue) -> Arc<Peer> {
+        if let Some(known) = self.by_header.borrow().get(header) {
+            return known.clone();
+        }
+        let peer = parse_peer(header).map_or_else(|| self.unknown.clone(), Arc::new);
+        let mut map = self.by_header.borrow_mut();
+        if map.len() < MOST_PEERS {
+            map.insert(header.clone(), peer.clone());
+        }
+        peer
+    }
+
+    /// The peer of an endpoint's metadata.
+    pub fn of_workload(&self, workload: &Workload) -> Arc<Peer> {
+        if workload.name.is_empty() {
+            return self.unknown.clone();
+        }
+        let mut map = self.by_workload.borrow_mut();
+        map.entry(workload.clone()).or_insert_with(|| Arc::new(self.describe(workload))).clone()
+    }
+
+    fn describe(&self, workload: &Workload) -> Peer {
+        let or = |found: &str, default: &Arc<str>| if found.is_empty() { default.clone() } else { Arc::from(found) };
+        let unknown = &*self.unknown;
+        Peer {
+            workload: or(&workload.name, &unknown.workload),
+            namespace: or(&workload.namespace, &unknown.namespace),
+            canonical_service: or(&workload.canonical_name, &unknown.canonical_service),
+            canonical_revision: or(&workload.canonical_revision, &unknown.canonical_revision),
+            cluster: or(&workload.cluster, &unknown.cluster),
+            ..unknown.clone()
+        }
+    }
+}
+
+/// The parts of a label set that differ between the requests to one cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    /// Address of the interned peer; it lives as long as the labels in the handles' map.
+    peer: usize,
+    inbound: bool,
+    code: u16,
+    grpc: Option<u16>,
+    flag: Flag,
+    is_grpc: bool,
+}
+
+/// The metrics of one cluster.
+#[derive(Debug)]
+pub struct Reports {
+    metrics: IstioMetrics,
+    us: Arc<Peer>,
+    service: [Arc<str>; 3],
+    handles: RefCell<Map<Key, Rc<(RequestHandles, Arc<Peer>)>>>,
+}
+
+impl Reports {
+    /// For a cluster, or for requests that found none.
+    pub fn new(metrics: &IstioMetrics, us: &Arc<Peer>, config: Option<&ClusterConfig>) -> Self {
+        let or = |text: &str, default: &str| Arc::from(if text.is_empty() { default } else { text });
+        let service = match config {
+            None => [UNKNOWN.into(), UNKNOWN.into(), UNKNOWN.into()],
+            Some(c) => {
+                [or(&c.service.host, UNKNOWN), or(&c.service.name, &c.name), or(&c.service.namespace, UNKNOWN)]
+            }
+        };
+        Self { metrics: metrics.clone(), us: us.clone(), service, handles: RefCell::default() }
+    }
+
+    fn labels(&self, peer: &Arc<Peer>, inbound: bool, flag: Flag) -> Labels {
+        let (source, destination) = if inbound { (peer, &self.us) } else { (&self.us, peer) };
+        let [service, service_name, service_namespace] = self.service.clone();
+        Labels {
+            reporter: if inbound { Reporter::Destination } else { Reporter::Source },
+            source: source.clone(),
+            destination: destination.clone(),
+            service,
+            service_name,
+            service_namespace,
+            protocol: "tcp",
+            response: None,
+            flags: flag.name(),
+            security: if inbound { "none" } else { UNKNOWN },
+        }
+    }
+
+    fn requests(&self, key: Key, peer: &Arc<Peer>) -> Rc<(RequestHandles, Arc<Peer>)> {
+        if let Some(found) = self.handles.borrow().get(&key) {
+            return found.clone();
+        }
+        let mut handles = self.handles.borrow_mut();
+        let code = if handles.len() < MOST_HANDLES { key.code } else { 0 };
+        let labels = Labels {
+            protocol: if key.is_grpc { "grpc" } else { "http" },
+            response: Some(ResponseLabels { code, grpc: key.grpc }),
+            ..self.labels(peer, key.inbound, key.flag)
+        };
+        let made = Rc::new((self.metrics.requests(&labels), peer.clone()));
+        if handles.len() < MOST_HANDLES {
+            handles.insert(key, made.clone());
+        }
+        made
+    }
+
+    /// The handles for a connection.
+    pub fn tcp(&self, peer: &Arc<Peer>, direction: Direction, flag: Flag) -> TcpHandles {
+        self.metrics.tcp(&self.labels(peer, direction == Direction::Inbound, flag))
+    }
+}
+
+/// What is gathered about a request while it runs. Recorded once, when it is dropped: with the last byte of the response or when
+/// the client goes away.
+#[derive(Debug)]
+pub struct Report {
+    /// Whose metrics.
+    pub reports: Rc<Reports>,
+    /// Direction of the listener.
+    pub direction: Direction,
+    /// The other side.
+    pub peer: Arc<Peer>,
+    /// When the request's headers were there.
+    pub started: Instant,
+    /// The final status, 0 before there is one.
+    pub code: u16,
+    /// gRPC status, where it is gRPC.
+    pub grpc: Option<u16>,
+    /// gRPC?
+    pub is_grpc: bool,
+    /// Envoy's flag.
+    pub flag: Flag,
+    /// Bytes of the response so far.
+    pub response_bytes: u64,
+    /// Shared with the request's body.
+    pub flow: Rc<Flow>,
+}
+
+/// What request and response bodies know of each other.
+#[derive(Debug, Default)]
+pub struct Flow {
+    /// Bytes of the request so far.
+    pub request_bytes: Cell<u64>,
+    /// The request was sent whole.
+    pub request_done: Cell<bool>,
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        let key = Key {
+            peer: Arc::as_ptr(&self.peer) as usize,
+            inbound: self.direction == Direction::Inbound,
+            code: self.code,
+            grpc: self.grpc,
+            flag: self.flag,
+            is_grpc: self.is_grpc,
+        };
+        let handles = self.reports.requests(key, &self.peer);
+        handles.0.requests.inc();
+        handles.0.duration_ms.observe(self.started.elapsed().as_secs_f64() * 1000.0);
+        handles.0.request_bytes.observe(self.flow.request_bytes.get() as f64);
+        handles.0.response_bytes.observe(self.response_bytes as f64);
+    }
+}

@@ -1,0 +1,121 @@
+//! What all threads of a proxy share. Nothing here is locked on the way of a request.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use mesh_routing::{Rejection, Snapshot, XdsState, compile};
+use mesh_telemetry::IstioMetrics;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+
+use crate::node::Identity;
+use crate::options::ProxyOptions;
+
+/// Counters that the admin interface shows.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Connections accepted since the start.
+    pub connections: AtomicU64,
+    /// Connections open now.
+    pub open: AtomicUsize,
+    /// Requests since the start.
+    pub requests: AtomicU64,
+    /// Connections to endpoints since the start.
+    pub upstream_connections: AtomicU64,
+    /// Connections to endpoints that failed.
+    pub upstream_failures: AtomicU64,
+    /// Resources that were refused since the start.
+    pub rejected: AtomicU64,
+    /// Snapshots published.
+    pub snapshots: AtomicU64,
+}
+
+/// The shared part of a proxy.
+#[derive(Debug)]
+pub struct Shared {
+    /// How it was started.
+    pub options: ProxyOptions,
+    /// Who it is.
+    pub identity: Identity,
+    /// The standard metrics.
+    pub metrics: IstioMetrics,
+    /// Where they are registered.
+    pub registry: Registry,
+    /// Counters.
+    pub totals: Totals,
+    /// Set while connections are drained.
+    pub draining: AtomicBool,
+    /// Set by `POST /healthcheck/fail`.
+    pub failing: AtomicBool,
+    /// CDS and LDS have arrived (or were kept from an earlier run).
+    pub configured: AtomicBool,
+    /// Workers whose listeners are open for the present snapshot.
+    pub serving: AtomicUsize,
+    /// Mark for upstream sockets, where capture exempts by mark.
+    pub mark: Option<u32>,
+    /// When the process started.
+    pub started: Instant,
+    snapshot: ArcSwap<Snapshot>,
+    changes: watch::Sender<u64>,
+}
+
+impl Shared {
+    /// An idle proxy without configuration.
+    pub fn new(options: ProxyOptions) -> Arc<Self> {
+        let mut registry = Registry::default();
+        let metrics = IstioMetrics::register(&mut registry, "proxy", env!("CARGO_PKG_VERSION"));
+        let exempt_by_uid = nix_uid() == mesh_net::sockets::PROXY_UID;
+        Arc::new(Self {
+            identity: Identity::new(&options),
+            options,
+            metrics,
+            registry,
+            totals: Totals::default(),
+            draining: AtomicBool::new(false),
+            failing: AtomicBool::new(false),
+            configured: AtomicBool::new(false),
+            serving: AtomicUsize::new(0),
+            mark: (!exempt_by_uid && mesh_net::sockets::may_mark()).then_some(mesh_net::sockets::EXEMPT_MARK),
+            started: Instant::now(),
+            snapshot: ArcSwap::from_pointee(Snapshot::default()),
+            changes: watch::channel(0).0,
+        })
+    }
+
+    /// The present snapshot.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+
+    /// A view of the number of the present snapshot.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Compiles the resources and puts the result in force. What could not be compiled is returned.
+    pub fn publish(&self, state: &XdsState) -> Vec<Rejection> {
+        let previous = self.snapshot();
+        let (snapshot, rejections) = compile(state, Some(&previous));
+        self.snapshot.store(Arc::new(snapshot));
+        self.totals.snapshots.fetch_add(1, Ordering::Relaxed);
+        self.changes.send_modify(|number| *number += 1);
+        rejections
+    }
+
+    /// Can traffic be taken? (`/healthz/ready`)
+    pub fn is_ready(&self) -> bool {
+        self.configured.load(Ordering::Acquire)
+            && self.serving.load(Ordering::Acquire) >= self.options.concurrency
+            && !self.draining.load(Ordering::Acquire)
+            && !self.failing.load(Ordering::Acquire)
+    }
+}
+
+/// The effective uid, from /proc, so that no system call wrapper is needed here.
+fn nix_uid() -> u32 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or("");
+    line.split_whitespace().nth(1).and_then(|uid| uid.parse().ok()).unwrap_or(u32::MAX)
+}

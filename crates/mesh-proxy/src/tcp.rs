@@ -1,0 +1,97 @@
+//! Plain TCP: bytes through, by splice.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mesh_net::splice::{Counters, bidirectional};
+use mesh_routing::tcp::TcpProxy;
+use mesh_telemetry::TcpHandles;
+use tokio::net::TcpStream;
+
+use crate::downstream::Downstream;
+use crate::pool::{Host, dial};
+use crate::report::Flag;
+
+/// How often byte counters of open connections reach the metrics (Istio's `reportingInterval` is 15 s; ours costs next to nothing).
+const REPORT_EVERY: Duration = Duration::from_secs(5);
+
+/// Relays a connection until it ends.
+pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: TcpStream, prefix: Bytes) {
+    let worker = &connection.worker;
+    let snapshot = worker.snapshot();
+    let name = proxy.cluster(worker.random());
+    let Some(cluster) = snapshot.cluster(name) else {
+        refused(connection, &worker.unrouted.clone(), Flag::NoCluster);
+        return;
+    };
+    let state = worker.cluster_state(cluster);
+    let reports = state.reports();
+    let destination = connection.redirected.then_some(connection.destination);
+    let mut tried: Vec<SocketAddr> = Vec::new();
+    let mut upstream = None;
+    let mut flag = Flag::NoHealthy;
+    for _ in 0..proxy.max_connect_attempts {
+        let Some(host) = state.pick(cluster, destination, &worker.peers, || worker.random(), &tried, 5) else { break };
+        match dial(&worker.shared, &cluster.config, host.address).await {
+            Ok(opened) => {
+                upstream = Some((host, opened));
+                break;
+            }
+            Err(error) => {
+                tracing::debug!(cluster = &**name, endpoint = %host.address, %error, "connecting");
+                flag = Flag::ConnectFailure;
+                tried.push(host.address);
+            }
+        }
+    }
+    drop(snapshot);
+    let Some((host, mut upstream)) = upstream else {
+        refused(connection, &reports, flag);
+        return;
+    };
+    let handles = reports.tcp(&host.peer, connection.direction, Flag::None);
+    relay(&host, &handles, &mut stream, &mut upstream, &prefix, proxy.idle_timeout).await;
+}
+
+async fn relay(
+    host: &Rc<Host>,
+    handles: &TcpHandles,
+    stream: &mut TcpStream,
+    upstream: &mut TcpStream,
+    prefix: &[u8],
+    idle: Option<Duration>,
+) {
+    handles.opened.inc();
+    host.active.set(host.active.get() + 1);
+    let counters = Arc::new(Counters::default());
+    let (mut received, mut sent) = (0, 0);
+    let mut note = || {
+        let (now_received, now_sent) = (counters.forward.load(Ordering::Relaxed), counters.backward.load(Ordering::Relaxed));
+        handles.received.inc_by(now_received - received);
+        handles.sent.inc_by(now_sent - sent);
+        (received, sent) = (now_received, now_sent);
+    };
+    let copying = bidirectional(stream, upstream, prefix, idle, &counters);
+    tokio::pin!(copying);
+    let end = loop {
+        tokio::select! {
+            end = &mut copying => break end,
+            () = tokio::time::sleep(REPORT_EVERY) => note(),
+        }
+    };
+    note();
+    tracing::trace!(?end, endpoint = %host.address, "connection ended");
+    host.active.set(host.active.get() - 1);
+    handles.closed.inc();
+}
+
+/// A connection that found no endpoint counts as opened and closed, with the flag that says why.
+fn refused(connection: &Downstream, reports: &crate::report::Reports, flag: Flag) {
+    let handles = reports.tcp(connection.worker.peers.unknown(), connection.direction, flag);
+    handles.opened.inc();
+    handles.closed.inc();
+}

@@ -1,0 +1,206 @@
+//! A worker: one thread with its own runtime, listeners, connections and upstream pools.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use mesh_net::sockets::{ListenOptions, listen};
+use mesh_routing::cluster::Cluster;
+use mesh_routing::Snapshot;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::clock;
+use crate::downstream::{self, Downstream};
+use crate::report::{Peers, Reports};
+use crate::shared::Shared;
+use crate::upstream::ClusterState;
+
+/// A wait after accepting failed (as with too many open files), so that the loop does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The state of a worker. Everything in it belongs to its thread.
+pub struct Worker {
+    /// What all threads share.
+    pub shared: Arc<Shared>,
+    /// Peers by what they say.
+    pub peers: Peers,
+    /// Metrics of requests that reach no cluster.
+    pub unrouted: Rc<Reports>,
+    snapshot: RefCell<Arc<Snapshot>>,
+    clusters: RefCell<HashMap<Arc<str>, Rc<ClusterState>, foldhash::fast::RandomState>>,
+    connections: RefCell<Vec<Weak<Downstream>>>,
+    open: RefCell<HashMap<SocketAddr, JoinHandle<()>>>,
+    seed: Cell<u64>,
+}
+
+impl Worker {
+    /// A worker without listeners.
+    pub fn new(shared: Arc<Shared>) -> Rc<Self> {
+        Rc::new(Self {
+            peers: Peers::default(),
+            unrouted: Rc::new(Reports::new(&shared.metrics, &shared.identity.peer, None)),
+            snapshot: RefCell::new(shared.snapshot()),
+            clusters: RefCell::default(),
+            connections: RefCell::default(),
+            open: RefCell::default(),
+            seed: Cell::new(rand::random::<u64>() | 1),
+            shared,
+        })
+    }
+
+    /// The snapshot in force.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.borrow().clone()
+    }
+
+    /// A random number (xorshift64*): good enough for balancing, and without a system call.
+    pub fn random(&self) -> u64 {
+        let mut x = self.seed.get();
+        x ^= x >> 12;
+        x ^= x << 25;
+        x ^= x >> 27;
+        self.seed.set(x);
+        x.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    /// The state of a cluster.
+    pub fn cluster_state(&self, cluster: &Cluster) -> Rc<ClusterState> {
+        if let Some(state) = self.clusters.borrow().get(&cluster.config.name) {
+            return state.clone();
+        }
+        let state = Rc::new(ClusterState::new(cluster, &self.shared));
+        self.clusters.borrow_mut().insert(cluster.config.name.clone(), state.clone());
+        state
+    }
+
+    /// Runs until the proxy drains and the last connection is gone, or for ever.
+    pub async fn run(self: Rc<Self>, mut changes: watch::Receiver<u64>) {
+        let mut second = tokio::time::interval(Duration::from_secs(1));
+        second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut failed = self.sync_listeners();
+        self.shared.serving.fetch_add(usize::from(!failed), Ordering::AcqRel);
+        let mut counted = !failed;
+        loop {
+            tokio::select! {
+                changed = changes.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    changes.mark_unchanged();
+                    self.take_snapshot();
+                    failed = self.sync_listeners();
+                }
+                _ = second.tick() => {
+                    self.sweep();
+                    if failed {
+                        failed = self.sync_listeners();
+                    }
+                    if self.shared.draining.load(Ordering::Acquire) {
+                        self.close_connections();
+                    }
+                }
+            }
+            if counted == failed {
+                counted = !failed;
+                match counted {
+                    true => self.shared.serving.fetch_add(1, Ordering::AcqRel),
+                    false => self.shared.serving.fetch_sub(1, Ordering::AcqRel),
+                };
+            }
+        }
+    }
+
+    fn take_snapshot(&self) {
+        let snapshot = self.shared.snapshot();
+        let mut clusters = self.clusters.borrow_mut();
+        clusters.retain(|name, _| snapshot.cluster(name).is_some());
+        for (name, state) in clusters.iter() {
+            if let Some(cluster) = snapshot.cluster(name) {
+                state.update(cluster, &self.shared, &self.peers);
+            }
+        }
+        drop(clusters);
+        self.snapshot.replace(snapshot);
+    }
+
+    /// Opens and closes sockets so that they are those of the snapshot. Connections stay. True if one could not be opened.
+    fn sync_listeners(self: &Rc<Self>) -> bool {
+        let snapshot = self.snapshot();
+        let wanted: Vec<SocketAddr> = snapshot.listeners().filter(|l| l.bind).map(|l| l.address).collect();
+        let mut open = self.open.borrow_mut();
+        open.retain(|address, task| {
+            let keep = wanted.contains(address) && !task.is_finished();
+            if !keep {
+                task.abort();
+            }
+            keep
+        });
+        let mut failed = false;
+        for address in wanted {
+            if open.contains_key(&address) {
+                continue;
+            }
+            match self.open_listener(address) {
+                Ok(task) => {
+                    open.insert(address, task);
+                }
+                Err(error) => {
+                    failed = true;
+                    tracing::error!(%address, error, "cannot listen; trying again every second");
+                }
+            }
+        }
+        failed
+    }
+
+    fn open_listener(self: &Rc<Self>, address: SocketAddr) -> Result<JoinHandle<()>, String> {
+        let options = ListenOptions { reuse_port: true, ..ListenOptions::default() };
+        let socket = listen(address, options).map_err(|error| error.to_string())?;
+        let socket = TcpListener::from_std(socket).map_err(|error| error.to_string())?;
+        Ok(tokio::task::spawn_local(self.clone().accept(socket, address)))
+    }
+
+    async fn accept(self: Rc<Self>, socket: TcpListener, address: SocketAddr) {
+        loop {
+            match socket.accept().await {
+                Ok((stream, peer)) => {
+                    let worker = self.clone();
+                    tokio::task::spawn_local(downstream::serve(worker, stream, peer, address));
+                }
+                Err(error) => {
+                    tracing::warn!(%address, %error, "accepting a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Adds a connection to those that the sweep looks after.
+    pub fn watch_over(&self, connection: &Rc<Downstream>) {
+        self.connections.borrow_mut().push(Rc::downgrade(connection));
+    }
+
+    fn sweep(&self) {
+        clock::step();
+        self.connections.borrow_mut().retain(|connection| match connection.upgrade() {
+            Some(connection) => {
+                connection.check_timeouts();
+                true
+            }
+            None => false,
+        });
+        let states: Vec<_> = self.clusters.borrow().values().cloned().collect();
+        states.iter().for_each(|state| state.sweep());
+    }
+
+    /// Asks all connections to end with the response under way.
+    fn close_connections(&self) {
+        self.connections.borrow().iter().filter_map(Weak::upgrade).for_each(|connection| connection.end_gracefully());
+    }
+}
