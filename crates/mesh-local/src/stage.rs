@@ -36,6 +36,8 @@ pub fn stage_main(args: &[OsString]) -> Option<ExitCode> {
     if args.get(1)? != STAGE {
         return None;
     }
+    // The stage before had signals blocked for its signalfd, and std lets children inherit that; a container's program must not.
+    let _ = SigSet::empty().thread_set_mask();
     let name = args.get(2).and_then(|a| a.to_str()).unwrap_or_default();
     let rest = args.get(3).map(PathBuf::from).unwrap_or_default();
     let result = match name {

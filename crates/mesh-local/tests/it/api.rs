@@ -113,6 +113,11 @@ impl Api {
             .expect("the API lives");
     }
 
+    /// The last status written.
+    pub fn last(&self) -> Value {
+        self.statuses.borrow().clone()
+    }
+
     /// `reason: message` of all Events so far.
     pub fn reasons(&self) -> Vec<String> {
         let text = |e: &Value| {

@@ -8,13 +8,15 @@
 mod api;
 mod pods;
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{Gid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Gid, Pid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
 
 fn main() -> ExitCode {
     let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
@@ -24,7 +26,13 @@ fn main() -> ExitCode {
     match args.get(1).and_then(|a| a.to_str()) {
         Some("outer") => outer(args.get(2).is_some_and(|mode| mode == "user")),
         Some("inner") => inner(),
-        Some("cluster") => cluster(args.get(2).is_some_and(|mode| mode == "user")),
+        Some("cluster") => cluster(args.get(2).is_some_and(|mode| mode == "user"), true),
+        Some("running") => cluster(args.get(2).is_some_and(|mode| mode == "user"), false),
+        Some("stop") => stop(
+            args.get(2)
+                .and_then(|mode| mode.to_str())
+                .unwrap_or_default(),
+        ),
         _ => every_mode(),
     }
 }
@@ -36,7 +44,7 @@ fn every_mode() -> ExitCode {
         &["user"]
     };
     for mode in modes {
-        for case in ["outer", "cluster"] {
+        for case in ["outer", "cluster", "stop"] {
             println!("{case} as {mode}");
             let status = Command::new("/proc/self/exe")
                 .arg0("it")
@@ -133,7 +141,7 @@ fn inner() -> ExitCode {
 }
 
 /// A cluster of its own, in memory: parent, stages and node process come up, a Deployment becomes available, and all goes away again.
-fn cluster(user: bool) -> ExitCode {
+fn cluster(user: bool, exit_when_ready: bool) -> ExitCode {
     if user && geteuid().is_root() {
         become_nobody();
     }
@@ -164,7 +172,7 @@ fn cluster(user: bool) -> ExitCode {
             }],
         }],
         boot_timeout_seconds: 30,
-        exit_when_ready: true,
+        exit_when_ready,
         ..mesh_local::ClusterOptions::default()
     };
     match mesh_local::all_in_one(options) {
@@ -174,4 +182,53 @@ fn cluster(user: bool) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// SIGTERM ends the cluster and leaves nothing behind; SIGKILL of the parent leaves at most its state directory.
+fn stop(mode: &str) -> ExitCode {
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let mut parent = Command::new("/proc/self/exe")
+            .arg0("it")
+            .args(["running", mode])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("starting the cluster");
+        let lines = BufReader::new(parent.stdout.take().unwrap()).lines();
+        let config = lines
+            .map_while(Result::ok)
+            .find_map(|line| line.strip_prefix("export KUBECONFIG=").map(str::to_owned));
+        let config = config.expect("the cluster says where its kubeconfig is");
+        let state = Path::new(&config).parent().unwrap().to_owned();
+        let stages = of_cluster(&state);
+        assert!(stages >= 3, "{stages} stages run");
+        kill(Pid::from_raw(parent.id() as i32), signal).expect("sending the signal");
+        let status = parent.wait().expect("waiting for the cluster");
+        assert_eq!(status.success(), signal == Signal::SIGTERM, "{status}");
+        for _ in 0..500 {
+            if of_cluster(&state) == 0 {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        assert_eq!(
+            of_cluster(&state),
+            0,
+            "processes outlive the cluster after {signal}"
+        );
+        assert_eq!(state.exists(), signal == Signal::SIGKILL);
+        let _ = std::fs::remove_dir_all(&state);
+    }
+    ExitCode::SUCCESS
+}
+
+/// How many processes have the state directory on their command line.
+fn of_cluster(state: &Path) -> usize {
+    let state = state.to_string_lossy().into_owned();
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    processes
+        .filter(|p| {
+            std::fs::read_to_string(p.path().join("cmdline"))
+                .is_ok_and(|line| line.contains(&state))
+        })
+        .count()
 }

@@ -189,6 +189,11 @@ async fn life_of_a_pod(run: &Path) {
     inside(&pod).await;
     restarts(&pod).await;
     let api = pod.delete().await;
+    let last = api.last();
+    assert_eq!(
+        last["containerStatuses"][0]["state"]["terminated"]["exitCode"], 0,
+        "SIGTERM reached the app: {last:#}"
+    );
     let reasons = api.reasons();
     for reason in ["Pulled", "Created", "Started", "Killing"] {
         assert!(
