@@ -29,11 +29,11 @@ mod tests {
 
     #[test]
     fn a_map_of_one_uid_has_no_1337() {
-        assert!(uid_map_contains(
-            "         0          0 4294967295\n",
+        assert!(uid_map_contains("         0          0 4294967295\n", 1337));
+        assert!(!uid_map_contains(
+            "         0       1000          1\n",
             1337
         ));
-        assert!(!uid_map_contains("         0       1000          1\n", 1337));
         assert!(uid_map_contains("0 1000 1\n1337 101337 1\n", 1337));
         assert!(!uid_map_contains("", 0));
     }

@@ -22,6 +22,9 @@ const NEWSETELEM: u16 = 12;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 
+/// An attribute holds at most 64 KiB; an element with a long chain name takes some 80 bytes.
+const ELEMENTS_PER_MESSAGE: usize = 500;
+
 const REG_VERDICT: u32 = 0;
 const REG_1: u32 = 1;
 const REG_2: u32 = 2;
@@ -152,10 +155,7 @@ impl Encoder<'_> {
                 .number(5, VERDICT_ACCEPT as u32)
                 .text(7, chain_type(base.kind));
         }
-        let what = format!(
-            "add the chain {} of table {}",
-            chain.name, self.table.name
-        );
+        let what = format!("add the chain {} of table {}", chain.name, self.table.name);
         self.push(NEWCHAIN, CREATE, attributes, what);
     }
 
@@ -209,26 +209,23 @@ impl Encoder<'_> {
                 self.table.name
             ),
         );
-        let mut elements = Attributes::default();
-        for (i, chain) in (0u32..).zip(chains) {
-            // numgen gives its number in host order.
-            let key = Attributes::default().raw(1, &i.to_ne_bytes());
-            let element = Attributes::default()
-                .nested(1, key)
-                .nested(2, verdict(VERDICT_GOTO, Some(chain)));
-            elements = elements.nested(1, element);
+        let numbered: Vec<(u32, &String)> = (0u32..).zip(chains).collect();
+        for part in numbered.chunks(ELEMENTS_PER_MESSAGE) {
+            let mut elements = Attributes::default();
+            for (i, chain) in part {
+                // numgen gives its number in host order.
+                let key = Attributes::default().raw(1, &i.to_ne_bytes());
+                let goto = verdict(VERDICT_GOTO, Some(chain));
+                elements = elements.nested(1, Attributes::default().nested(1, key).nested(2, goto));
+            }
+            let list = Attributes::default()
+                .text(1, &self.table.name)
+                .text(2, name)
+                .nested(3, elements)
+                .number(4, id);
+            let what = format!("filling a map of table {}", self.table.name);
+            self.push(NEWSETELEM, CREATE, list, what);
         }
-        let list = Attributes::default()
-            .text(1, &self.table.name)
-            .text(2, name)
-            .nested(3, elements)
-            .number(4, id);
-        self.push(
-            NEWSETELEM,
-            CREATE,
-            list,
-            format!("filling a map of table {}", self.table.name),
-        );
         let modulus = u32::try_from(chains.len()).unwrap_or(u32::MAX);
         let numgen = Attributes::default()
             .number(1, REG_1)

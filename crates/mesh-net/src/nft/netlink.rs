@@ -55,7 +55,9 @@ pub(super) fn commit(messages: &[Message]) -> Result<(), NftError> {
     header(&mut bytes, BATCH_BEGIN, REQUEST, 0, (0, SUBSYSTEM), &[]);
     for (sequence, message) in (1..).zip(messages) {
         let kind = (SUBSYSTEM << 8) | message.kind;
-        let flags = REQUEST | ACK | message.flags;
+        // Errors come without being asked for; an acknowledgement of every message would overflow the receive buffer.
+        let ack = if sequence + 1 == last { ACK } else { 0 };
+        let flags = REQUEST | ack | message.flags;
         header(
             &mut bytes,
             kind,
@@ -68,11 +70,6 @@ pub(super) fn commit(messages: &[Message]) -> Result<(), NftError> {
     header(&mut bytes, BATCH_END, REQUEST, last, (0, SUBSYSTEM), &[]);
     // A batch must be sent whole; the default buffer holds about 200 KiB. What can't be had is told by the send.
     let _ = setsockopt(&socket, sockopt::SndBuf, &(bytes.len() * 2));
-    let _ = setsockopt(
-        &socket,
-        sockopt::RcvBuf,
-        &(messages.len() * 1024).max(64 * 1024),
-    );
     send(socket.as_raw_fd(), &bytes, MsgFlags::empty()).map_err(NftError::Socket)?;
     answers(&socket, messages)
 }
@@ -144,18 +141,20 @@ fn header(
     out.extend_from_slice(payload);
 }
 
-/// Reads until every message has its acknowledgement; the first refusal is the answer.
+/// Reads until the last message has its acknowledgement; the first refusal is the answer.
 fn answers(socket: &OwnedFd, messages: &[Message]) -> Result<(), NftError> {
-    let mut left = messages.len();
     let mut buffer = vec![0; 64 * 1024];
-    while left > 0 {
+    loop {
         let length =
             recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).map_err(NftError::Socket)?;
         let mut at = 0;
         while let Some(answer) = buffer.get(at..length).and_then(Answer::read) {
             at += answer.length;
-            if let Some(errno) = answer.errno {
-                if errno != 0 {
+            match answer.errno {
+                // What was asked for, before its acknowledgement.
+                None => {}
+                Some(0) => return Ok(()),
+                Some(errno) => {
                     let index = (answer.sequence as usize).saturating_sub(1);
                     let what = messages.get(index).map_or_else(
                         || "starting a transaction".to_owned(),
@@ -166,11 +165,9 @@ fn answers(socket: &OwnedFd, messages: &[Message]) -> Result<(), NftError> {
                         errno: Errno::from_raw(errno),
                     });
                 }
-                left = left.saturating_sub(1);
             }
         }
     }
-    Ok(())
 }
 
 struct Answer {
