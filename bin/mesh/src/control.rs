@@ -22,13 +22,13 @@ pub struct Args {
     #[arg(long = "httpAddr", value_name = "ADDR", default_value = "0.0.0.0:8080")]
     http: SocketAddr,
     /// Log filter, such as info or mesh_control=debug
-    #[arg(long, env = "RUST_LOG", value_name = "FILTER", default_value = "info")]
+    #[arg(long, value_name = "FILTER", default_value = "info")]
     log: String,
 }
 
 /// Runs the control plane until SIGTERM or SIGINT.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
-    mesh_telemetry::logs::init(&args.log)?;
+    mesh_telemetry::log::init(&args.log, false)?;
     let client = mesh_control::client(global.kubeconfig.as_deref(), global.context.as_deref()).await?;
     let options = Options {
         grpc: args.grpc,
