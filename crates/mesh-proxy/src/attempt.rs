@@ -16,7 +16,10 @@ use mesh_telemetry::Peer;
 use tokio::time::Instant;
 
 use crate::body::{RequestBody, grpc_status};
-use crate::http::{ATTEMPT_COUNT, Exchange, address_head, has_body, idle_limit, is_idempotent, original_destination, upstream_version};
+use crate::http::{
+    ATTEMPT_COUNT, Exchange, address_head, has_body, idle_limit, is_idempotent,
+    original_destination, upstream_version,
+};
 use crate::node::{PEER_ID, PEER_METADATA};
 use crate::pool::{ConnectError, Host, Lease, Sent, Version as Upstream};
 use crate::upstream::ClusterState;
@@ -155,8 +158,17 @@ impl<'a> Plan<'a> {
 
     fn pick(&self, tried: &[SocketAddr]) -> Option<Rc<Host>> {
         let worker = &self.exchange.connection.worker;
-        let avoid = self.policy().map_or(0, |policy| policy.avoid_previous_hosts);
-        self.state.pick(self.cluster, original_destination(self.exchange), &worker.peers, || worker.random(), tried, avoid)
+        let avoid = self
+            .policy()
+            .map_or(0, |policy| policy.avoid_previous_hosts);
+        self.state.pick(
+            self.cluster,
+            original_destination(self.exchange),
+            &worker.peers,
+            || worker.random(),
+            tried,
+            avoid,
+        )
     }
 
     /// Must the head be kept, since the policy may want another try after this one was sent? Only requests without a body can be repeated,
@@ -167,7 +179,9 @@ impl<'a> Plan<'a> {
         }
         let by_policy = self.policy().is_some_and(|policy| {
             let on = policy.on;
-            policy.may_judge_responses(self.exchange.is_grpc) || on.reset || (on.refused_stream && version == Upstream::Http2)
+            policy.may_judge_responses(self.exchange.is_grpc)
+                || on.reset
+                || (on.refused_stream && version == Upstream::Http2)
         });
         by_policy || (lease.suspect && is_idempotent(request.method()))
     }
@@ -180,29 +194,44 @@ pub async fn run(plan: Plan<'_>, mut request: Request<RequestBody>) -> Outcome {
     let (mut fresh, mut peer) = (false, None);
     loop {
         attempts += 1;
-        let Some(host) = plan.pick(&tried) else { return Outcome::Failed { failure: Failure::NoHealthy, peer } };
+        let Some(host) = plan.pick(&tried) else {
+            return Outcome::Failed {
+                failure: Failure::NoHealthy,
+                peer,
+            };
+        };
         peer = Some(host.peer.clone());
         dress(&plan, &mut request, &host, attempts);
-        let more = plan.policy().is_some_and(|policy| attempts <= policy.retries);
-        let (spare, failure) = match with_deadline(&plan, once(&plan, request, &host, fresh, more)).await {
-            Ok(Try::Done(response, lease, sent_at)) => {
-                let done = Done { response, lease, sent_at, deadline: plan.deadline, attempts };
-                return Outcome::Response(Box::new(done));
-            }
-            Ok(Try::Unsent(whole, Failure::Closed)) if !fresh => {
-                // A pooled connection that was closed meanwhile: the endpoint saw nothing.
-                (request, fresh, attempts) = (*whole, true, attempts - 1);
-                continue;
-            }
-            Ok(Try::Lost(Some(spare), _, Retry::Always)) => {
-                (request, fresh, attempts) = (spare.into_request(plan.exchange), true, attempts - 1);
-                continue;
-            }
-            Ok(Try::Unsent(whole, failure)) => (Ok(*whole), failure),
-            Ok(Try::Lost(Some(spare), failure, Retry::ByPolicy)) => (Err(spare), failure),
-            Ok(Try::Lost(None, failure, _)) => return Outcome::Failed { failure, peer },
-            Err(failure) => return Outcome::Failed { failure, peer },
-        };
+        let more = plan
+            .policy()
+            .is_some_and(|policy| attempts <= policy.retries);
+        let (spare, failure) =
+            match with_deadline(&plan, once(&plan, request, &host, fresh, more)).await {
+                Ok(Try::Done(response, lease, sent_at)) => {
+                    let done = Done {
+                        response,
+                        lease,
+                        sent_at,
+                        deadline: plan.deadline,
+                        attempts,
+                    };
+                    return Outcome::Response(Box::new(done));
+                }
+                Ok(Try::Unsent(whole, Failure::Closed)) if !fresh => {
+                    // A pooled connection that was closed meanwhile: the endpoint saw nothing.
+                    (request, fresh, attempts) = (*whole, true, attempts - 1);
+                    continue;
+                }
+                Ok(Try::Lost(Some(spare), _, Retry::Always)) => {
+                    (request, fresh, attempts) =
+                        (spare.into_request(plan.exchange), true, attempts - 1);
+                    continue;
+                }
+                Ok(Try::Unsent(whole, failure)) => (Ok(*whole), failure),
+                Ok(Try::Lost(Some(spare), failure, Retry::ByPolicy)) => (Err(spare), failure),
+                Ok(Try::Lost(None, failure, _)) => return Outcome::Failed { failure, peer },
+                Err(failure) => return Outcome::Failed { failure, peer },
+            };
         if !more || !wants(&plan, failure, spare.is_ok()) {
             return Outcome::Failed { failure, peer };
         }
@@ -217,10 +246,17 @@ pub async fn run(plan: Plan<'_>, mut request: Request<RequestBody>) -> Outcome {
 fn dress(plan: &Plan<'_>, request: &mut Request<RequestBody>, host: &Host, attempts: u32) {
     let connection = &plan.exchange.connection;
     if plan.count_attempts {
-        request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(attempts));
+        request
+            .headers_mut()
+            .insert(ATTEMPT_COUNT, HeaderValue::from(attempts));
     }
     if let Some(HostRewrite::Endpoint) = plan.route.host_rewrite
-        && let Some(endpoint) = plan.cluster.endpoints.endpoints().iter().find(|e| e.address == host.address)
+        && let Some(endpoint) = plan
+            .cluster
+            .endpoints
+            .endpoints()
+            .iter()
+            .find(|e| e.address == host.address)
         && let Ok(name) = HeaderValue::from_str(&endpoint.hostname)
         && !name.is_empty()
     {
@@ -230,30 +266,54 @@ fn dress(plan: &Plan<'_>, request: &mut Request<RequestBody>, host: &Host, attem
     let known = !Arc::ptr_eq(&host.peer, connection.worker.peers.unknown());
     if connection.direction == Direction::Outbound && known {
         let identity = &connection.worker.shared.identity;
-        request.headers_mut().insert(PEER_ID, identity.id_header.clone());
-        request.headers_mut().insert(PEER_METADATA, identity.metadata_header.clone());
+        request
+            .headers_mut()
+            .insert(PEER_ID, identity.id_header.clone());
+        request
+            .headers_mut()
+            .insert(PEER_METADATA, identity.metadata_header.clone());
     }
 }
 
 async fn with_deadline(plan: &Plan<'_>, trying: impl Future<Output = Try>) -> Result<Try, Failure> {
     match plan.deadline {
         None => Ok(trying.await),
-        Some(deadline) => tokio::time::timeout_at(deadline, trying).await.map_err(|_| Failure::Timeout),
+        Some(deadline) => tokio::time::timeout_at(deadline, trying)
+            .await
+            .map_err(|_| Failure::Timeout),
     }
 }
 
-async fn once(plan: &Plan<'_>, mut request: Request<RequestBody>, host: &Rc<Host>, fresh: bool, more: bool) -> Try {
+async fn once(
+    plan: &Plan<'_>,
+    mut request: Request<RequestBody>,
+    host: &Rc<Host>,
+    fresh: bool,
+    more: bool,
+) -> Try {
     let shared = &plan.exchange.connection.worker.shared;
     let version = upstream_version(plan.cluster, request.version());
-    let mut lease = match host.lease(shared, &plan.cluster.config, version, fresh).await {
+    let mut lease = match host
+        .lease(shared, &plan.cluster.config, version, fresh)
+        .await
+    {
         Ok(lease) => lease,
         Err(error) => {
             tracing::debug!(endpoint = %host.address, %error, "connecting");
             let timeout = matches!(error, ConnectError::Timeout);
-            return Try::Unsent(Box::new(request), if timeout { Failure::ConnectTimeout } else { Failure::Connect });
+            return Try::Unsent(
+                Box::new(request),
+                if timeout {
+                    Failure::ConnectTimeout
+                } else {
+                    Failure::Connect
+                },
+            );
         }
     };
-    let spare = plan.keeps_head(&request, &lease, version).then(|| Spare::of(&request));
+    let spare = plan
+        .keeps_head(&request, &lease, version)
+        .then(|| Spare::of(&request));
     address_head(&mut request, version);
     let repeat_at_once = lease.suspect && !fresh && is_idempotent(request.method());
     let sent_at = StdInstant::now();
@@ -272,30 +332,52 @@ async fn once(plan: &Plan<'_>, mut request: Request<RequestBody>, host: &Rc<Host
             tracing::debug!(endpoint = %host.address, %error, "lost");
             let failure = classify(&error);
             let always = repeat_at_once && failure == Failure::Closed;
-            Try::Lost(spare, failure, if always { Retry::Always } else { Retry::ByPolicy })
+            Try::Lost(
+                spare,
+                failure,
+                if always {
+                    Retry::Always
+                } else {
+                    Retry::ByPolicy
+                },
+            )
         }
         None => Try::Lost(spare, Failure::Closed, Retry::ByPolicy),
     }
 }
 
 /// Waits no longer than the per-try timeout and the stream's idle timeout.
-async fn limited<T>(per_try: Option<Duration>, idle: Option<Duration>, waiting: impl Future<Output = T>) -> Result<T, Failure> {
+async fn limited<T>(
+    per_try: Option<Duration>,
+    idle: Option<Duration>,
+    waiting: impl Future<Output = T>,
+) -> Result<T, Failure> {
     let (limit, failure) = match (per_try, idle) {
         (None, None) => return Ok(waiting.await),
         (Some(per_try), Some(idle)) if idle < per_try => (idle, Failure::Idle),
         (Some(per_try), _) => (per_try, Failure::Timeout),
         (None, Some(idle)) => (idle, Failure::Idle),
     };
-    tokio::time::timeout(limit, waiting).await.map_err(|_| failure)
+    tokio::time::timeout(limit, waiting)
+        .await
+        .map_err(|_| failure)
 }
 
 /// A response that the policy wants to try again is dropped, where that is possible.
-fn judge(plan: &Plan<'_>, response: Response<Incoming>, lease: Lease, sent_at: StdInstant, spare: Option<Spare>, more: bool) -> Try {
+fn judge(
+    plan: &Plan<'_>,
+    response: Response<Incoming>,
+    lease: Lease,
+    sent_at: StdInstant,
+    spare: Option<Spare>,
+    more: bool,
+) -> Try {
     let again = more
         && plan.policy().is_some_and(|policy| {
             policy.wants_status(response.status().as_u16())
                 || (plan.exchange.is_grpc
-                    && grpc_status(response.headers()).is_some_and(|code| policy.wants_grpc_status(u32::from(code))))
+                    && grpc_status(response.headers())
+                        .is_some_and(|code| policy.wants_grpc_status(u32::from(code))))
         });
     match spare {
         Some(spare) if again => Try::Lost(Some(spare), Failure::Refused, Retry::ByPolicy),
@@ -323,12 +405,21 @@ fn classify(error: &hyper::Error) -> Failure {
 
 /// Does the policy want another try after this failure?
 fn wants(plan: &Plan<'_>, failure: Failure, unsent: bool) -> bool {
-    let Some(policy) = plan.policy() else { return false };
+    let Some(policy) = plan.policy() else {
+        return false;
+    };
     let on = policy.on;
     match failure {
-        Failure::Connect | Failure::ConnectTimeout => on.connect_failure || on.server_error || on.gateway_error || on.reset,
+        Failure::Connect | Failure::ConnectTimeout => {
+            on.connect_failure || on.server_error || on.gateway_error || on.reset
+        }
         Failure::Refused => true,
-        Failure::Closed => on.reset || on.server_error || on.gateway_error || (unsent && (on.reset_before_request || on.connect_failure)),
+        Failure::Closed => {
+            on.reset
+                || on.server_error
+                || on.gateway_error
+                || (unsent && (on.reset_before_request || on.connect_failure))
+        }
         Failure::Protocol => on.reset || on.server_error,
         Failure::Timeout => on.server_error || on.gateway_error,
         Failure::NoHealthy | Failure::Idle | Failure::Client => false,
@@ -337,7 +428,9 @@ fn wants(plan: &Plan<'_>, failure: Failure, unsent: bool) -> bool {
 
 async fn back_off(plan: &Plan<'_>, attempts: u32) {
     let random = plan.exchange.connection.worker.random();
-    let wait = plan.policy().map_or(Duration::ZERO, |policy| policy.back_off(attempts, random));
+    let wait = plan
+        .policy()
+        .map_or(Duration::ZERO, |policy| policy.back_off(attempts, random));
     match plan.deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.min(Instant::now() + wait)).await,
         None => tokio::time::sleep(wait).await,

@@ -58,14 +58,21 @@ impl Body for RequestBody {
     type Data = Bytes;
     type Error = hyper::Error;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let this = self.get_mut();
-        let Some(inner) = &mut this.inner else { return Poll::Ready(None) };
+        let Some(inner) = &mut this.inner else {
+            return Poll::Ready(None);
+        };
         let frame = ready!(Pin::new(&mut *inner).poll_frame(cx));
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
         {
-            this.flow.request_bytes.set(this.flow.request_bytes.get() + data.remaining() as u64);
+            this.flow
+                .request_bytes
+                .set(this.flow.request_bytes.get() + data.remaining() as u64);
         }
         if frame.is_none() || inner.is_end_stream() {
             this.flow.request_done.set(true);
@@ -78,7 +85,9 @@ impl Body for RequestBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), Incoming::size_hint)
+        self.inner
+            .as_ref()
+            .map_or_else(|| SizeHint::with_exact(0), Incoming::size_hint)
     }
 }
 
@@ -106,12 +115,18 @@ impl Drop for InFlight {
 impl ResponseBody {
     /// A local answer. The report is recorded when the body is dropped.
     pub fn local(bytes: Option<Bytes>, report: Box<Report>) -> Self {
-        Self { content: Content::Local(bytes, Some(report)), guard: None }
+        Self {
+            content: Content::Local(bytes, Some(report)),
+            guard: None,
+        }
     }
 
     /// From an endpoint.
     pub fn upstream(body: UpstreamBody) -> Self {
-        Self { content: Content::Upstream(Box::new(body)), guard: None }
+        Self {
+            content: Content::Upstream(Box::new(body)),
+            guard: None,
+        }
     }
 
     /// Ties the end of the body to the connection.
@@ -147,12 +162,24 @@ struct Limits {
 
 impl UpstreamBody {
     /// `deadline`: end of the route's timeout. `idle`: longest silence.
-    pub fn new(inner: Incoming, lease: Lease, report: Report, deadline: Option<Instant>, idle: Option<Duration>) -> Self {
+    pub fn new(
+        inner: Incoming,
+        lease: Lease,
+        report: Report,
+        deadline: Option<Instant>,
+        idle: Option<Duration>,
+    ) -> Self {
         let limits = (deadline.is_some() || idle.is_some()).then(|| Limits {
             deadline: deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
             idle: idle.map(|time| (time, Box::pin(tokio::time::sleep(time)))),
         });
-        let mut body = Self { inner, lease: Some(lease), report, limits, ended: false };
+        let mut body = Self {
+            inner,
+            lease: Some(lease),
+            report,
+            limits,
+            ended: false,
+        };
         if body.inner.is_end_stream() {
             body.end();
         }
@@ -192,7 +219,11 @@ impl UpstreamBody {
         {
             self.report.grpc = grpc_status(trailers).or(self.report.grpc);
         }
-        if let Some(Limits { idle: Some((time, sleep)), .. }) = &mut self.limits {
+        if let Some(Limits {
+            idle: Some((time, sleep)),
+            ..
+        }) = &mut self.limits
+        {
             sleep.as_mut().reset(Instant::now() + *time);
         }
     }
@@ -215,9 +246,14 @@ impl Body for ResponseBody {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let body = match &mut self.get_mut().content {
-            Content::Local(bytes, _) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Content::Local(bytes, _) => {
+                return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes))));
+            }
             Content::Upstream(body) => &mut **body,
         };
         if body.ended {
@@ -255,7 +291,9 @@ impl Body for ResponseBody {
 
     fn size_hint(&self) -> SizeHint {
         match &self.content {
-            Content::Local(bytes, _) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
+            Content::Local(bytes, _) => {
+                SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64))
+            }
             Content::Upstream(body) => body.inner.size_hint(),
         }
     }

@@ -26,10 +26,16 @@ pub struct Keeper {
 impl Keeper {
     /// Opens the store in a directory.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        let options = StoreOptions { dir: Some(dir.to_owned()), cache_bytes: Some(CACHE_BYTES) };
+        let options = StoreOptions {
+            dir: Some(dir.to_owned()),
+            cache_bytes: Some(CACHE_BYTES),
+        };
         let (store, recovery) = Store::open_with(options)?;
         if !recovery.is_clean() {
-            tracing::warn!(?recovery, "the kept resources were damaged; the control plane sends what is missing");
+            tracing::warn!(
+                ?recovery,
+                "the kept resources were damaged; the control plane sends what is missing"
+            );
         }
         let tree = store.tree("xds")?;
         Ok(Self { store, tree })
@@ -49,7 +55,11 @@ impl Keeper {
 
     fn keep(&self, update: &Update, refused: &[Rejection]) -> Result<(), StoreError> {
         let mut batch = Batch::new();
-        for resource in update.upserts.iter().filter(|r| refused.iter().all(|x| x.name != r.name)) {
+        for resource in update
+            .upserts
+            .iter()
+            .filter(|r| refused.iter().all(|x| x.name != r.name))
+        {
             let value = [resource.version.as_bytes(), &[0], &resource.value].concat();
             batch.insert(&self.tree, key(&update.type_url, &resource.name), value);
         }
@@ -75,11 +85,19 @@ impl Kept {
     fn decode(key: &[u8], value: &[u8]) -> Option<Self> {
         let split = |bytes: &[u8]| {
             let at = bytes.iter().position(|b| *b == 0)?;
-            Some((String::from_utf8(bytes.get(..at)?.to_vec()).ok()?, bytes.get(at + 1..)?.to_vec()))
+            Some((
+                String::from_utf8(bytes.get(..at)?.to_vec()).ok()?,
+                bytes.get(at + 1..)?.to_vec(),
+            ))
         };
         let (type_url, name) = split(key)?;
         let (version, value) = split(value)?;
-        Some(Self { type_url, name: String::from_utf8(name).ok()?, version, value })
+        Some(Self {
+            type_url,
+            name: String::from_utf8(name).ok()?,
+            version,
+            value,
+        })
     }
 }
 
@@ -96,12 +114,19 @@ pub struct Receiver {
 impl Receiver {
     /// Begins with what an earlier run kept, and puts that in force.
     pub fn new(shared: Arc<Shared>, keeper: Option<Keeper>) -> Self {
-        let mut receiver =
-            Self { shared, keeper, state: XdsState::default(), versions: BTreeMap::new(), seen: [false; 2] };
+        let mut receiver = Self {
+            shared,
+            keeper,
+            state: XdsState::default(),
+            versions: BTreeMap::new(),
+            seen: [false; 2],
+        };
         let kept = receiver.keeper.as_ref().map(Keeper::load);
         match kept {
             Some(Ok(kept)) if !kept.is_empty() => receiver.resume(kept),
-            Some(Err(error)) => tracing::warn!(%error, "reading the kept resources; waiting for the control plane instead"),
+            Some(Err(error)) => {
+                tracing::warn!(%error, "reading the kept resources; waiting for the control plane instead")
+            }
             _ => {}
         }
         receiver
@@ -109,7 +134,12 @@ impl Receiver {
 
     fn resume(&mut self, kept: Vec<Kept>) {
         for resource in kept {
-            match insert(&mut self.state, &resource.type_url, &resource.name, &resource.value) {
+            match insert(
+                &mut self.state,
+                &resource.type_url,
+                &resource.name,
+                &resource.value,
+            ) {
                 Ok(()) => {
                     let versions = self.versions.entry(resource.type_url).or_default();
                     versions.insert(resource.name, resource.version);
@@ -118,11 +148,21 @@ impl Receiver {
             }
         }
         for refused in self.shared.publish(&self.state) {
-            tracing::warn!(name = refused.name, reason = refused.message, "a kept resource");
+            tracing::warn!(
+                name = refused.name,
+                reason = refused.message,
+                "a kept resource"
+            );
             // Not announced as held, so that the control plane sends it again.
-            self.versions.entry(refused.type_url.to_owned()).or_default().remove(&refused.name);
+            self.versions
+                .entry(refused.type_url.to_owned())
+                .or_default()
+                .remove(&refused.name);
         }
-        self.seen = [!self.state.clusters.is_empty(), !self.state.listeners.is_empty()];
+        self.seen = [
+            !self.state.clusters.is_empty(),
+            !self.state.listeners.is_empty(),
+        ];
         self.note_configured();
     }
 
@@ -141,16 +181,33 @@ impl Receiver {
     fn apply(&mut self, update: &Update) -> Vec<Rejection> {
         let mut refused = Vec::new();
         for resource in &update.upserts {
-            if let Err(message) = insert(&mut self.state, &update.type_url, &resource.name, &resource.value) {
-                refused.push(Rejection { name: resource.name.clone(), message });
+            if let Err(message) = insert(
+                &mut self.state,
+                &update.type_url,
+                &resource.name,
+                &resource.value,
+            ) {
+                refused.push(Rejection {
+                    name: resource.name.clone(),
+                    message,
+                });
             }
         }
         for name in &update.removals {
             remove(&mut self.state, &update.type_url, name);
         }
-        let concerns = |r: &Refused| r.type_url == update.type_url && update.upserts.iter().any(|u| u.name == r.name);
-        let uncompiled = self.shared.publish(&self.state).into_iter().filter(concerns);
-        refused.extend(uncompiled.map(|r| Rejection { name: r.name, message: r.message }));
+        let concerns = |r: &Refused| {
+            r.type_url == update.type_url && update.upserts.iter().any(|u| u.name == r.name)
+        };
+        let uncompiled = self
+            .shared
+            .publish(&self.state)
+            .into_iter()
+            .filter(concerns);
+        refused.extend(uncompiled.map(|r| Rejection {
+            name: r.name,
+            message: r.message,
+        }));
         refused
     }
 }
@@ -159,7 +216,11 @@ impl Handler for Receiver {
     async fn update(&mut self, update: Update) -> Vec<Rejection> {
         let refused = self.apply(&update);
         for rejection in &refused {
-            tracing::warn!(name = rejection.name, reason = rejection.message, "resource refused; its last good version stays");
+            tracing::warn!(
+                name = rejection.name,
+                reason = rejection.message,
+                "resource refused; its last good version stays"
+            );
             self.shared.totals.rejected.fetch_add(1, Ordering::Relaxed);
         }
         match update.type_url.as_str() {
@@ -168,7 +229,11 @@ impl Handler for Receiver {
             _ => {}
         }
         self.note_configured();
-        if let Some(Err(error)) = self.keeper.as_ref().map(|keeper| keeper.keep(&update, &refused)) {
+        if let Some(Err(error)) = self
+            .keeper
+            .as_ref()
+            .map(|keeper| keeper.keep(&update, &refused))
+        {
             tracing::warn!(%error, "keeping resources for the next start");
         }
         refused
@@ -176,7 +241,11 @@ impl Handler for Receiver {
 }
 
 fn insert(state: &mut XdsState, type_url: &str, name: &str, value: &[u8]) -> Result<(), String> {
-    fn put<M: Message + Default>(map: &mut BTreeMap<String, Arc<M>>, name: &str, value: &[u8]) -> Result<(), String> {
+    fn put<M: Message + Default>(
+        map: &mut BTreeMap<String, Arc<M>>,
+        name: &str,
+        value: &[u8],
+    ) -> Result<(), String> {
         let message = M::decode(value).map_err(|error| format!("does not decode: {error}"))?;
         map.insert(name.to_owned(), Arc::new(message));
         Ok(())

@@ -78,11 +78,26 @@ pub async fn serve(worker: Rc<Worker>, stream: TcpStream, remote: SocketAddr, bo
     shared.totals.open.fetch_sub(1, Ordering::Relaxed);
 }
 
-async fn serve_inner(worker: Rc<Worker>, stream: TcpStream, remote: SocketAddr, bound: SocketAddr) -> io::Result<()> {
+async fn serve_inner(
+    worker: Rc<Worker>,
+    stream: TcpStream,
+    remote: SocketAddr,
+    bound: SocketAddr,
+) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let snapshot = worker.snapshot();
-    let Some(accepted) = snapshot.listeners().find(|l| l.bind && l.address == bound).cloned() else { return Ok(()) };
-    let original = if accepted.restores_destination { original_destination(&stream) } else { None };
+    let Some(accepted) = snapshot
+        .listeners()
+        .find(|l| l.bind && l.address == bound)
+        .cloned()
+    else {
+        return Ok(());
+    };
+    let original = if accepted.restores_destination {
+        original_destination(&stream)
+    } else {
+        None
+    };
     let destination = original.unwrap_or(stream.local_addr()?);
     let listener = snapshot.hand_over(&accepted, destination).clone();
     let direction = accepted.direction;
@@ -117,18 +132,29 @@ async fn serve_inner(worker: Rc<Worker>, stream: TcpStream, remote: SocketAddr, 
             tcp::serve(&connection, proxy, stream, prefix.freeze()).await;
             Ok(())
         }
-        NetworkFilter::Http(manager) => serve_http(connection, manager.clone(), stream, prefix, protocol).await,
+        NetworkFilter::Http(manager) => {
+            serve_http(connection, manager.clone(), stream, prefix, protocol).await
+        }
     }
 }
 
 /// Reads until the inspectors know. `None`: the client sent nothing within the time, and the connection is to go on as plain bytes.
-async fn read_first(stream: &mut TcpStream, prefix: &mut BytesMut, listener: &Listener) -> io::Result<Option<Protocol>> {
+async fn read_first(
+    stream: &mut TcpStream,
+    prefix: &mut BytesMut,
+    listener: &Listener,
+) -> io::Result<Option<Protocol>> {
     let reading = read_until_known(stream, prefix);
-    let Some(limit) = listener.detection_timeout else { return reading.await.map(Some) };
+    let Some(limit) = listener.detection_timeout else {
+        return reading.await.map(Some);
+    };
     match tokio::time::timeout(limit, reading).await {
         Ok(done) => done.map(Some),
         Err(_) if listener.continue_on_timeout => Ok(None),
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the client said nothing within the detection timeout")),
+        Err(_) => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the client said nothing within the detection timeout",
+        )),
     }
 }
 
@@ -158,7 +184,10 @@ fn choose(
     };
     let http = listener.wants_http(destination);
     let names: Vec<&str> = match protocol {
-        Some(Protocol::Tls { server_name, applications }) => {
+        Some(Protocol::Tls {
+            server_name,
+            applications,
+        }) => {
             view.transport = "tls";
             view.server_name = server_name.as_deref();
             applications.iter().map(String::as_str).collect()
@@ -181,7 +210,9 @@ async fn serve_http(
 ) -> io::Result<()> {
     connection.idle_limit.set(manager.idle_timeout);
     if let Some(limit) = manager.headers_timeout {
-        connection.head_limit.set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1));
+        connection
+            .head_limit
+            .set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1));
     }
     connection.worker.watch_over(&connection);
     let http2 = match (manager.codec, protocol) {
@@ -201,7 +232,11 @@ async fn serve_http(
     if !prefix.is_empty() {
         connection.head_since.set(clock::now());
     }
-    let io = TokioIo::new(Prefixed { prefix: prefix.freeze(), stream, connection: connection.clone() });
+    let io = TokioIo::new(Prefixed {
+        prefix: prefix.freeze(),
+        stream,
+        connection: connection.clone(),
+    });
     let result = if http2 {
         serve_http2(connection, manager, io).await
     } else {
@@ -228,16 +263,26 @@ async fn preface(stream: &mut TcpStream, prefix: &mut BytesMut) -> io::Result<bo
 
 type Io = TokioIo<Prefixed>;
 
-async fn serve_http1(connection: Rc<Downstream>, manager: Arc<HttpManager>, io: Io) -> hyper::Result<()> {
+async fn serve_http1(
+    connection: Rc<Downstream>,
+    manager: Arc<HttpManager>,
+    io: Io,
+) -> hyper::Result<()> {
     let mut builder = http1::Builder::new();
     // The sweep keeps the time: hyper's own timer would also cut idle connections off.
     builder.timer(TokioTimer::new()).header_read_timeout(None);
-    builder.max_buf_size(usize::try_from(manager.max_headers_kb).unwrap_or(60).clamp(8, 8192) * 1024);
+    builder.max_buf_size(
+        usize::try_from(manager.max_headers_kb)
+            .unwrap_or(60)
+            .clamp(8, 8192)
+            * 1024,
+    );
     if manager.max_headers != 100 {
         builder.max_headers(manager.max_headers as usize);
     }
     let handler = connection.clone();
-    let service = service_fn(move |request| http_path::handle(handler.clone(), manager.clone(), request));
+    let service =
+        service_fn(move |request| http_path::handle(handler.clone(), manager.clone(), request));
     let serving = builder.serve_connection(io, service);
     tokio::pin!(serving);
     std::future::poll_fn(|cx| {
@@ -251,7 +296,11 @@ async fn serve_http1(connection: Rc<Downstream>, manager: Arc<HttpManager>, io: 
     .await
 }
 
-async fn serve_http2(connection: Rc<Downstream>, manager: Arc<HttpManager>, io: Io) -> hyper::Result<()> {
+async fn serve_http2(
+    connection: Rc<Downstream>,
+    manager: Arc<HttpManager>,
+    io: Io,
+) -> hyper::Result<()> {
     let mut builder = http2::Builder::new(LocalExec);
     builder
         .timer(TokioTimer::new())
@@ -266,7 +315,8 @@ async fn serve_http2(connection: Rc<Downstream>, manager: Arc<HttpManager>, io: 
         builder.initial_connection_window_size(window);
     }
     let handler = connection.clone();
-    let service = service_fn(move |request| http_path::handle(handler.clone(), manager.clone(), request));
+    let service =
+        service_fn(move |request| http_path::handle(handler.clone(), manager.clone(), request));
     let serving = builder.serve_connection(io, service);
     tokio::pin!(serving);
     std::future::poll_fn(|cx| {
@@ -286,8 +336,14 @@ impl Downstream {
         self.in_flight.set(self.in_flight.get() + 1);
         self.head_since.set(0);
         self.requests.set(self.requests.get() + 1);
-        self.worker.shared.totals.requests.fetch_add(1, Ordering::Relaxed);
-        let last = manager.max_requests_per_connection.is_some_and(|most| self.requests.get() >= most);
+        self.worker
+            .shared
+            .totals
+            .requests
+            .fetch_add(1, Ordering::Relaxed);
+        let last = manager
+            .max_requests_per_connection
+            .is_some_and(|most| self.requests.get() >= most);
         last || self.worker.shared.draining.load(Ordering::Relaxed)
     }
 
@@ -306,7 +362,9 @@ impl Downstream {
         let head = self.head_since.get();
         if head > 0 && now.saturating_sub(head) > self.head_limit.get() {
             self.close(Closing::Now);
-        } else if self.idle_limit.get().is_some_and(|limit| u64::from(now.saturating_sub(self.idle_since.get())) > limit.as_secs()) {
+        } else if self.idle_limit.get().is_some_and(|limit| {
+            u64::from(now.saturating_sub(self.idle_since.get())) > limit.as_secs()
+        }) {
             self.end_gracefully();
         }
     }
@@ -331,7 +389,10 @@ impl Downstream {
             self.closing.set(Closing::Told);
         }
         let mut waker = self.waker.borrow_mut();
-        if !waker.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
+        if !waker
+            .as_ref()
+            .is_some_and(|known| known.will_wake(cx.waker()))
+        {
             *waker = Some(cx.waker().clone());
         }
         closing
@@ -346,7 +407,11 @@ struct Prefixed {
 }
 
 impl AsyncRead for Prefixed {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !this.prefix.is_empty() {
             let n = this.prefix.len().min(buf.remaining());
@@ -357,7 +422,10 @@ impl AsyncRead for Prefixed {
         let before = buf.filled().len();
         let done = Pin::new(&mut this.stream).poll_read(cx, buf);
         let connection = &this.connection;
-        if buf.filled().len() > before && connection.in_flight.get() == 0 && connection.head_since.get() == 0 {
+        if buf.filled().len() > before
+            && connection.in_flight.get() == 0
+            && connection.head_since.get() == 0
+        {
             connection.head_since.set(clock::now());
         }
         done
@@ -365,7 +433,11 @@ impl AsyncRead for Prefixed {
 }
 
 impl AsyncWrite for Prefixed {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 

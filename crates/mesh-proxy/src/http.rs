@@ -8,7 +8,10 @@ use std::time::{Duration, Instant};
 
 use http::header::{CONNECTION, CONTENT_TYPE, HOST, SERVER};
 use http::uri::Scheme;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
+    request,
+};
 use hyper::body::{Body, Incoming};
 use mesh_routing::Snapshot;
 use mesh_routing::action::{Action, ClusterTarget, Forward, HostRewrite};
@@ -60,7 +63,9 @@ pub async fn handle(
     let http1 = request.version() < Version::HTTP_2;
     let mut response = forward(&connection, &manager, request).await;
     if last && http1 {
-        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        response
+            .headers_mut()
+            .insert(CONNECTION, HeaderValue::from_static("close"));
     } else if last {
         connection.end_gracefully();
     }
@@ -68,7 +73,11 @@ pub async fn handle(
     Ok(response)
 }
 
-async fn forward(connection: &Rc<Downstream>, manager: &Arc<HttpManager>, request: Request<Incoming>) -> Response<ResponseBody> {
+async fn forward(
+    connection: &Rc<Downstream>,
+    manager: &Arc<HttpManager>,
+    request: Request<Incoming>,
+) -> Response<ResponseBody> {
     // 1. The request begins: one snapshot for all of it.
     let worker = connection.worker.clone();
     let snapshot = worker.snapshot();
@@ -92,15 +101,30 @@ async fn forward(connection: &Rc<Downstream>, manager: &Arc<HttpManager>, reques
 
     // 3. The route is found.
     let Some(table) = route_table(&snapshot, manager) else {
-        return finish_local(reply::local(StatusCode::NOT_FOUND, "", Flag::NoRoute, report), manager);
+        return finish_local(
+            reply::local(StatusCode::NOT_FOUND, "", Flag::NoRoute, report),
+            manager,
+        );
     };
     let matched = match decide(&table, &exchange, &parts) {
         Decision::Matched(matched) => matched,
         Decision::TlsRequired => {
-            let location = format!("https://{}{}", exchange.authority.to_str().unwrap_or(""), parts.uri.path());
-            return finish_local(reply::redirect(StatusCode::MOVED_PERMANENTLY, &location, report), manager);
+            let location = format!(
+                "https://{}{}",
+                exchange.authority.to_str().unwrap_or(""),
+                parts.uri.path()
+            );
+            return finish_local(
+                reply::redirect(StatusCode::MOVED_PERMANENTLY, &location, report),
+                manager,
+            );
         }
-        Decision::NoRoute => return finish_local(reply::local(StatusCode::NOT_FOUND, "", Flag::NoRoute, report), manager),
+        Decision::NoRoute => {
+            return finish_local(
+                reply::local(StatusCode::NOT_FOUND, "", Flag::NoRoute, report),
+                manager,
+            );
+        }
     };
     let route = match &matched.route.action {
         Action::Forward(route) => route,
@@ -115,7 +139,10 @@ async fn forward(connection: &Rc<Downstream>, manager: &Arc<HttpManager>, reques
     let view = view(&exchange, &parts);
     let target = route.target(&view);
     let Some((cluster, state)) = find_cluster(connection, &snapshot, &target) else {
-        return finish_local(reply::local(route.cluster_not_found, "", Flag::NoCluster, report), manager);
+        return finish_local(
+            reply::local(route.cluster_not_found, "", Flag::NoCluster, report),
+            manager,
+        );
     };
     report.reports = state.reports();
     rewrite(&matched, route, &target, &exchange, &mut parts);
@@ -138,10 +165,15 @@ async fn forward(connection: &Rc<Downstream>, manager: &Arc<HttpManager>, reques
             }
             matched.route.response_ops.apply(&mut head.headers);
             if matched.host.response_attempt_count {
-                head.headers.insert(ATTEMPT_COUNT, HeaderValue::from(done.attempts));
+                head.headers
+                    .insert(ATTEMPT_COUNT, HeaderValue::from(done.attempts));
             }
             report.code = head.status.as_u16();
-            report.grpc = if report.is_grpc { grpc_status(&head.headers) } else { None };
+            report.grpc = if report.is_grpc {
+                grpc_status(&head.headers)
+            } else {
+                None
+            };
             head.version = Version::HTTP_11;
             let idle = route.idle_timeout.or(manager.stream_idle_timeout);
             let body = UpstreamBody::new(incoming, done.lease, *report, done.deadline, idle);
@@ -157,7 +189,10 @@ async fn forward(connection: &Rc<Downstream>, manager: &Arc<HttpManager>, reques
 }
 
 fn begin_report(connection: &Downstream, parts: &request::Parts) -> Box<Report> {
-    let is_grpc = parts.headers.get(CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
+    let is_grpc = parts
+        .headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
     Box::new(Report {
         reports: connection.worker.unrouted.clone(),
         direction: connection.direction,
@@ -172,23 +207,39 @@ fn begin_report(connection: &Downstream, parts: &request::Parts) -> Box<Report> 
     })
 }
 
-fn refuse(refusal: Refusal, parts: &request::Parts, manager: &HttpManager, report: Box<Report>) -> Response<ResponseBody> {
+fn refuse(
+    refusal: Refusal,
+    parts: &request::Parts,
+    manager: &HttpManager,
+    report: Box<Report>,
+) -> Response<ResponseBody> {
     let mut response = match refusal {
         Refusal::Status(status) => {
-            let flag = if status == StatusCode::NOT_FOUND { Flag::NoRoute } else { Flag::BadRequest };
+            let flag = if status == StatusCode::NOT_FOUND {
+                Flag::NoRoute
+            } else {
+                Flag::BadRequest
+            };
             reply::local(status, "", flag, report)
         }
         Refusal::Redirect(path) => reply::redirect(StatusCode::TEMPORARY_REDIRECT, &path, report),
     };
     // What follows on this connection cannot be trusted to be where we think it is.
     if parts.version < Version::HTTP_2 {
-        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        response
+            .headers_mut()
+            .insert(CONNECTION, HeaderValue::from_static("close"));
     }
     finish_local(response, manager)
 }
 
-fn finish_local(mut response: Response<ResponseBody>, manager: &HttpManager) -> Response<ResponseBody> {
-    response.headers_mut().insert(SERVER, manager.server_name.clone());
+fn finish_local(
+    mut response: Response<ResponseBody>,
+    manager: &HttpManager,
+) -> Response<ResponseBody> {
+    response
+        .headers_mut()
+        .insert(SERVER, manager.server_name.clone());
     response
 }
 
@@ -207,14 +258,22 @@ fn exchange_in(connection: &Downstream, headers: &mut HeaderMap, report: &mut Re
 }
 
 /// Tells the peer who we are, or learns who the peer is.
-fn exchange_out(connection: &Downstream, headers: &mut HeaderMap, report: &mut Report, peer_exchange: bool) {
+fn exchange_out(
+    connection: &Downstream,
+    headers: &mut HeaderMap,
+    report: &mut Report,
+    peer_exchange: bool,
+) {
     let worker = &connection.worker;
     if connection.direction == Direction::Inbound {
         headers.remove(PEER_ID);
         headers.remove(PEER_METADATA);
         if peer_exchange {
             headers.insert(PEER_ID, worker.shared.identity.id_header.clone());
-            headers.insert(PEER_METADATA, worker.shared.identity.metadata_header.clone());
+            headers.insert(
+                PEER_METADATA,
+                worker.shared.identity.metadata_header.clone(),
+            );
         }
         return;
     }
@@ -264,7 +323,11 @@ fn route_table(snapshot: &Snapshot, manager: &HttpManager) -> Option<Arc<RouteTa
 }
 
 fn view<'a>(exchange: &'a Exchange, parts: &'a request::Parts) -> RequestView<'a> {
-    let scheme = match parts.headers.get(FORWARDED_PROTO).map(HeaderValue::as_bytes) {
+    let scheme = match parts
+        .headers
+        .get(FORWARDED_PROTO)
+        .map(HeaderValue::as_bytes)
+    {
         Some(b"https") => "https",
         _ => "http",
     };
@@ -295,9 +358,13 @@ fn answer(
             let location = redirect.location(&view(exchange, parts), matched.matched_len);
             reply::redirect(redirect.status, &location, report)
         }
-        Action::Direct(direct) => reply::local(direct.status, direct.body.clone(), Flag::None, report),
+        Action::Direct(direct) => {
+            reply::local(direct.status, direct.body.clone(), Flag::None, report)
+        }
         // The caller forwards these.
-        Action::Forward(_) => reply::local(StatusCode::INTERNAL_SERVER_ERROR, "", Flag::None, report),
+        Action::Forward(_) => {
+            reply::local(StatusCode::INTERNAL_SERVER_ERROR, "", Flag::None, report)
+        }
     }
 }
 
@@ -316,28 +383,44 @@ fn find_cluster<'a>(
 }
 
 /// Path, authority and headers as the route wants them.
-fn rewrite(matched: &Matched<'_>, route: &Forward, target: &ClusterTarget<'_>, exchange: &Exchange, parts: &mut request::Parts) {
+fn rewrite(
+    matched: &Matched<'_>,
+    route: &Forward,
+    target: &ClusterTarget<'_>,
+    exchange: &Exchange,
+    parts: &mut request::Parts,
+) {
     let path = parts.uri.path_and_query().map_or("/", |p| p.as_str());
     if let Some(path) = route.rewritten_path(path, matched.matched_len)
         && let Some(uri) = message::with_path(&parts.uri, &path)
     {
         parts.uri = uri;
     }
-    let authority = route.host_literal(target).cloned().or_else(|| match &route.host_rewrite {
-        Some(HostRewrite::Header(name)) => parts.headers.get(name).cloned(),
-        _ => None,
-    });
+    let authority = route
+        .host_literal(target)
+        .cloned()
+        .or_else(|| match &route.host_rewrite {
+            Some(HostRewrite::Header(name)) => parts.headers.get(name).cloned(),
+            _ => None,
+        });
     if let ClusterTarget::Entry(entry) = target {
         entry.request_ops.apply(&mut parts.headers);
     }
     matched.route.request_ops.apply(&mut parts.headers);
     if authority.is_some() && route.append_forwarded_host {
-        parts.headers.append(FORWARDED_HOST, exchange.authority.clone());
+        parts
+            .headers
+            .append(FORWARDED_HOST, exchange.authority.clone());
     }
-    parts.headers.insert(HOST, authority.unwrap_or_else(|| exchange.authority.clone()));
+    parts.headers.insert(
+        HOST,
+        authority.unwrap_or_else(|| exchange.authority.clone()),
+    );
     if let Some(timeout) = route.timeout {
         let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        parts.headers.insert(EXPECTED_TIMEOUT, HeaderValue::from(millis));
+        parts
+            .headers
+            .insert(EXPECTED_TIMEOUT, HeaderValue::from(millis));
     }
 }
 
@@ -383,7 +466,9 @@ fn finish_headers(headers: &mut HeaderMap, manager: &HttpManager, sent_at: &Inst
             headers.insert(SERVER, manager.server_name.clone());
         }
         ServerHeader::AppendIfAbsent => {
-            headers.entry(SERVER).or_insert_with(|| manager.server_name.clone());
+            headers
+                .entry(SERVER)
+                .or_insert_with(|| manager.server_name.clone());
         }
         ServerHeader::PassThrough => {}
     }
@@ -393,20 +478,63 @@ fn failed(failure: Failure, report: Box<Report>) -> Response<ResponseBody> {
     let unavailable = StatusCode::SERVICE_UNAVAILABLE;
     match failure {
         Failure::NoHealthy => reply::local(unavailable, reply::NO_HEALTHY, Flag::NoHealthy, report),
-        Failure::Connect => reply::local(unavailable, reply::disconnect("remote connection failure"), Flag::ConnectFailure, report),
-        Failure::ConnectTimeout => reply::local(unavailable, reply::disconnect("connection timeout"), Flag::ConnectFailure, report),
-        Failure::Closed => reply::local(unavailable, reply::disconnect("connection termination"), Flag::UpstreamClosed, report),
-        Failure::Refused => reply::local(unavailable, reply::disconnect("remote refused stream reset"), Flag::UpstreamReset, report),
-        Failure::Protocol => reply::local(StatusCode::BAD_GATEWAY, reply::disconnect("protocol error"), Flag::UpstreamReset, report),
-        Failure::Timeout => reply::local(StatusCode::GATEWAY_TIMEOUT, reply::TIMEOUT, Flag::Timeout, report),
-        Failure::Idle => reply::local(StatusCode::GATEWAY_TIMEOUT, reply::STREAM_TIMEOUT, Flag::Idle, report),
+        Failure::Connect => reply::local(
+            unavailable,
+            reply::disconnect("remote connection failure"),
+            Flag::ConnectFailure,
+            report,
+        ),
+        Failure::ConnectTimeout => reply::local(
+            unavailable,
+            reply::disconnect("connection timeout"),
+            Flag::ConnectFailure,
+            report,
+        ),
+        Failure::Closed => reply::local(
+            unavailable,
+            reply::disconnect("connection termination"),
+            Flag::UpstreamClosed,
+            report,
+        ),
+        Failure::Refused => reply::local(
+            unavailable,
+            reply::disconnect("remote refused stream reset"),
+            Flag::UpstreamReset,
+            report,
+        ),
+        Failure::Protocol => reply::local(
+            StatusCode::BAD_GATEWAY,
+            reply::disconnect("protocol error"),
+            Flag::UpstreamReset,
+            report,
+        ),
+        Failure::Timeout => reply::local(
+            StatusCode::GATEWAY_TIMEOUT,
+            reply::TIMEOUT,
+            Flag::Timeout,
+            report,
+        ),
+        Failure::Idle => reply::local(
+            StatusCode::GATEWAY_TIMEOUT,
+            reply::STREAM_TIMEOUT,
+            Flag::Idle,
+            report,
+        ),
         Failure::Client => reply::local(StatusCode::BAD_REQUEST, "", Flag::BadRequest, report),
     }
 }
 
 /// May the request be repeated although it may have been received (RFC 9110 section 9.2.2)?
 pub fn is_idempotent(method: &Method) -> bool {
-    [Method::GET, Method::HEAD, Method::OPTIONS, Method::PUT, Method::DELETE, Method::TRACE].contains(method)
+    [
+        Method::GET,
+        Method::HEAD,
+        Method::OPTIONS,
+        Method::PUT,
+        Method::DELETE,
+        Method::TRACE,
+    ]
+    .contains(method)
 }
 
 /// Is there a body still to come?
@@ -421,5 +549,8 @@ pub fn idle_limit(route: &Forward, manager: &HttpManager) -> Option<Duration> {
 
 /// Where the connection was going, for clusters that follow it.
 pub fn original_destination(exchange: &Exchange) -> Option<SocketAddr> {
-    exchange.connection.redirected.then_some(exchange.connection.destination)
+    exchange
+        .connection
+        .redirected
+        .then_some(exchange.connection.destination)
 }

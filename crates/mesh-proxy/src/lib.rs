@@ -7,6 +7,8 @@
 //! * **Never**: knows Kubernetes or Istio objects; waits for a lock, boxes a future or formats strings on the way of a request that goes well.
 //! * **Start here**: [`http::handle`] for a request, [`run`] for the process, `worker.rs` for what a thread owns.
 
+pub mod admin;
+pub mod agent;
 pub mod attempt;
 pub mod body;
 pub mod clock;
@@ -20,6 +22,8 @@ pub mod options;
 pub mod pool;
 pub mod reply;
 pub mod report;
+pub mod run;
+pub mod serve;
 pub mod shared;
 pub mod sniff;
 pub mod tcp;
@@ -27,3 +31,4 @@ pub mod upstream;
 pub mod worker;
 
 pub use options::{OptionsError, Ports, ProxyOptions, Role};
+pub use run::{RunError, run};

@@ -4,7 +4,8 @@ use std::borrow::Cow;
 use std::net::IpAddr;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
+    TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, request};
@@ -28,7 +29,10 @@ impl Refusal {
 }
 
 /// Checks a request and brings it into one canonical form; the answer is its authority.
-pub fn canonicalize(parts: &mut request::Parts, manager: &HttpManager) -> Result<HeaderValue, Refusal> {
+pub fn canonicalize(
+    parts: &mut request::Parts,
+    manager: &HttpManager,
+) -> Result<HeaderValue, Refusal> {
     check_version(parts, manager)?;
     check_framing(&parts.headers, parts.version)?;
     check_names(&mut parts.headers, manager)?;
@@ -70,7 +74,11 @@ fn check_names(headers: &mut HeaderMap, manager: &HttpManager) -> Result<(), Ref
     if manager.underscores == Underscores::Allow {
         return Ok(());
     }
-    let bad: Vec<HeaderName> = headers.keys().filter(|name| name.as_str().contains('_')).cloned().collect();
+    let bad: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| name.as_str().contains('_'))
+        .cloned()
+        .collect();
     if !bad.is_empty() && manager.underscores == Underscores::Reject {
         return Err(Refusal::BAD);
     }
@@ -90,7 +98,9 @@ fn authority(parts: &mut request::Parts, manager: &HttpManager) -> Result<Header
     }
     let target = match parts.uri.authority() {
         Some(authority) if authority.as_str().contains('@') => return Err(Refusal::BAD),
-        Some(authority) => Some(HeaderValue::from_str(authority.as_str()).map_err(|_| Refusal::BAD)?),
+        Some(authority) => {
+            Some(HeaderValue::from_str(authority.as_str()).map_err(|_| Refusal::BAD)?)
+        }
         None => None,
     };
     if parts.version >= Version::HTTP_2
@@ -102,7 +112,11 @@ fn authority(parts: &mut request::Parts, manager: &HttpManager) -> Result<Header
     let replace = target.is_some();
     let authority = target.or(host).ok_or(Refusal::BAD)?;
     let text = authority.to_str().map_err(|_| Refusal::BAD)?;
-    if text.is_empty() || text.bytes().any(|b| b.is_ascii_whitespace() || b"@/?#\\,".contains(&b)) {
+    if text.is_empty()
+        || text
+            .bytes()
+            .any(|b| b.is_ascii_whitespace() || b"@/?#\\,".contains(&b))
+    {
         return Err(Refusal::BAD);
     }
     let cut = strip(text, manager);
@@ -121,9 +135,15 @@ fn strip<'a>(host: &'a str, manager: &HttpManager) -> Cow<'a, str> {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => (name, Some(port)),
         _ => (host, None),
     };
-    let name = if manager.strip_dot { name.strip_suffix('.').unwrap_or(name) } else { name };
+    let name = if manager.strip_dot {
+        name.strip_suffix('.').unwrap_or(name)
+    } else {
+        name
+    };
     match port {
-        Some(port) if !manager.strip_port && name.len() + port.len() + 1 < host.len() => Cow::Owned(format!("{name}:{port}")),
+        Some(port) if !manager.strip_port && name.len() + port.len() + 1 < host.len() => {
+            Cow::Owned(format!("{name}:{port}"))
+        }
         Some(_) if !manager.strip_port => Cow::Borrowed(host),
         _ => Cow::Borrowed(name),
     }
@@ -141,7 +161,11 @@ fn normalize(parts: &mut request::Parts, manager: &HttpManager) -> Result<(), Re
         return Ok(());
     }
     let redirect = manager.escaped_slashes == EscapedSlashes::Redirect && has_escaped_slash(path);
-    let query = parts.uri.query().map(|q| format!("?{q}")).unwrap_or_default();
+    let query = parts
+        .uri
+        .query()
+        .map(|q| format!("?{q}"))
+        .unwrap_or_default();
     let full = format!("{new}{query}");
     if redirect {
         return Err(Refusal::Redirect(full));
@@ -151,7 +175,9 @@ fn normalize(parts: &mut request::Parts, manager: &HttpManager) -> Result<(), Re
 }
 
 fn has_escaped_slash(path: &str) -> bool {
-    path.as_bytes().windows(3).any(|w| w.eq_ignore_ascii_case(b"%2f") || w.eq_ignore_ascii_case(b"%5c"))
+    path.as_bytes()
+        .windows(3)
+        .any(|w| w.eq_ignore_ascii_case(b"%2f") || w.eq_ignore_ascii_case(b"%5c"))
 }
 
 /// Escaped slashes, dot segments, backslashes and double slashes, as far as the manager says.
@@ -166,7 +192,9 @@ fn normalized<'a>(path: &'a str, manager: &HttpManager) -> Result<Cow<'a, str>, 
     if manager.normalize_path {
         // Escapes of unreserved characters and dot segments (RFC 3986 sections 6.2.2.2 and 6.2.2.3); a backslash is a slash (WHATWG).
         if path.contains('%') {
-            path = Cow::Owned(unescape(&path, |byte| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte)));
+            path = Cow::Owned(unescape(&path, |byte| {
+                byte.is_ascii_alphanumeric() || b"-._~".contains(&byte)
+            }));
         }
         if path.contains('\\') {
             path = Cow::Owned(path.replace('\\', "/"));
@@ -195,7 +223,9 @@ fn unescape(path: &str, wanted: impl Fn(u8) -> bool) -> String {
         let (before, escape) = rest.split_at(at);
         out.push_str(before);
         let mut chars = escape.chars().skip(1);
-        let byte = hex(chars.next()).zip(hex(chars.next())).map(|(h, l)| (h * 16 + l) as u8);
+        let byte = hex(chars.next())
+            .zip(hex(chars.next()))
+            .map(|(h, l)| (h * 16 + l) as u8);
         match byte.filter(|b| b.is_ascii() && wanted(*b)) {
             Some(byte) => {
                 out.push(char::from(byte));
@@ -248,15 +278,28 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
             .flat_map(|value| value.split(','))
             .filter_map(|name| name.trim().parse::<HeaderName>().ok())
             // These frame or address the message; a peer must not be able to have them cut away.
-            .filter(|name| *name != HOST && *name != CONTENT_LENGTH && !name.as_str().starts_with("x-forwarded-"))
+            .filter(|name| {
+                *name != HOST
+                    && *name != CONTENT_LENGTH
+                    && !name.as_str().starts_with("x-forwarded-")
+            })
             .collect();
         named.iter().for_each(|name| {
             headers.remove(name);
         });
         headers.remove(CONNECTION);
     }
-    let trailers = headers.get(TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    for name in [&KEEP_ALIVE, &PROXY_CONNECTION, &TRANSFER_ENCODING, &UPGRADE, &PROXY_AUTHENTICATE, &PROXY_AUTHORIZATION] {
+    let trailers = headers
+        .get(TE)
+        .is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    for name in [
+        &KEEP_ALIVE,
+        &PROXY_CONNECTION,
+        &TRANSFER_ENCODING,
+        &UPGRADE,
+        &PROXY_AUTHENTICATE,
+        &PROXY_AUTHORIZATION,
+    ] {
         headers.remove(name);
     }
     if !trailers {
@@ -280,7 +323,11 @@ pub fn append_forwarded_for(headers: &mut HeaderMap, client: IpAddr) {
 
 /// Removes the headers that only proxies inside may set; at the edge nobody is trusted to (A33).
 pub fn remove_internal(headers: &mut HeaderMap) {
-    let internal: Vec<HeaderName> = headers.keys().filter(|name| name.as_str().starts_with("x-envoy-")).cloned().collect();
+    let internal: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| name.as_str().starts_with("x-envoy-"))
+        .cloned()
+        .collect();
     internal.iter().for_each(|name| {
         headers.remove(name);
     });
@@ -292,22 +339,41 @@ mod tests {
 
     #[test]
     fn dot_segments_go() {
-        for (path, expected) in [("/a/./b", "/a/b"), ("/a/../b", "/b"), ("/../../x", "/x"), ("/a/..", "/"), ("/a/.", "/a/"), ("/a.b/.c", "/a.b/.c")] {
+        for (path, expected) in [
+            ("/a/./b", "/a/b"),
+            ("/a/../b", "/b"),
+            ("/../../x", "/x"),
+            ("/a/..", "/"),
+            ("/a/.", "/a/"),
+            ("/a.b/.c", "/a.b/.c"),
+        ] {
             assert_eq!(remove_dot_segments(path), expected, "{path}");
         }
     }
 
     #[test]
     fn only_wanted_bytes_are_unescaped() {
-        assert_eq!(unescape("/%41%2f%zz%4", |b| b.is_ascii_alphanumeric()), "/A%2f%zz%4");
+        assert_eq!(
+            unescape("/%41%2f%zz%4", |b| b.is_ascii_alphanumeric()),
+            "/A%2f%zz%4"
+        );
         assert_eq!(unescape("/%2Fx%5c", |b| b == b'/' || b == b'\\'), "//x\\");
     }
 
     #[test]
     fn connection_names_are_cut_but_not_framing() {
         let mut headers = HeaderMap::new();
-        for (name, value) in [("connection", "x-secret, content-length, host"), ("x-secret", "1"), ("content-length", "2"), ("host", "a"), ("te", "trailers")] {
-            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+        for (name, value) in [
+            ("connection", "x-secret, content-length, host"),
+            ("x-secret", "1"),
+            ("content-length", "2"),
+            ("host", "a"),
+            ("te", "trailers"),
+        ] {
+            headers.insert(
+                HeaderName::from_static(name),
+                HeaderValue::from_static(value),
+            );
         }
         remove_hop_by_hop(&mut headers);
         let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();

@@ -45,10 +45,15 @@ impl Identity {
         Self {
             peer: Arc::new(peer_of(&exchange_struct(options))),
             id_header: HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("unknown")),
-            metadata_header: HeaderValue::from_str(&encoded).unwrap_or(HeaderValue::from_static("")),
+            metadata_header: HeaderValue::from_str(&encoded)
+                .unwrap_or(HeaderValue::from_static("")),
             node: Node {
                 id,
-                cluster: format!("{}.{}", label(options, "app").unwrap_or("istio-proxy"), options.namespace),
+                cluster: format!(
+                    "{}.{}",
+                    label(options, "app").unwrap_or("istio-proxy"),
+                    options.namespace
+                ),
                 metadata: match to_protobuf(&metadata).kind {
                     Some(Kind::StructValue(fields)) => Some(fields),
                     _ => None,
@@ -66,27 +71,52 @@ fn label<'a>(options: &'a ProxyOptions, key: &str) -> Option<&'a str> {
 
 /// What is told to peers: Istio's keys.
 fn exchange_struct(options: &ProxyOptions) -> Struct {
-    let meta = |key: &str| options.metadata.get(key).and_then(Value::as_str).unwrap_or("");
+    let meta = |key: &str| {
+        options
+            .metadata
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or("")
+    };
     let workload = match meta("WORKLOAD_NAME") {
         "" => options.pod.as_str(),
         name => name,
     };
-    let wanted = ["app", "version", "service.istio.io/canonical-name", "service.istio.io/canonical-revision"];
-    let labels: HashMap<String, PbValue> =
-        wanted.iter().filter_map(|key| Some(((*key).to_owned(), text(label(options, key)?)))).collect();
+    let wanted = [
+        "app",
+        "version",
+        "service.istio.io/canonical-name",
+        "service.istio.io/canonical-revision",
+    ];
+    let labels: HashMap<String, PbValue> = wanted
+        .iter()
+        .filter_map(|key| Some(((*key).to_owned(), text(label(options, key)?))))
+        .collect();
     let fields = [
         ("NAME", text(&options.pod)),
         ("NAMESPACE", text(&options.namespace)),
         ("OWNER", text(meta("OWNER"))),
         ("WORKLOAD_NAME", text(workload)),
         ("CLUSTER_ID", text(meta("CLUSTER_ID"))),
-        ("LABELS", PbValue { kind: Some(Kind::StructValue(Struct { fields: labels })) }),
+        (
+            "LABELS",
+            PbValue {
+                kind: Some(Kind::StructValue(Struct { fields: labels })),
+            },
+        ),
     ];
-    Struct { fields: fields.into_iter().map(|(key, value)| (key.to_owned(), value)).collect() }
+    Struct {
+        fields: fields
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value))
+            .collect(),
+    }
 }
 
 fn text(value: &str) -> PbValue {
-    PbValue { kind: Some(Kind::StringValue(value.to_owned())) }
+    PbValue {
+        kind: Some(Kind::StringValue(value.to_owned())),
+    }
 }
 
 fn to_protobuf(value: &Value) -> PbValue {
@@ -95,9 +125,14 @@ fn to_protobuf(value: &Value) -> PbValue {
         Value::Bool(value) => Kind::BoolValue(*value),
         Value::Number(value) => Kind::NumberValue(value.as_f64().unwrap_or_default()),
         Value::String(value) => Kind::StringValue(value.clone()),
-        Value::Array(values) => Kind::ListValue(ListValue { values: values.iter().map(to_protobuf).collect() }),
+        Value::Array(values) => Kind::ListValue(ListValue {
+            values: values.iter().map(to_protobuf).collect(),
+        }),
         Value::Object(fields) => Kind::StructValue(Struct {
-            fields: fields.iter().map(|(key, value)| (key.clone(), to_protobuf(value))).collect(),
+            fields: fields
+                .iter()
+                .map(|(key, value)| (key.clone(), to_protobuf(value)))
+                .collect(),
         }),
     };
     PbValue { kind: Some(kind) }
@@ -125,7 +160,8 @@ fn peer_of(fields: &Struct) -> Peer {
         _ => &none,
     };
     let unknown = Peer::default();
-    let or = |found: Option<&str>, default: &Arc<str>| found.map_or_else(|| default.clone(), Arc::from);
+    let or =
+        |found: Option<&str>, default: &Arc<str>| found.map_or_else(|| default.clone(), Arc::from);
     let app = get(labels, "app");
     let workload = get(fields, "WORKLOAD_NAME");
     Peer {
@@ -134,7 +170,12 @@ fn peer_of(fields: &Struct) -> Peer {
         principal: unknown.principal.clone(),
         app: or(app, &unknown.app),
         version: or(get(labels, "version"), &unknown.version),
-        canonical_service: or(get(labels, "service.istio.io/canonical-name").or(app).or(workload), &unknown.canonical_service),
+        canonical_service: or(
+            get(labels, "service.istio.io/canonical-name")
+                .or(app)
+                .or(workload),
+            &unknown.canonical_service,
+        ),
         canonical_revision: or(
             get(labels, "service.istio.io/canonical-revision").or(get(labels, "version")),
             &unknown.canonical_revision,

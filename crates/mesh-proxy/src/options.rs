@@ -41,7 +41,12 @@ pub struct Ports {
 
 impl Default for Ports {
     fn default() -> Self {
-        Self { admin: 15000, agent: 15020, health: 15021, metrics: 15090 }
+        Self {
+            admin: 15000,
+            agent: 15020,
+            health: 15021,
+            metrics: 15090,
+        }
     }
 }
 
@@ -113,30 +118,49 @@ impl ProxyOptions {
     /// The same from given variables. `POD_NAME`, `POD_NAMESPACE`, `INSTANCE_IP`, `SERVICE_ACCOUNT`, `PROXY_CONFIG` (JSON, Istio's
     /// `ProxyConfig`), `ISTIO_META_*`, `ISTIO_CPU_LIMIT`, `TERMINATION_DRAIN_DURATION_SECONDS`, `ENVOY_STATUS_PORT`,
     /// `ENVOY_PROMETHEUS_PORT`, `MESH_STATE_DIR`, `ISTIO_PROMETHEUS_ANNOTATIONS` count.
-    pub fn from_vars(role: Role, vars: BTreeMap<String, String>, labels: &Path) -> Result<Self, OptionsError> {
+    pub fn from_vars(
+        role: Role,
+        vars: BTreeMap<String, String>,
+        labels: &Path,
+    ) -> Result<Self, OptionsError> {
         let get = |name: &str| vars.get(name).map(|v| v.trim()).filter(|v| !v.is_empty());
         let config = proxy_config(get("PROXY_CONFIG"))?;
         let field = |name: &str| config.get(name).and_then(Value::as_str);
         let namespace = get("POD_NAMESPACE").unwrap_or("default").to_owned();
         let ip = match get("INSTANCE_IP").map(|list| list.split(',').next().unwrap_or(list)) {
-            Some(text) => text.parse().map_err(|_| bad("INSTANCE_IP", text, "is not an IP address"))?,
+            Some(text) => text
+                .parse()
+                .map_err(|_| bad("INSTANCE_IP", text, "is not an IP address"))?,
             None => IpAddr::V4(Ipv4Addr::LOCALHOST),
         };
         let labels = read_labels(labels)?;
         let mut options = Self {
             role,
-            discovery: vec![plain_address(field("discoveryAddress").unwrap_or("istiod.istio-system.svc:15010"))],
+            discovery: vec![plain_address(
+                field("discoveryAddress").unwrap_or("istiod.istio-system.svc:15010"),
+            )],
             pod: get("POD_NAME").unwrap_or("unknown").to_owned(),
-            domain: get("DNS_DOMAIN").map_or_else(|| format!("{namespace}.svc.cluster.local"), str::to_owned),
+            domain: get("DNS_DOMAIN")
+                .map_or_else(|| format!("{namespace}.svc.cluster.local"), str::to_owned),
             namespace,
             ip,
             metadata: Map::new(),
             labels,
             concurrency: concurrency(&config, get("ISTIO_CPU_LIMIT"))?,
-            ports: ports(&config, get("ENVOY_STATUS_PORT"), get("ENVOY_PROMETHEUS_PORT"))?,
+            ports: ports(
+                &config,
+                get("ENVOY_STATUS_PORT"),
+                get("ENVOY_PROMETHEUS_PORT"),
+            )?,
             state_dir: state_dir(get("MESH_STATE_DIR")),
-            termination_drain: termination_drain(field("terminationDrainDuration"), get("TERMINATION_DRAIN_DURATION_SECONDS"))?,
-            app_metrics: get("ISTIO_PROMETHEUS_ANNOTATIONS").map(app_metrics).transpose()?.flatten(),
+            termination_drain: termination_drain(
+                field("terminationDrainDuration"),
+                get("TERMINATION_DRAIN_DURATION_SECONDS"),
+            )?,
+            app_metrics: get("ISTIO_PROMETHEUS_ANNOTATIONS")
+                .map(app_metrics)
+                .transpose()?
+                .flatten(),
         };
         options.metadata = options.node_metadata(&vars);
         Ok(options)
@@ -144,7 +168,14 @@ impl ProxyOptions {
 
     /// The node id: `sidecar~10.0.0.1~pod.namespace~domain` (Istio).
     pub fn node_id(&self) -> String {
-        format!("{}~{}~{}.{}~{}", self.role.name(), self.ip, self.pod, self.namespace, self.domain)
+        format!(
+            "{}~{}~{}.{}~{}",
+            self.role.name(),
+            self.ip,
+            self.pod,
+            self.namespace,
+            self.domain
+        )
     }
 
     fn node_metadata(&self, vars: &BTreeMap<String, String>) -> Map<String, Value> {
@@ -154,7 +185,9 @@ impl ProxyOptions {
                 metadata.insert(key.to_owned(), json!(value));
             }
         }
-        let service_account = vars.get("SERVICE_ACCOUNT").map_or("default", String::as_str);
+        let service_account = vars
+            .get("SERVICE_ACCOUNT")
+            .map_or("default", String::as_str);
         metadata.insert("NAME".to_owned(), json!(self.pod));
         metadata.insert("NAMESPACE".to_owned(), json!(self.namespace));
         metadata.insert("SERVICE_ACCOUNT".to_owned(), json!(service_account));
@@ -166,13 +199,20 @@ impl ProxyOptions {
 }
 
 fn bad(name: &'static str, value: &str, reason: impl Into<String>) -> OptionsError {
-    OptionsError::Variable { name, value: value.to_owned(), reason: reason.into() }
+    OptionsError::Variable {
+        name,
+        value: value.to_owned(),
+        reason: reason.into(),
+    }
 }
 
 fn proxy_config(text: Option<&str>) -> Result<Value, OptionsError> {
-    let Some(text) = text else { return Ok(json!({})) };
+    let Some(text) = text else {
+        return Ok(json!({}));
+    };
     // The injector writes JSON; people write YAML, of which JSON is a part.
-    serde_yaml::from_str::<Value>(text).map_err(|e| bad("PROXY_CONFIG", text, format!("is not a ProxyConfig: {e}")))
+    serde_yaml::from_str::<Value>(text)
+        .map_err(|e| bad("PROXY_CONFIG", text, format!("is not a ProxyConfig: {e}")))
 }
 
 /// The secure port of the control plane is for mutual TLS, which comes with certificates; until then the plain one beside it is used.
@@ -186,12 +226,18 @@ fn plain_address(address: &str) -> String {
 fn concurrency(config: &Value, cpu_limit: Option<&str>) -> Result<usize, OptionsError> {
     if let Some(workers) = config.get("concurrency").and_then(Value::as_u64) {
         // Istio: 0 is one worker for each core.
-        return Ok(if workers == 0 { cores() } else { workers as usize });
+        return Ok(if workers == 0 {
+            cores()
+        } else {
+            workers as usize
+        });
     }
     match cpu_limit {
         None => Ok(cores().min(2)),
         Some(text) => {
-            let limit: usize = text.parse().map_err(|_| bad("ISTIO_CPU_LIMIT", text, "is not a number of cores"))?;
+            let limit: usize = text
+                .parse()
+                .map_err(|_| bad("ISTIO_CPU_LIMIT", text, "is not a number of cores"))?;
             Ok(limit.clamp(1, cores()))
         }
     }
@@ -201,9 +247,16 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn ports(config: &Value, status: Option<&str>, prometheus: Option<&str>) -> Result<Ports, OptionsError> {
+fn ports(
+    config: &Value,
+    status: Option<&str>,
+    prometheus: Option<&str>,
+) -> Result<Ports, OptionsError> {
     let mut ports = Ports::default();
-    let number = |name: &'static str, text: &str| text.parse().map_err(|_| bad(name, text, "is not a port (0 to 65535)"));
+    let number = |name: &'static str, text: &str| {
+        text.parse()
+            .map_err(|_| bad(name, text, "is not a port (0 to 65535)"))
+    };
     if let Some(port) = config.get("proxyAdminPort").and_then(Value::as_u64) {
         ports.admin = number("PROXY_CONFIG", &port.to_string())?;
     }
@@ -227,27 +280,49 @@ fn state_dir(chosen: Option<&str>) -> Option<PathBuf> {
     }
 }
 
-fn termination_drain(config: Option<&str>, seconds: Option<&str>) -> Result<Duration, OptionsError> {
+fn termination_drain(
+    config: Option<&str>,
+    seconds: Option<&str>,
+) -> Result<Duration, OptionsError> {
     let name = "TERMINATION_DRAIN_DURATION_SECONDS";
     if let Some(text) = seconds {
-        return text.parse().map(Duration::from_secs).map_err(|_| bad(name, text, "is not a number of seconds"));
+        return text
+            .parse()
+            .map(Duration::from_secs)
+            .map_err(|_| bad(name, text, "is not a number of seconds"));
     }
-    let Some(text) = config else { return Ok(Duration::from_secs(5)) };
-    let digits = text.strip_suffix('s').and_then(|n| n.parse::<f64>().ok()).filter(|n| (0.0..1e6).contains(n));
+    let Some(text) = config else {
+        return Ok(Duration::from_secs(5));
+    };
+    let digits = text
+        .strip_suffix('s')
+        .and_then(|n| n.parse::<f64>().ok())
+        .filter(|n| (0.0..1e6).contains(n));
     let reason = "terminationDrainDuration is not a duration in seconds, as 5s";
-    digits.map(Duration::from_secs_f64).ok_or_else(|| bad("PROXY_CONFIG", text, reason))
+    digits
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| bad("PROXY_CONFIG", text, reason))
 }
 
 /// The pod's own scrape annotations, as the injector passes them on: `{"scrape":"true","port":"9080","path":"/metrics"}`.
 fn app_metrics(text: &str) -> Result<Option<(u16, String)>, OptionsError> {
     let name = "ISTIO_PROMETHEUS_ANNOTATIONS";
-    let value: Value = serde_json::from_str(text).map_err(|e| bad(name, text, format!("is not JSON: {e}")))?;
-    let field = |key: &str, default: &str| value.get(key).and_then(Value::as_str).unwrap_or(default).to_owned();
+    let value: Value =
+        serde_json::from_str(text).map_err(|e| bad(name, text, format!("is not JSON: {e}")))?;
+    let field = |key: &str, default: &str| {
+        value
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or(default)
+            .to_owned()
+    };
     if field("scrape", "true") != "true" {
         return Ok(None);
     }
     let port = field("port", "80");
-    let port = port.parse().map_err(|_| bad(name, text, format!("port {port:?} is not a port")))?;
+    let port = port
+        .parse()
+        .map_err(|_| bad(name, text, format!("port {port:?} is not a port")))?;
     Ok(Some((port, field("path", "/metrics"))))
 }
 
@@ -256,11 +331,22 @@ fn read_labels(path: &Path) -> Result<BTreeMap<String, String>, OptionsError> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
-        Err(source) => return Err(OptionsError::Labels { path: path.to_owned(), source }),
+        Err(source) => {
+            return Err(OptionsError::Labels {
+                path: path.to_owned(),
+                source,
+            });
+        }
     };
     let pair = |line: &str| {
         let (key, value) = line.split_once('=')?;
-        Some((key.to_owned(), value.trim_matches('"').replace("\\\"", "\"").replace("\\\\", "\\")))
+        Some((
+            key.to_owned(),
+            value
+                .trim_matches('"')
+                .replace("\\\"", "\"")
+                .replace("\\\\", "\\"),
+        ))
     };
     Ok(text.lines().filter_map(pair).collect())
 }
@@ -270,7 +356,10 @@ mod tests {
     use super::*;
 
     fn vars(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+        pairs
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect()
     }
 
     #[test]
@@ -282,11 +371,17 @@ mod tests {
             ("POD_NAME", "reviews-1"),
             ("POD_NAMESPACE", "default"),
             ("INSTANCE_IP", "10.244.0.5"),
-            ("PROXY_CONFIG", r#"{"discoveryAddress":"istiod.istio-system.svc:15012","concurrency":1}"#),
+            (
+                "PROXY_CONFIG",
+                r#"{"discoveryAddress":"istiod.istio-system.svc:15012","concurrency":1}"#,
+            ),
             ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
         ]);
         let options = ProxyOptions::from_vars(Role::Sidecar, vars, &labels).expect("options");
-        assert_eq!(options.node_id(), "sidecar~10.244.0.5~reviews-1.default~default.svc.cluster.local");
+        assert_eq!(
+            options.node_id(),
+            "sidecar~10.244.0.5~reviews-1.default~default.svc.cluster.local"
+        );
         assert_eq!(options.discovery, ["istiod.istio-system.svc:15010"]);
         assert_eq!(options.concurrency, 1);
         assert_eq!(options.metadata["LABELS"]["version"], "v1");
@@ -296,7 +391,11 @@ mod tests {
     #[test]
     fn bad_variables_are_named() {
         let vars = vars(&[("INSTANCE_IP", "here")]);
-        let error = ProxyOptions::from_vars(Role::Router, vars, Path::new("/nowhere")).expect_err("no address");
-        assert!(error.to_string().contains("INSTANCE_IP=\"here\""), "{error}");
+        let error = ProxyOptions::from_vars(Role::Router, vars, Path::new("/nowhere"))
+            .expect_err("no address");
+        assert!(
+            error.to_string().contains("INSTANCE_IP=\"here\""),
+            "{error}"
+        );
     }
 }

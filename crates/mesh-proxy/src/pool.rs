@@ -117,7 +117,9 @@ impl Host {
             }
         }
         let stream = dial(shared, config, self.address).await?;
-        let (mut sender, connection) = http1::Builder::new().handshake(TokioIo::new(stream)).await?;
+        let (mut sender, connection) = http1::Builder::new()
+            .handshake(TokioIo::new(stream))
+            .await?;
         tokio::task::spawn_local(async move {
             if let Err(error) = connection.await {
                 tracing::trace!(%error, "upstream connection");
@@ -132,10 +134,18 @@ impl Host {
     }
 
     fn open_http2(&self) -> Option<Http2> {
-        self.http2.borrow().as_ref().filter(|sender| !sender.is_closed()).cloned()
+        self.http2
+            .borrow()
+            .as_ref()
+            .filter(|sender| !sender.is_closed())
+            .cloned()
     }
 
-    async fn lease_http2(self: &Rc<Self>, shared: &Shared, config: &ClusterConfig) -> Result<Lease, ConnectError> {
+    async fn lease_http2(
+        self: &Rc<Self>,
+        shared: &Shared,
+        config: &ClusterConfig,
+    ) -> Result<Lease, ConnectError> {
         if let Some(mut sender) = self.open_http2()
             && sender.ready().await.is_ok()
         {
@@ -172,7 +182,9 @@ impl Host {
     pub fn sweep(&self, limit: Option<Duration>) {
         let now = clock::now();
         let limit = limit.map_or(u64::MAX, |l| l.as_secs());
-        self.idle.borrow_mut().retain(|idle| !idle.sender.is_closed() && u64::from(now.saturating_sub(idle.since)) <= limit);
+        self.idle.borrow_mut().retain(|idle| {
+            !idle.sender.is_closed() && u64::from(now.saturating_sub(idle.since)) <= limit
+        });
         self.http2.borrow_mut().take_if(|sender| sender.is_closed());
     }
 
@@ -183,18 +195,32 @@ impl Host {
 }
 
 /// A TCP connection to an endpoint, with the cluster's source address and the mark that exempts it from capture.
-pub async fn dial(shared: &Shared, config: &ClusterConfig, address: SocketAddr) -> Result<TcpStream, ConnectError> {
-    let source = config.bind_source.filter(|source| source.is_ipv4() == address.is_ipv4());
+pub async fn dial(
+    shared: &Shared,
+    config: &ClusterConfig,
+    address: SocketAddr,
+) -> Result<TcpStream, ConnectError> {
+    let source = config
+        .bind_source
+        .filter(|source| source.is_ipv4() == address.is_ipv4());
     let options = ConnectOptions {
         source: source.map(|ip| SocketAddr::new(ip, 0)),
         mark: shared.mark,
         keepalive: Some(KEEPALIVE),
     };
-    shared.totals.upstream_connections.fetch_add(1, Ordering::Relaxed);
+    shared
+        .totals
+        .upstream_connections
+        .fetch_add(1, Ordering::Relaxed);
     let done = tokio::time::timeout(config.connect_timeout, connect(address, options)).await;
-    let done = done.map_err(|_| ConnectError::Timeout).and_then(|stream| Ok(stream?));
+    let done = done
+        .map_err(|_| ConnectError::Timeout)
+        .and_then(|stream| Ok(stream?));
     if done.is_err() {
-        shared.totals.upstream_failures.fetch_add(1, Ordering::Relaxed);
+        shared
+            .totals
+            .upstream_failures
+            .fetch_add(1, Ordering::Relaxed);
     }
     done
 }
@@ -275,7 +301,11 @@ impl Lease {
         {
             let mut idle = self.host.idle.borrow_mut();
             if idle.len() < MOST_IDLE {
-                idle.push(Idle { sender, since: clock::now(), requests: self.requests });
+                idle.push(Idle {
+                    sender,
+                    since: clock::now(),
+                    requests: self.requests,
+                });
             }
         }
     }

@@ -20,7 +20,12 @@ pub fn disconnect(reason: &str) -> String {
 }
 
 /// A local reply; its report is recorded when it has been sent.
-pub fn local(status: StatusCode, body: impl Into<Bytes>, flag: Flag, mut report: Box<Report>) -> Response<ResponseBody> {
+pub fn local(
+    status: StatusCode,
+    body: impl Into<Bytes>,
+    flag: Flag,
+    mut report: Box<Report>,
+) -> Response<ResponseBody> {
     let body: Bytes = body.into();
     report.code = status.as_u16();
     report.flag = flag;
@@ -32,7 +37,9 @@ pub fn local(status: StatusCode, body: impl Into<Bytes>, flag: Flag, mut report:
     let mut response = Response::new(ResponseBody::local(text.then_some(body), report));
     *response.status_mut() = status;
     if text {
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        response
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     }
     response
 }
@@ -68,6 +75,11 @@ pub fn redirect(status: StatusCode, location: &str, report: Box<Report>) -> Resp
             response.headers_mut().insert(LOCATION, value);
             response
         }
-        Err(_) => local(StatusCode::BAD_REQUEST, Bytes::new(), Flag::BadRequest, report),
+        Err(_) => local(
+            StatusCode::BAD_REQUEST,
+            Bytes::new(),
+            Flag::BadRequest,
+            report,
+        ),
     }
 }

@@ -104,11 +104,19 @@ impl Peers {
             return self.unknown.clone();
         }
         let mut map = self.by_workload.borrow_mut();
-        map.entry(workload.clone()).or_insert_with(|| Arc::new(self.describe(workload))).clone()
+        map.entry(workload.clone())
+            .or_insert_with(|| Arc::new(self.describe(workload)))
+            .clone()
     }
 
     fn describe(&self, workload: &Workload) -> Peer {
-        let or = |found: &str, default: &Arc<str>| if found.is_empty() { default.clone() } else { Arc::from(found) };
+        let or = |found: &str, default: &Arc<str>| {
+            if found.is_empty() {
+                default.clone()
+            } else {
+                Arc::from(found)
+            }
+        };
         let unknown = &*self.unknown;
         Peer {
             workload: or(&workload.name, &unknown.workload),
@@ -145,21 +153,37 @@ pub struct Reports {
 impl Reports {
     /// For a cluster, or for requests that found none.
     pub fn new(metrics: &IstioMetrics, us: &Arc<Peer>, config: Option<&ClusterConfig>) -> Self {
-        let or = |text: &str, default: &str| Arc::from(if text.is_empty() { default } else { text });
+        let or =
+            |text: &str, default: &str| Arc::from(if text.is_empty() { default } else { text });
         let service = match config {
             None => [UNKNOWN.into(), UNKNOWN.into(), UNKNOWN.into()],
-            Some(c) => {
-                [or(&c.service.host, UNKNOWN), or(&c.service.name, &c.name), or(&c.service.namespace, UNKNOWN)]
-            }
+            Some(c) => [
+                or(&c.service.host, UNKNOWN),
+                or(&c.service.name, &c.name),
+                or(&c.service.namespace, UNKNOWN),
+            ],
         };
-        Self { metrics: metrics.clone(), us: us.clone(), service, handles: RefCell::default() }
+        Self {
+            metrics: metrics.clone(),
+            us: us.clone(),
+            service,
+            handles: RefCell::default(),
+        }
     }
 
     fn labels(&self, peer: &Arc<Peer>, inbound: bool, flag: Flag) -> Labels {
-        let (source, destination) = if inbound { (peer, &self.us) } else { (&self.us, peer) };
+        let (source, destination) = if inbound {
+            (peer, &self.us)
+        } else {
+            (&self.us, peer)
+        };
         let [service, service_name, service_namespace] = self.service.clone();
         Labels {
-            reporter: if inbound { Reporter::Destination } else { Reporter::Source },
+            reporter: if inbound {
+                Reporter::Destination
+            } else {
+                Reporter::Source
+            },
             source: source.clone(),
             destination: destination.clone(),
             service,
@@ -177,10 +201,17 @@ impl Reports {
             return found.clone();
         }
         let mut handles = self.handles.borrow_mut();
-        let code = if handles.len() < MOST_HANDLES { key.code } else { 0 };
+        let code = if handles.len() < MOST_HANDLES {
+            key.code
+        } else {
+            0
+        };
         let labels = Labels {
             protocol: if key.is_grpc { "grpc" } else { "http" },
-            response: Some(ResponseLabels { code, grpc: key.grpc }),
+            response: Some(ResponseLabels {
+                code,
+                grpc: key.grpc,
+            }),
             ..self.labels(peer, key.inbound, key.flag)
         };
         let made = Rc::new((self.metrics.requests(&labels), peer.clone()));
@@ -192,7 +223,8 @@ impl Reports {
 
     /// The handles for a connection.
     pub fn tcp(&self, peer: &Arc<Peer>, direction: Direction, flag: Flag) -> TcpHandles {
-        self.metrics.tcp(&self.labels(peer, direction == Direction::Inbound, flag))
+        self.metrics
+            .tcp(&self.labels(peer, direction == Direction::Inbound, flag))
     }
 }
 
@@ -243,8 +275,14 @@ impl Drop for Report {
         };
         let handles = self.reports.requests(key, &self.peer);
         handles.0.requests.inc();
-        handles.0.duration_ms.observe(self.started.elapsed().as_secs_f64() * 1000.0);
-        handles.0.request_bytes.observe(self.flow.request_bytes.get() as f64);
+        handles
+            .0
+            .duration_ms
+            .observe(self.started.elapsed().as_secs_f64() * 1000.0);
+        handles
+            .0
+            .request_bytes
+            .observe(self.flow.request_bytes.get() as f64);
         handles.0.response_bytes.observe(self.response_bytes as f64);
     }
 }

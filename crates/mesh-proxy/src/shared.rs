@@ -66,7 +66,7 @@ impl Shared {
     pub fn new(options: ProxyOptions) -> Arc<Self> {
         let mut registry = Registry::default();
         let metrics = IstioMetrics::register(&mut registry, "proxy", env!("CARGO_PKG_VERSION"));
-        let exempt_by_uid = nix_uid() == mesh_net::sockets::PROXY_UID;
+        let exempt_by_uid = effective_uid() == mesh_net::sockets::PROXY_UID;
         Arc::new(Self {
             identity: Identity::new(&options),
             options,
@@ -77,7 +77,8 @@ impl Shared {
             failing: AtomicBool::new(false),
             configured: AtomicBool::new(false),
             serving: AtomicUsize::new(0),
-            mark: (!exempt_by_uid && mesh_net::sockets::may_mark()).then_some(mesh_net::sockets::EXEMPT_MARK),
+            mark: (!exempt_by_uid && mesh_net::sockets::may_mark())
+                .then_some(mesh_net::sockets::EXEMPT_MARK),
             started: Instant::now(),
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             changes: watch::channel(0).0,
@@ -104,6 +105,12 @@ impl Shared {
         rejections
     }
 
+    /// Reports not ready from now on, and ends connections with the response under way.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+        self.changes.send_modify(|number| *number += 1);
+    }
+
     /// Can traffic be taken? (`/healthz/ready`)
     pub fn is_ready(&self) -> bool {
         self.configured.load(Ordering::Acquire)
@@ -114,8 +121,14 @@ impl Shared {
 }
 
 /// The effective uid, from /proc, so that no system call wrapper is needed here.
-fn nix_uid() -> u32 {
+fn effective_uid() -> u32 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or("");
-    line.split_whitespace().nth(1).and_then(|uid| uid.parse().ok()).unwrap_or(u32::MAX)
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Uid:"))
+        .unwrap_or("");
+    line.split_whitespace()
+        .nth(1)
+        .and_then(|uid| uid.parse().ok())
+        .unwrap_or(u32::MAX)
 }

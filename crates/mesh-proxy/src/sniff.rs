@@ -53,7 +53,11 @@ fn judge_http1(bytes: &[u8]) -> Option<Protocol> {
         Some(_) => return Some(Protocol::Other),
     }
     let Some(end) = bytes.iter().position(|b| *b == b'\n') else {
-        return if bytes.len() > LONGEST { Some(Protocol::Other) } else { None };
+        return if bytes.len() > LONGEST {
+            Some(Protocol::Other)
+        } else {
+            None
+        };
     };
     let line = bytes.get(..end).unwrap_or_default();
     let line = line.strip_suffix(b"\r").unwrap_or(line);
@@ -69,13 +73,17 @@ fn judge_tls(bytes: &[u8]) -> Option<Protocol> {
     let mut hello = Vec::new();
     let mut rest = bytes;
     loop {
-        let Some((header, tail)) = rest.split_first_chunk::<5>() else { return more_or_other(bytes) };
+        let Some((header, tail)) = rest.split_first_chunk::<5>() else {
+            return more_or_other(bytes);
+        };
         let [kind, major, _, high, low] = *header;
         if kind != 0x16 || major != 3 {
             return Some(Protocol::Other);
         }
         let len = usize::from(u16::from_be_bytes([high, low]));
-        let Some((record, tail)) = tail.split_at_checked(len) else { return more_or_other(bytes) };
+        let Some((record, tail)) = tail.split_at_checked(len) else {
+            return more_or_other(bytes);
+        };
         hello.extend_from_slice(record);
         rest = tail;
         match hello.as_slice() {
@@ -109,7 +117,11 @@ impl<'a> Reader<'a> {
     }
 
     fn number(&mut self, bytes: usize) -> Option<usize> {
-        Some(self.take(bytes)?.iter().fold(0, |n, b| n << 8 | usize::from(*b)))
+        Some(
+            self.take(bytes)?
+                .iter()
+                .fold(0, |n, b| n << 8 | usize::from(*b)),
+        )
     }
 
     fn block(&mut self, length_bytes: usize) -> Option<Reader<'a>> {
@@ -139,7 +151,10 @@ fn parse_hello(body: &[u8]) -> Option<Protocol> {
             _ => {}
         }
     }
-    Some(Protocol::Tls { server_name, applications })
+    Some(Protocol::Tls {
+        server_name,
+        applications,
+    })
 }
 
 fn parse_server_name(content: &mut Reader<'_>) -> Option<String> {
@@ -174,8 +189,22 @@ mod tests {
         };
         let sni = prefixed(2, &[&[0][..], &prefixed(2, name.as_bytes())].concat());
         let alpn = prefixed(2, &prefixed(1, alpn.as_bytes()));
-        let extensions = [&[0, 0][..], &prefixed(2, &sni), &[0, 16], &prefixed(2, &alpn)].concat();
-        let body = [&[3, 3][..], &[7; 32], &[0], &prefixed(2, &[0x13, 1]), &prefixed(1, &[0]), &prefixed(2, &extensions)].concat();
+        let extensions = [
+            &[0, 0][..],
+            &prefixed(2, &sni),
+            &[0, 16],
+            &prefixed(2, &alpn),
+        ]
+        .concat();
+        let body = [
+            &[3, 3][..],
+            &[7; 32],
+            &[0],
+            &prefixed(2, &[0x13, 1]),
+            &prefixed(1, &[0]),
+            &prefixed(2, &extensions),
+        ]
+        .concat();
         let handshake = [&[1][..], &prefixed(3, &body)].concat();
         [&[0x16, 3, 1][..], &prefixed(2, &handshake)].concat()
     }
@@ -186,7 +215,10 @@ mod tests {
         for n in 0..hello.len() {
             assert_eq!(judge(&hello[..n]), None, "after {n} bytes");
         }
-        let expected = Protocol::Tls { server_name: Some("reviews.example.com".to_owned()), applications: vec!["h2".to_owned()] };
+        let expected = Protocol::Tls {
+            server_name: Some("reviews.example.com".to_owned()),
+            applications: vec!["h2".to_owned()],
+        };
         assert_eq!(judge(&hello), Some(expected));
     }
 

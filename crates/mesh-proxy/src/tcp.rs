@@ -20,7 +20,12 @@ use crate::report::Flag;
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
 /// Relays a connection until it ends.
-pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: TcpStream, prefix: Bytes) {
+pub async fn serve(
+    connection: &Rc<Downstream>,
+    proxy: &TcpProxy,
+    mut stream: TcpStream,
+    prefix: Bytes,
+) {
     let worker = &connection.worker;
     let snapshot = worker.snapshot();
     let name = proxy.cluster(worker.random());
@@ -35,7 +40,16 @@ pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Tc
     let mut upstream = None;
     let mut flag = Flag::NoHealthy;
     for _ in 0..proxy.max_connect_attempts {
-        let Some(host) = state.pick(cluster, destination, &worker.peers, || worker.random(), &tried, 5) else { break };
+        let Some(host) = state.pick(
+            cluster,
+            destination,
+            &worker.peers,
+            || worker.random(),
+            &tried,
+            5,
+        ) else {
+            break;
+        };
         match dial(&worker.shared, &cluster.config, host.address).await {
             Ok(opened) => {
                 upstream = Some((host, opened));
@@ -54,7 +68,15 @@ pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Tc
         return;
     };
     let handles = reports.tcp(&host.peer, connection.direction, Flag::None);
-    relay(&host, &handles, &mut stream, &mut upstream, &prefix, proxy.idle_timeout).await;
+    relay(
+        &host,
+        &handles,
+        &mut stream,
+        &mut upstream,
+        &prefix,
+        proxy.idle_timeout,
+    )
+    .await;
 }
 
 async fn relay(
@@ -70,7 +92,10 @@ async fn relay(
     let counters = Arc::new(Counters::default());
     let (mut received, mut sent) = (0, 0);
     let mut note = || {
-        let (now_received, now_sent) = (counters.forward.load(Ordering::Relaxed), counters.backward.load(Ordering::Relaxed));
+        let (now_received, now_sent) = (
+            counters.forward.load(Ordering::Relaxed),
+            counters.backward.load(Ordering::Relaxed),
+        );
         handles.received.inc_by(now_received - received);
         handles.sent.inc_by(now_sent - sent);
         (received, sent) = (now_received, now_sent);
@@ -91,7 +116,11 @@ async fn relay(
 
 /// A connection that found no endpoint counts as opened and closed, with the flag that says why.
 fn refused(connection: &Downstream, reports: &crate::report::Reports, flag: Flag) {
-    let handles = reports.tcp(connection.worker.peers.unknown(), connection.direction, flag);
+    let handles = reports.tcp(
+        connection.worker.peers.unknown(),
+        connection.direction,
+        flag,
+    );
     handles.opened.inc();
     handles.closed.inc();
 }

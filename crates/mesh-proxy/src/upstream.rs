@@ -31,7 +31,11 @@ pub struct ClusterState {
 impl ClusterState {
     /// For a cluster that is used for the first time.
     pub fn new(cluster: &Cluster, shared: &Shared) -> Self {
-        let reports = Reports::new(&shared.metrics, &shared.identity.peer, Some(&cluster.config));
+        let reports = Reports::new(
+            &shared.metrics,
+            &shared.identity.peer,
+            Some(&cluster.config),
+        );
         Self {
             turn: Turn::default(),
             hosts: RefCell::default(),
@@ -49,7 +53,11 @@ impl ClusterState {
     /// Takes note of a new version of the cluster: labels follow the service, endpoints that are gone are forgotten.
     pub fn update(&self, cluster: &Cluster, shared: &Shared, peers: &Peers) {
         if self.config.borrow().service != cluster.config.service {
-            let reports = Reports::new(&shared.metrics, &shared.identity.peer, Some(&cluster.config));
+            let reports = Reports::new(
+                &shared.metrics,
+                &shared.identity.peer,
+                Some(&cluster.config),
+            );
             self.reports.replace(Rc::new(reports));
         }
         self.config.replace(cluster.config.clone());
@@ -69,7 +77,9 @@ impl ClusterState {
         let mut order = Vec::with_capacity(set.endpoints().len());
         for endpoint in set.endpoints() {
             let peer = peers.of_workload(&endpoint.workload);
-            let host = hosts.entry(endpoint.address).or_insert_with(|| Rc::new(Host::new(endpoint.address, peer.clone())));
+            let host = hosts
+                .entry(endpoint.address)
+                .or_insert_with(|| Rc::new(Host::new(endpoint.address, peer.clone())));
             if !Arc::ptr_eq(&host.peer, &peer) {
                 // Another workload has got the address: nothing of the old one may be used.
                 *host = Rc::new(Host::new(endpoint.address, peer));
@@ -101,7 +111,13 @@ impl ClusterState {
         let active = |i: usize| aligned.1.get(i).map_or(u32::MAX, |h| h.active.get());
         let mut left = if tried.is_empty() { 0 } else { avoid };
         loop {
-            let index = lb::pick(&cluster.endpoints, cluster.config.policy, &self.turn, &mut random, active)?;
+            let index = lb::pick(
+                &cluster.endpoints,
+                cluster.config.policy,
+                &self.turn,
+                &mut random,
+                active,
+            )?;
             let host = aligned.1.get(index)?;
             if left == 0 || !tried.contains(&host.address) {
                 return Some(host.clone());
@@ -115,14 +131,19 @@ impl ClusterState {
         if hosts.len() >= MOST_DESTINATIONS {
             hosts.retain(|_, host| !host.is_unused());
         }
-        hosts.entry(address).or_insert_with(|| Rc::new(Host::new(address, peers.unknown().clone()))).clone()
+        hosts
+            .entry(address)
+            .or_insert_with(|| Rc::new(Host::new(address, peers.unknown().clone())))
+            .clone()
     }
 
     /// Closes what has been unused for too long.
     pub fn sweep(&self) {
         let config = self.config.borrow().clone();
         let mut hosts = self.hosts.borrow_mut();
-        hosts.values().for_each(|host| host.sweep(config.idle_timeout));
+        hosts
+            .values()
+            .for_each(|host| host.sweep(config.idle_timeout));
         if matches!(config.discovery, Discovery::OriginalDestination(_)) {
             hosts.retain(|_, host| !host.is_unused());
         }

@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mesh_net::sockets::{ListenOptions, listen};
-use mesh_routing::cluster::Cluster;
 use mesh_routing::Snapshot;
+use mesh_routing::cluster::Cluster;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -75,7 +75,9 @@ impl Worker {
             return state.clone();
         }
         let state = Rc::new(ClusterState::new(cluster, &self.shared));
-        self.clusters.borrow_mut().insert(cluster.config.name.clone(), state.clone());
+        self.clusters
+            .borrow_mut()
+            .insert(cluster.config.name.clone(), state.clone());
         state
     }
 
@@ -84,7 +86,9 @@ impl Worker {
         let mut second = tokio::time::interval(Duration::from_secs(1));
         second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let mut failed = self.sync_listeners();
-        self.shared.serving.fetch_add(usize::from(!failed), Ordering::AcqRel);
+        self.shared
+            .serving
+            .fetch_add(usize::from(!failed), Ordering::AcqRel);
         let mut counted = !failed;
         loop {
             tokio::select! {
@@ -92,7 +96,6 @@ impl Worker {
                     if changed.is_err() {
                         return;
                     }
-                    changes.mark_unchanged();
                     self.take_snapshot();
                     failed = self.sync_listeners();
                 }
@@ -101,10 +104,10 @@ impl Worker {
                     if failed {
                         failed = self.sync_listeners();
                     }
-                    if self.shared.draining.load(Ordering::Acquire) {
-                        self.close_connections();
-                    }
                 }
+            }
+            if self.shared.draining.load(Ordering::Acquire) {
+                self.close_connections();
             }
             if counted == failed {
                 counted = !failed;
@@ -132,7 +135,11 @@ impl Worker {
     /// Opens and closes sockets so that they are those of the snapshot. Connections stay. True if one could not be opened.
     fn sync_listeners(self: &Rc<Self>) -> bool {
         let snapshot = self.snapshot();
-        let wanted: Vec<SocketAddr> = snapshot.listeners().filter(|l| l.bind).map(|l| l.address).collect();
+        let wanted: Vec<SocketAddr> = snapshot
+            .listeners()
+            .filter(|l| l.bind)
+            .map(|l| l.address)
+            .collect();
         let mut open = self.open.borrow_mut();
         open.retain(|address, task| {
             let keep = wanted.contains(address) && !task.is_finished();
@@ -160,10 +167,15 @@ impl Worker {
     }
 
     fn open_listener(self: &Rc<Self>, address: SocketAddr) -> Result<JoinHandle<()>, String> {
-        let options = ListenOptions { reuse_port: true, ..ListenOptions::default() };
+        let options = ListenOptions {
+            reuse_port: true,
+            ..ListenOptions::default()
+        };
         let socket = listen(address, options).map_err(|error| error.to_string())?;
         let socket = TcpListener::from_std(socket).map_err(|error| error.to_string())?;
-        Ok(tokio::task::spawn_local(self.clone().accept(socket, address)))
+        Ok(tokio::task::spawn_local(
+            self.clone().accept(socket, address),
+        ))
     }
 
     async fn accept(self: Rc<Self>, socket: TcpListener, address: SocketAddr) {
@@ -183,24 +195,32 @@ impl Worker {
 
     /// Adds a connection to those that the sweep looks after.
     pub fn watch_over(&self, connection: &Rc<Downstream>) {
-        self.connections.borrow_mut().push(Rc::downgrade(connection));
+        self.connections
+            .borrow_mut()
+            .push(Rc::downgrade(connection));
     }
 
     fn sweep(&self) {
         clock::step();
-        self.connections.borrow_mut().retain(|connection| match connection.upgrade() {
-            Some(connection) => {
-                connection.check_timeouts();
-                true
-            }
-            None => false,
-        });
+        self.connections
+            .borrow_mut()
+            .retain(|connection| match connection.upgrade() {
+                Some(connection) => {
+                    connection.check_timeouts();
+                    true
+                }
+                None => false,
+            });
         let states: Vec<_> = self.clusters.borrow().values().cloned().collect();
         states.iter().for_each(|state| state.sweep());
     }
 
     /// Asks all connections to end with the response under way.
     fn close_connections(&self) {
-        self.connections.borrow().iter().filter_map(Weak::upgrade).for_each(|connection| connection.end_gracefully());
+        self.connections
+            .borrow()
+            .iter()
+            .filter_map(Weak::upgrade)
+            .for_each(|connection| connection.end_gracefully());
     }
 }

@@ -186,12 +186,23 @@ impl Snapshot {
     /// Listeners whose route tables have not arrived stay as they were, or out, until they have (Envoy's warming): LDS comes before RDS.
     fn warm(&mut self, old: &Snapshot) {
         let waits = |entry: &Entry<Listener, PbListener>, routes: &BTreeMap<String, _>| {
-            entry.compiled.route_names().any(|name| !routes.contains_key(name))
+            entry
+                .compiled
+                .route_names()
+                .any(|name| !routes.contains_key(name))
         };
-        let waiting: Vec<String> =
-            self.listeners.iter().filter(|(_, entry)| waits(entry, &self.routes)).map(|(name, _)| name.clone()).collect();
+        let waiting: Vec<String> = self
+            .listeners
+            .iter()
+            .filter(|(_, entry)| waits(entry, &self.routes))
+            .map(|(name, _)| name.clone())
+            .collect();
         for name in &waiting {
-            match old.listeners.get(name).filter(|entry| !waits(entry, &self.routes)) {
+            match old
+                .listeners
+                .get(name)
+                .filter(|entry| !waits(entry, &self.routes))
+            {
                 Some(entry) => self.listeners.insert(name.clone(), entry.clone()),
                 None => self.listeners.remove(name),
             };

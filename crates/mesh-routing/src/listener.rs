@@ -11,8 +11,8 @@ use envoy_types::pb::envoy::config::listener::v3::listener_filter_chain_match_pr
 
 use crate::chain::{self, Candidate, ConnectionView, FilterChain, NetworkFilter, compile_chain};
 use crate::endpoint::socket_address;
-use crate::hcm::RouteSource;
 use crate::error::{CompileError, Result, Within, every_field, flag, timeout};
+use crate::hcm::RouteSource;
 
 /// Envoy's limit for listener filters.
 const DEFAULT_FILTERS_TIMEOUT: Duration = Duration::from_secs(15);

@@ -1,0 +1,272 @@
+//! The admin interface on 127.0.0.1:15000, in the form of Envoy's.
+
+mod dump;
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use http::header::{HOST, ORIGIN};
+use http::{Method, Request, StatusCode};
+use hyper::body::Incoming;
+use serde_json::json;
+use tokio::sync::watch;
+
+use crate::agent;
+use crate::serve::Answer;
+use crate::shared::Shared;
+
+/// Path, whether it changes something, and what it is for; the index is made from it.
+const PAGES: &[(&str, bool, &str)] = &[
+    ("/", false, "this list"),
+    ("/certs", false, "certificates in use"),
+    ("/clusters", false, "clusters and endpoints (?format=json)"),
+    (
+        "/config_dump",
+        false,
+        "all resources in force as JSON (?include_eds)",
+    ),
+    (
+        "/drain_listeners",
+        true,
+        "close connections gracefully and report not ready",
+    ),
+    ("/healthcheck/fail", true, "report not ready"),
+    ("/healthcheck/ok", true, "report ready again"),
+    ("/listeners", false, "listeners (?format=json)"),
+    (
+        "/logging",
+        true,
+        "the log filter; ?level=debug or ?filter=mesh_proxy=debug,info changes it",
+    ),
+    ("/quitquitquit", true, "end the process"),
+    ("/ready", false, "readiness"),
+    ("/server_info", false, "version, state, node"),
+    (
+        "/stats",
+        false,
+        "counters (?filter=REGEX, ?format=prometheus)",
+    ),
+    (
+        "/stats/prometheus",
+        false,
+        "counters in Prometheus' text format",
+    ),
+];
+
+/// Answers a request.
+pub async fn handle(
+    shared: Arc<Shared>,
+    quit: watch::Sender<bool>,
+    request: Request<Incoming>,
+    peer: SocketAddr,
+) -> Answer {
+    if let Err(refusal) = guard(&request, peer) {
+        return refusal;
+    }
+    let path = request.uri().path();
+    let query = request.uri().query().unwrap_or("");
+    let Some((_, changes, _)) = PAGES.iter().find(|(page, ..)| *page == path) else {
+        return Answer::status(
+            StatusCode::NOT_FOUND,
+            format!("invalid path {path}. The paths are:\n{}", index()),
+        );
+    };
+    if *changes && request.method() != Method::POST {
+        return Answer::status(
+            StatusCode::METHOD_NOT_ALLOWED,
+            format!("{path} changes something: use POST\n"),
+        );
+    }
+    page(&shared, &quit, path, query)
+}
+
+fn page(shared: &Shared, quit: &watch::Sender<bool>, path: &str, query: &str) -> Answer {
+    let json_wanted = parameter(query, "format") == Some("json");
+    match path {
+        "/certs" => Answer::json(&json!({ "certificates": [] })),
+        "/clusters" if json_wanted => Answer::json(&dump::clusters_json(shared)),
+        "/clusters" => Answer::text(dump::clusters_text(shared)),
+        "/config_dump" => match dump::config(shared, parameter(query, "include_eds").is_some()) {
+            Ok(value) => Answer::json(&value),
+            Err(error) => Answer::status(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                format!("writing the configuration as JSON: {error}\n"),
+            ),
+        },
+        "/listeners" if json_wanted => Answer::json(&dump::listeners_json(shared)),
+        "/listeners" => Answer::text(dump::listeners_text(shared)),
+        "/healthcheck/fail" => set(&shared.failing, true),
+        "/healthcheck/ok" => set(&shared.failing, false),
+        "/drain_listeners" => {
+            shared.drain();
+            Answer::text("OK\n")
+        }
+        "/quitquitquit" => {
+            quit.send_replace(true);
+            Answer::text("OK\n")
+        }
+        "/logging" => logging(query),
+        "/ready" => match shared.is_ready() {
+            true => Answer::text("LIVE\n"),
+            false => Answer::status(
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("{}\n", state(shared)),
+            ),
+        },
+        "/server_info" => Answer::json(&server_info(shared)),
+        "/stats" if parameter(query, "format") == Some("prometheus") => agent::metrics(shared),
+        "/stats" => stats(shared, parameter(query, "filter")),
+        "/stats/prometheus" => agent::metrics(shared),
+        _ => Answer::text(index()),
+    }
+}
+
+/// Only programs of this machine may ask, and no page of a browser: the name in `Host` must be this machine's (DNS rebinding), and where a
+/// page asks, it must be ours.
+fn guard(request: &Request<Incoming>, peer: SocketAddr) -> Result<(), Answer> {
+    let refuse = |why: &str| Err(Answer::status(StatusCode::FORBIDDEN, format!("{why}\n")));
+    if !peer.ip().is_loopback() {
+        return refuse("the admin interface is for this machine only");
+    }
+    let text = |name| {
+        request
+            .headers()
+            .get(name)
+            .and_then(|v: &http::HeaderValue| v.to_str().ok())
+    };
+    if !text(HOST).is_some_and(is_local) {
+        return refuse("the Host header must name this machine (localhost, 127.0.0.1 or [::1])");
+    }
+    match text(ORIGIN) {
+        Some(origin) if !origin.strip_prefix("http://").is_some_and(is_local) => {
+            refuse("pages of other sites may not ask")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn is_local(host: &str) -> bool {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    };
+    ["localhost", "127.0.0.1", "[::1]"]
+        .iter()
+        .any(|local| name.eq_ignore_ascii_case(local))
+}
+
+fn index() -> String {
+    let mut text = String::new();
+    for (path, changes, purpose) in PAGES {
+        let method = if *changes { "POST" } else { "GET" };
+        // Writing to a String cannot fail, here and below.
+        let _ = writeln!(text, "{method:4} {path:20} {purpose}");
+    }
+    text
+}
+
+fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+    query.split('&').find_map(|pair| {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (key == name).then_some(value)
+    })
+}
+
+fn set(flag: &std::sync::atomic::AtomicBool, value: bool) -> Answer {
+    flag.store(value, Ordering::Release);
+    Answer::text("OK\n")
+}
+
+fn logging(query: &str) -> Answer {
+    let wanted = parameter(query, "filter").or(parameter(query, "level"));
+    let done = wanted.map_or(Ok(()), |filter| {
+        mesh_telemetry::log::set_filter(&filter.replace("%3D", "=").replace("%2C", ","))
+    });
+    match done {
+        Ok(()) => Answer::text(format!(
+            "active filter: {}\n",
+            mesh_telemetry::log::filter()
+        )),
+        Err(error) => Answer::status(StatusCode::BAD_REQUEST, format!("{error}\n")),
+    }
+}
+
+fn state(shared: &Shared) -> &'static str {
+    match () {
+        () if shared.draining.load(Ordering::Acquire) => "DRAINING",
+        () if shared.is_ready() => "LIVE",
+        () if shared.configured.load(Ordering::Acquire) => "INITIALIZING",
+        () => "PRE_INITIALIZING",
+    }
+}
+
+fn server_info(shared: &Shared) -> serde_json::Value {
+    let uptime = format!("{}s", shared.started.elapsed().as_secs());
+    json!({
+        "version": format!("mesh/{}", env!("CARGO_PKG_VERSION")),
+        "state": state(shared),
+        "uptime_current_epoch": uptime,
+        "uptime_all_epochs": uptime,
+        "command_line_options": { "concurrency": shared.options.concurrency },
+        "node": {
+            "id": shared.options.node_id(),
+            "cluster": shared.identity.node.cluster,
+            "metadata": shared.options.metadata,
+        },
+    })
+}
+
+/// `name: value`, sorted.
+fn stats(shared: &Shared, filter: Option<&str>) -> Answer {
+    let pattern = match filter.map(regex::Regex::new).transpose() {
+        Ok(pattern) => pattern,
+        Err(error) => return Answer::status(StatusCode::BAD_REQUEST, format!("filter: {error}\n")),
+    };
+    let totals = &shared.totals;
+    let snapshot = shared.snapshot();
+    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let values = [
+        (
+            "cluster_manager.active_clusters",
+            snapshot.clusters().count() as u64,
+        ),
+        ("http.downstream_rq_total", load(&totals.requests)),
+        (
+            "listener_manager.downstream_cx_active",
+            totals.open.load(Ordering::Relaxed) as u64,
+        ),
+        (
+            "listener_manager.downstream_cx_total",
+            load(&totals.connections),
+        ),
+        (
+            "listener_manager.total_listeners_active",
+            snapshot.listeners().count() as u64,
+        ),
+        (
+            "listener_manager.total_listeners_warming",
+            snapshot.warming().len() as u64,
+        ),
+        (
+            "listener_manager.workers_started",
+            u64::from(shared.serving.load(Ordering::Acquire) >= shared.options.concurrency),
+        ),
+        ("server.concurrency", shared.options.concurrency as u64),
+        ("server.live", u64::from(shared.is_ready())),
+        ("server.uptime", shared.started.elapsed().as_secs()),
+        ("upstream.cx_connect_fail", load(&totals.upstream_failures)),
+        ("upstream.cx_total", load(&totals.upstream_connections)),
+        ("xds.resources_rejected", load(&totals.rejected)),
+        ("xds.snapshots", load(&totals.snapshots)),
+    ];
+    let mut text = String::new();
+    for (name, value) in values
+        .iter()
+        .filter(|(name, _)| pattern.as_ref().is_none_or(|p| p.is_match(name)))
+    {
+        let _ = writeln!(text, "{name}: {value}");
+    }
+    Answer::text(text)
+}

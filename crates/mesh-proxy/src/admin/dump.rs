@@ -1,0 +1,185 @@
+//! Configuration, clusters and listeners in Envoy's forms (`envoy.admin.v3`).
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use mesh_routing::compile::{CLUSTER, ENDPOINTS, LISTENER, ROUTE};
+use mesh_routing::endpoint::{Endpoint, Health};
+use mesh_routing::lb::LbPolicy;
+use mesh_xds::json::{JsonError, Naming, any_to_json};
+use prost::Message;
+use serde_json::{Value, json};
+
+use crate::shared::Shared;
+
+/// `/config_dump`.
+pub fn config(shared: &Shared, with_endpoints: bool) -> Result<Value, JsonError> {
+    let state = shared.snapshot().state();
+    let node = json!({
+        "id": shared.options.node_id(),
+        "cluster": shared.identity.node.cluster,
+        "metadata": shared.options.metadata,
+    });
+    let clusters = each(
+        CLUSTER,
+        &state.clusters,
+        |_, value| json!({ "cluster": value }),
+    )?;
+    let listeners = each(
+        LISTENER,
+        &state.listeners,
+        |name, value| json!({ "name": name, "active_state": { "listener": value } }),
+    )?;
+    let routes = each(
+        ROUTE,
+        &state.routes,
+        |_, value| json!({ "route_config": value }),
+    )?;
+    let mut configs = vec![
+        section("Bootstrap", json!({ "bootstrap": { "node": node } })),
+        section("Clusters", json!({ "dynamic_active_clusters": clusters })),
+        section("Listeners", json!({ "dynamic_listeners": listeners })),
+        section("Routes", json!({ "dynamic_route_configs": routes })),
+    ];
+    if with_endpoints {
+        let endpoints = each(
+            ENDPOINTS,
+            &state.endpoints,
+            |_, value| json!({ "endpoint_config": value }),
+        )?;
+        configs.insert(
+            2,
+            section(
+                "Endpoints",
+                json!({ "dynamic_endpoint_configs": endpoints }),
+            ),
+        );
+    }
+    Ok(json!({ "configs": configs }))
+}
+
+fn section(kind: &str, mut content: Value) -> Value {
+    let mut object = serde_json::Map::new();
+    object.insert(
+        "@type".to_owned(),
+        json!(format!(
+            "type.googleapis.com/envoy.admin.v3.{kind}ConfigDump"
+        )),
+    );
+    if let Some(fields) = content.as_object_mut() {
+        object.append(fields);
+    }
+    Value::Object(object)
+}
+
+fn each<M: Message>(
+    type_url: &str,
+    messages: &BTreeMap<String, Arc<M>>,
+    wrap: impl Fn(&str, Value) -> Value,
+) -> Result<Vec<Value>, JsonError> {
+    let one = |(name, message): (&String, &Arc<M>)| {
+        let value = any_to_json(type_url, &message.encode_to_vec(), Naming::Proto)?;
+        Ok(wrap(name, value))
+    };
+    messages.iter().map(one).collect()
+}
+
+fn health(endpoint: &Endpoint) -> &'static str {
+    match endpoint.health {
+        Health::Healthy => "healthy",
+        Health::Degraded => "/degraded_eds_health",
+        Health::Unhealthy => "/failed_eds_health",
+    }
+}
+
+/// `/clusters`.
+pub fn clusters_text(shared: &Shared) -> String {
+    let snapshot = shared.snapshot();
+    let mut clusters: Vec<_> = snapshot.clusters().collect();
+    clusters.sort_by(|a, b| a.config.name.cmp(&b.config.name));
+    let mut text = String::new();
+    for cluster in clusters {
+        let name = &cluster.config.name;
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{name}::observability_name::{name}");
+        let _ = writeln!(text, "{name}::added_via_api::true");
+        for endpoint in cluster.endpoints.endpoints() {
+            let at = format!("{name}::{}", endpoint.address);
+            let mut locality = endpoint.locality.splitn(3, '/');
+            let mut part = || locality.next().unwrap_or("");
+            let (region, zone, sub_zone) = (part(), part(), part());
+            let _ = write!(
+                text,
+                "{at}::hostname::{}\n{at}::health_flags::{}\n{at}::weight::{}\n{at}::region::{region}\n{at}::zone::{zone}\n\
+                 {at}::sub_zone::{sub_zone}\n{at}::canary::false\n{at}::priority::{}\n",
+                endpoint.hostname,
+                health(endpoint),
+                endpoint.weight,
+                endpoint.priority,
+            );
+        }
+    }
+    text
+}
+
+/// `/clusters?format=json`.
+pub fn clusters_json(shared: &Shared) -> Value {
+    let snapshot = shared.snapshot();
+    let mut clusters: Vec<_> = snapshot.clusters().collect();
+    clusters.sort_by(|a, b| a.config.name.cmp(&b.config.name));
+    let host = |endpoint: &Endpoint| {
+        let status = match endpoint.health {
+            Health::Healthy => "HEALTHY",
+            Health::Degraded => "DEGRADED",
+            Health::Unhealthy => "UNHEALTHY",
+        };
+        json!({
+            "address": socket(endpoint.address),
+            "health_status": { "eds_health_status": status },
+            "weight": endpoint.weight,
+            "hostname": endpoint.hostname,
+            "priority": endpoint.priority,
+        })
+    };
+    let one = |cluster: &&mesh_routing::cluster::Cluster| {
+        json!({
+            "name": &*cluster.config.name,
+            "added_via_api": true,
+            "lb_policy": policy(cluster.config.policy),
+            "host_statuses": cluster.endpoints.endpoints().iter().map(host).collect::<Vec<_>>(),
+        })
+    };
+    json!({ "cluster_statuses": clusters.iter().map(one).collect::<Vec<_>>() })
+}
+
+fn policy(policy: LbPolicy) -> &'static str {
+    match policy {
+        LbPolicy::RoundRobin => "ROUND_ROBIN",
+        LbPolicy::Random => "RANDOM",
+        LbPolicy::LeastRequest(_) => "LEAST_REQUEST",
+    }
+}
+
+fn socket(address: std::net::SocketAddr) -> Value {
+    json!({ "socket_address": { "address": address.ip().to_string(), "port_value": address.port() } })
+}
+
+/// `/listeners`.
+pub fn listeners_text(shared: &Shared) -> String {
+    shared
+        .snapshot()
+        .listeners()
+        .map(|l| format!("{}::{}\n", l.name, l.address))
+        .collect()
+}
+
+/// `/listeners?format=json`.
+pub fn listeners_json(shared: &Shared) -> Value {
+    let snapshot = shared.snapshot();
+    let all: Vec<Value> = snapshot
+        .listeners()
+        .map(|l| json!({ "name": &*l.name, "local_address": socket(l.address) }))
+        .collect();
+    json!({ "listener_statuses": all })
+}
