@@ -13,8 +13,8 @@ use crate::errors::ApiError;
 use crate::request::{self, Query, Request};
 use crate::write::Writer;
 use crate::{
-    ApiServer, connect, delete, discovery, documents, logs, patch, read, respond, reviews, scale,
-    watch,
+    ApiServer, connect, delete, discovery, documents, logs, patch, protobuf, read, respond,
+    reviews, scale, watch,
 };
 
 /// Largest request body (as in Kubernetes).
@@ -210,6 +210,8 @@ pub fn parse_body(content_type: &str, body: &[u8]) -> Result<Value, ApiError> {
         "application/apply-patch+json" => serde_json::from_slice(body).map_err(|e| {
             ApiError::bad_request(format!("the object provided is not valid JSON: {e}"))
         }),
+        protobuf::MEDIA => protobuf::decode(body)
+            .map_err(|reason| ApiError::new(415, "UnsupportedMediaType", reason)),
         other => Err(ApiError::new(
             415,
             "UnsupportedMediaType",

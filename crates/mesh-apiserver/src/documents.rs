@@ -7,7 +7,10 @@ use http::{HeaderMap, HeaderValue};
 
 use crate::ApiServer;
 use crate::errors::ApiError;
-use crate::openapi::{self, Kind, V2_PROTOBUF};
+use crate::openapi::{self, Kind};
+
+/// Clients ask for this form with an `@`, which is not allowed in a media type; Go refuses an answer that says it.
+const V2_PROTOBUF_ANSWER: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 
 /// Answers paths below `/openapi`; `None` for all others.
 pub fn answer(api: &ApiServer, path: &str, headers: &HeaderMap) -> Option<Response> {
@@ -22,7 +25,7 @@ pub fn answer(api: &ApiServer, path: &str, headers: &HeaderMap) -> Option<Respon
                 .and_then(|v| v.to_str().ok())
                 .unwrap_or_default();
             if accept.contains("com.github.proto-openapi.spec.v2") {
-                respond(V2_PROTOBUF, openapi::v2_protobuf(&kinds))
+                respond(V2_PROTOBUF_ANSWER, openapi::v2_protobuf(&kinds))
             } else {
                 json(openapi::v2(&kinds))
             }

@@ -25,6 +25,7 @@ mod names;
 pub mod node;
 mod openapi;
 mod patch;
+mod protobuf;
 mod read;
 mod registry;
 mod request;

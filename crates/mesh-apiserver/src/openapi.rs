@@ -13,9 +13,6 @@ use serde_json::{Map, Value, json};
 
 use crate::schema::{ListType, Schema, SchemaKind};
 
-/// The media type of the protobuf form of v2.
-pub(crate) const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
-
 /// A served kind.
 pub(crate) struct Kind {
     /// API group; empty for the core group.
