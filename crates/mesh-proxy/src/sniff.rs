@@ -31,11 +31,11 @@ pub fn judge(bytes: &[u8]) -> Option<Protocol> {
     if first == 0x16 {
         return judge_tls(bytes);
     }
-    if PREFACE.starts_with(bytes) {
-        return None;
-    }
     if bytes.starts_with(PREFACE) {
         return Some(Protocol::Http2);
+    }
+    if PREFACE.starts_with(bytes) {
+        return None;
     }
     judge_http1(bytes)
 }
