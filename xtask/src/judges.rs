@@ -10,7 +10,7 @@ use nix::unistd::Uid;
 use crate::run;
 
 mod envoy;
-mod install;
+pub(crate) mod install;
 
 /// Which judges to hear.
 #[derive(clap::Args)]

@@ -68,7 +68,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-telemetry",
         ],
     ),
-    ("xtask", &[]),
+    ("xtask", &["mesh-xds"]),
 ];
 
 /// Crates that must stay pure: none of these may be anywhere below them (model, translate, inject, routing, identity; invariant 2).

@@ -39,6 +39,8 @@ enum Command {
     Logs(mesh_cli::logs::Args),
     /// Run a command in a container
     Exec(mesh_cli::exec::Args),
+    /// Wait until the proxy of this pod is ready
+    Wait(mesh_cli::wait::Args),
     /// Print the versions of this program and of the control plane
     Version(mesh_cli::version::Args),
     /// Print a shell's completion script
@@ -110,6 +112,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Delete(args) => block_on(mesh_cli::delete::run(args, &global)),
         Command::Logs(args) => block_on(mesh_cli::logs::run(args, &global)),
         Command::Exec(args) => block_on(mesh_cli::exec::run(args, &global)),
+        Command::Wait(args) => block_on(mesh_cli::wait::run(args)),
         Command::Version(args) => block_on(mesh_cli::version::run(args, &global)),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Mesh::command(), "mesh", &mut std::io::stdout());

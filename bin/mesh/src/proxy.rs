@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 
+use mesh_proxy::{ProxyOptions, Role};
+
 /// What the proxy is.
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum Role {
+enum Kind {
     /// Beside an application.
     Sidecar,
     /// A gateway.
@@ -17,27 +19,53 @@ enum Role {
 pub struct Args {
     /// Beside an application, or a gateway
     #[arg(value_enum, default_value = "sidecar")]
-    role: Role,
+    kind: Kind,
     /// DNS domain of the pod's namespace
     #[arg(long, value_name = "DOMAIN")]
     domain: Option<String>,
-    /// Log level of the data plane
+    /// Log level of the data plane: trace, debug, info, warning, error, critical, off
     #[arg(long = "proxyLogLevel", value_name = "LEVEL", default_value = "warning")]
     proxy_log_level: String,
-    /// Log levels of parts of the data plane, NAME:LEVEL, separated by commas
+    /// Log levels of Envoy's components, NAME:LEVEL; reported, without effect: this data plane has one level
     #[arg(long = "proxyComponentLogLevel", value_name = "LEVELS")]
     proxy_component_log_level: Option<String>,
-    /// Log level of the agent, SCOPE:LEVEL
+    /// Log level of everything else, SCOPE:LEVEL
     #[arg(long = "log_output_level", value_name = "LEVEL", default_value = "default:info")]
     log_output_level: String,
 }
 
 /// Runs the proxy until it is told to end.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let _ = (&args.domain, &args.proxy_log_level, &args.proxy_component_log_level, &args.log_output_level);
-    match args.role {
-        Role::Sidecar => {}
-        Role::Router => {}
+    mesh_telemetry::log::init(&args.filter(), false)?;
+    if let Some(levels) = args.proxy_component_log_level.as_deref().filter(|levels| *levels != "misc:error") {
+        tracing::warn!(levels, "--proxyComponentLogLevel has no effect: this data plane has no Envoy components");
     }
-    anyhow::bail!("to be wired")
+    let role = match args.kind {
+        Kind::Sidecar => Role::Sidecar,
+        Kind::Router => Role::Router,
+    };
+    let mut options = ProxyOptions::from_env(role)?;
+    if let Some(domain) = args.domain {
+        options.domain = domain;
+    }
+    mesh_proxy::run(options)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Args {
+    /// The agent's level for all, the data plane's for what is the data plane.
+    fn filter(&self) -> String {
+        let agent = self.log_output_level.rsplit(':').next().map_or("info", level);
+        format!("{agent},mesh_proxy={},mesh_routing={}", level(&self.proxy_log_level), level(&self.proxy_log_level))
+    }
+}
+
+/// Envoy's and Istio's names for log levels, in ours.
+fn level(name: &str) -> &str {
+    match name {
+        "warning" => "warn",
+        "critical" | "fatal" => "error",
+        "none" => "off",
+        other => other,
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::FromRequestParts;
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::response::{IntoResponse, Response};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{SinkExt, StreamExt};
@@ -82,7 +82,16 @@ async fn carry(
             },
         }
     }
-    let _ = socket.close().await;
+    close(socket).await;
+}
+
+/// Ends in order: a client takes a connection that just ends for a failure (RFC 6455 section 7.4.1, code 1000).
+async fn close(mut socket: WebSocket) {
+    let frame = CloseFrame { code: close_code::NORMAL, reason: "".into() };
+    if socket.send(Message::Close(Some(frame))).await.is_ok() {
+        // The client's own close frame, a second at most: what was sent before must not be lost to a reset.
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), async { while let Some(Ok(_)) = socket.recv().await {} }).await;
+    }
 }
 
 fn message(channel: u8, data: &[u8]) -> Message {
@@ -203,7 +212,7 @@ async fn pairs(mut socket: WebSocket, target: Target, ports: Vec<u16>) {
             },
         }
     }
-    let _ = socket.close().await;
+    close(socket).await;
 }
 
 async fn pair(

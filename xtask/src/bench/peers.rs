@@ -1,0 +1,100 @@
+//! The backend and the proxies, each with the least configuration that forwards one port.
+
+use std::path::Path;
+use std::process::{Child, Stdio};
+
+use anyhow::Context;
+use serde_json::json;
+
+use super::{Peer, discovery, pinned};
+use crate::judges::install;
+
+/// nginx with an answer of 1 KiB.
+pub(super) fn nginx(place: &Path, port: u16) -> anyhow::Result<Child> {
+    let program =
+        install::debian("nginx", "nginx-light").or_else(|_| install::debian("nginx", "nginx"))?;
+    let shown = place.display();
+    let body = "x".repeat(1024);
+    let config = format!(
+        "daemon off; worker_processes 1; pid {shown}/nginx.pid; error_log {shown}/nginx.log;\nevents {{ worker_connections 4096; }}\n\
+         http {{ access_log off; keepalive_requests 100000000; client_body_temp_path {shown}; proxy_temp_path {shown};\n\
+         fastcgi_temp_path {shown}; uwsgi_temp_path {shown}; scgi_temp_path {shown};\n\
+         server {{ listen 127.0.0.1:{port} backlog=4096; location / {{ return 200 \"{body}\"; }} }} }}\n"
+    );
+    let file = place.join("nginx.conf");
+    std::fs::write(&file, config)?;
+    pinned(0, &program)
+        .arg("-c")
+        .arg(&file)
+        .stderr(Stdio::null())
+        .spawn()
+        .context("starting nginx")
+}
+
+/// A stock Envoy with the same listener, route and cluster that our proxy gets.
+pub(super) fn envoy(place: &Path, port: u16, backend: u16) -> anyhow::Result<Peer> {
+    let program = install::envoy()?;
+    let resources = discovery::Resources::new(port, backend);
+    let config = json!({
+        "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 18092}}},
+        "static_resources": {"listeners": [resources.listener_with_route()], "clusters": [resources.static_cluster()]},
+    });
+    let file = place.join("envoy.json");
+    std::fs::write(&file, config.to_string())?;
+    let child = pinned(1, &program)
+        .args(["--concurrency", "1", "-l", "error", "--base-id", "77", "-c"])
+        .arg(&file)
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .context("starting Envoy")?;
+    Ok(Peer {
+        name: "envoy",
+        port,
+        child,
+    })
+}
+
+pub(super) fn haproxy(place: &Path, port: u16, backend: u16) -> anyhow::Result<Peer> {
+    let program = install::debian("haproxy", "haproxy")?;
+    let config = format!(
+        "global\n  nbthread 1\n  maxconn 4096\ndefaults\n  mode http\n  timeout connect 5s\n  timeout client 1h\n  timeout server 1h\n  http-reuse always\n\
+         frontend in\n  bind 127.0.0.1:{port}\n  default_backend out\nbackend out\n  server one 127.0.0.1:{backend}\n"
+    );
+    let file = place.join("haproxy.cfg");
+    std::fs::write(&file, config)?;
+    let child = pinned(1, &program)
+        .arg("-db")
+        .arg("-f")
+        .arg(&file)
+        .stdout(Stdio::null())
+        .spawn()
+        .context("starting HAProxy")?;
+    Ok(Peer {
+        name: "haproxy",
+        port,
+        child,
+    })
+}
+
+/// Our proxy as a gateway of a discovery server that this process is.
+pub(super) fn mesh(binary: &Path, place: &Path, port: u16, backend: u16) -> anyhow::Result<Peer> {
+    let address = discovery::serve(discovery::Resources::new(port, backend))?;
+    let config = json!({"discoveryAddress": address.to_string(), "concurrency": 1, "proxyAdminPort": 18093, "statusPort": 18094});
+    let child = pinned(1, binary)
+        .args(["proxy", "router"])
+        .env("PROXY_CONFIG", config.to_string())
+        .env("POD_NAME", "bench")
+        .env("POD_NAMESPACE", "default")
+        .env("INSTANCE_IP", "127.0.0.1")
+        .env("ENVOY_STATUS_PORT", "18095")
+        .env("ENVOY_PROMETHEUS_PORT", "18096")
+        .env("MESH_STATE_DIR", place.join("proxy"))
+        .spawn()
+        .with_context(|| format!("starting {}", binary.display()))?;
+    Ok(Peer {
+        name: "mesh",
+        port,
+        child,
+    })
+}
