@@ -141,13 +141,20 @@ struct Key {
     is_grpc: bool,
 }
 
+/// Handles with the peer that their key points to, so that its address cannot be another one's.
+#[derive(Debug)]
+struct Recorded {
+    handles: RequestHandles,
+    _peer: Arc<Peer>,
+}
+
 /// The metrics of one cluster.
 #[derive(Debug)]
 pub struct Reports {
     metrics: IstioMetrics,
     us: Arc<Peer>,
     service: [Arc<str>; 3],
-    handles: RefCell<Map<Key, Rc<(RequestHandles, Arc<Peer>)>>>,
+    handles: RefCell<Map<Key, Rc<Recorded>>>,
 }
 
 impl Reports {
@@ -196,7 +203,7 @@ impl Reports {
         }
     }
 
-    fn requests(&self, key: Key, peer: &Arc<Peer>) -> Rc<(RequestHandles, Arc<Peer>)> {
+    fn requests(&self, key: Key, peer: &Arc<Peer>) -> Rc<Recorded> {
         if let Some(found) = self.handles.borrow().get(&key) {
             return found.clone();
         }
@@ -214,7 +221,10 @@ impl Reports {
             }),
             ..self.labels(peer, key.inbound, key.flag)
         };
-        let made = Rc::new((self.metrics.requests(&labels), peer.clone()));
+        let made = Rc::new(Recorded {
+            handles: self.metrics.requests(&labels),
+            _peer: peer.clone(),
+        });
         if handles.len() < MOST_HANDLES {
             handles.insert(key, made.clone());
         }
@@ -273,16 +283,15 @@ impl Drop for Report {
             flag: self.flag,
             is_grpc: self.is_grpc,
         };
-        let handles = self.reports.requests(key, &self.peer);
-        handles.0.requests.inc();
+        let recorded = self.reports.requests(key, &self.peer);
+        let handles = &recorded.handles;
+        handles.requests.inc();
         handles
-            .0
             .duration_ms
             .observe(self.started.elapsed().as_secs_f64() * 1000.0);
         handles
-            .0
             .request_bytes
             .observe(self.flow.request_bytes.get() as f64);
-        handles.0.response_bytes.observe(self.response_bytes as f64);
+        handles.response_bytes.observe(self.response_bytes as f64);
     }
 }
