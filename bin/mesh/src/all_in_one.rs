@@ -64,7 +64,11 @@ fn host_ports(args: &Args) -> Vec<HostPort> {
         return Vec::new();
     }
     let page = args.samples.iter().any(|s| s == "bookinfo");
-    let link = if page { ("product page".to_owned(), "/productpage".to_owned()) } else { ("gateway".to_owned(), "/".to_owned()) };
+    let link = if page {
+        ("product page".to_owned(), "/productpage".to_owned())
+    } else {
+        ("gateway".to_owned(), "/".to_owned())
+    };
     let port = |port, host, flag: &str, link| HostPort {
         namespace: install::NAMESPACE.to_owned(),
         service: "istio-ingressgateway".to_owned(),
@@ -73,18 +77,31 @@ fn host_ports(args: &Args) -> Vec<HostPort> {
         flag: flag.to_owned(),
         link,
     };
-    vec![port(80, args.http_port, "--http-port", Some(link)), port(443, args.https_port, "--https-port", None)]
+    vec![
+        port(80, args.http_port, "--http-port", Some(link)),
+        port(443, args.https_port, "--https-port", None),
+    ]
 }
 
 /// The mesh's own parts first, then the samples: the injection webhook must answer before their pods are made.
 fn boot(args: &Args) -> anyhow::Result<Vec<BootWave>> {
     // One worker a proxy: a laptop runs a dozen of them, and round robin is strictly in turn with one.
-    let options = InstallOptions { profile: args.profile, concurrency: Some(1), ..InstallOptions::default() };
+    let options = InstallOptions {
+        profile: args.profile,
+        concurrency: Some(1),
+        ..InstallOptions::default()
+    };
     let manifests = install::manifests(&options).context("making the mesh's own manifests")?;
     let titles = ["resource kinds", "control plane", "gateways"];
-    let mut waves: Vec<BootWave> = titles.into_iter().zip(manifests).map(|(title, documents)| wave(title, documents)).collect();
+    let mut waves: Vec<BootWave> = titles
+        .into_iter()
+        .zip(manifests)
+        .map(|(title, documents)| wave(title, documents))
+        .collect();
     // The gateway starts while the samples do.
-    let gateways = waves.get_mut(2).map(|gateways| std::mem::take(&mut gateways.wait));
+    let gateways = waves
+        .get_mut(2)
+        .map(|gateways| std::mem::take(&mut gateways.wait));
     let mut samples = Vec::new();
     for name in &args.samples {
         samples.extend(sample(name)?);
@@ -95,9 +112,17 @@ fn boot(args: &Args) -> anyhow::Result<Vec<BootWave>> {
             samples.insert(0, json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default", "labels": labels}}));
         } else {
             // Without the mesh there are no kinds for its rules.
-            samples.retain(|document| !document["apiVersion"].as_str().unwrap_or_default().contains("istio.io/"));
+            samples.retain(|document| {
+                !document["apiVersion"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .contains("istio.io/")
+            });
         }
-        waves.push(wave(&format!("samples: {}", args.samples.join(", ")), samples));
+        waves.push(wave(
+            &format!("samples: {}", args.samples.join(", ")),
+            samples,
+        ));
     }
     if let (Some(gateways), Some(last)) = (gateways, waves.last_mut()) {
         last.wait.extend(gateways);
@@ -114,16 +139,26 @@ fn wave(title: &str, documents: Vec<Value>) -> BootWave {
         .filter_map(|document| {
             let metadata = &document["metadata"];
             let namespace = text(&metadata["namespace"]).unwrap_or_else(|| "default".to_owned());
-            Some(WaitFor { namespace, deployment: text(&metadata["name"])? })
+            Some(WaitFor {
+                namespace,
+                deployment: text(&metadata["name"])?,
+            })
         })
         .collect();
-    BootWave { title: title.to_owned(), documents, wait }
+    BootWave {
+        title: title.to_owned(),
+        documents,
+        wait,
+    }
 }
 
 fn sample(name: &str) -> anyhow::Result<Vec<Value>> {
     let Some(files) = mesh_samples::manifests(name) else {
         let known: Vec<&str> = mesh_samples::manifest_names().collect();
-        bail!("--sample {name}: there is no such sample; there are {}", known.join(", "));
+        bail!(
+            "--sample {name}: there is no such sample; there are {}",
+            known.join(", ")
+        );
     };
     let mut documents = Vec::new();
     for (file, text) in files {

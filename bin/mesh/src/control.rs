@@ -10,13 +10,25 @@ use mesh_control::{Control, Options};
 #[derive(clap::Args)]
 pub struct Args {
     /// Discovery in plain text
-    #[arg(long = "grpcAddr", value_name = "ADDR", default_value = "0.0.0.0:15010")]
+    #[arg(
+        long = "grpcAddr",
+        value_name = "ADDR",
+        default_value = "0.0.0.0:15010"
+    )]
     grpc: SocketAddr,
     /// Webhooks for injection and validation
-    #[arg(long = "httpsAddr", value_name = "ADDR", default_value = "0.0.0.0:15017")]
+    #[arg(
+        long = "httpsAddr",
+        value_name = "ADDR",
+        default_value = "0.0.0.0:15017"
+    )]
     https: SocketAddr,
     /// Metrics
-    #[arg(long = "monitoringAddr", value_name = "ADDR", default_value = "0.0.0.0:15014")]
+    #[arg(
+        long = "monitoringAddr",
+        value_name = "ADDR",
+        default_value = "0.0.0.0:15014"
+    )]
     monitoring: SocketAddr,
     /// Readiness, and debug pages for the loopback address
     #[arg(long = "httpAddr", value_name = "ADDR", default_value = "0.0.0.0:8080")]
@@ -29,7 +41,8 @@ pub struct Args {
 /// Runs the control plane until SIGTERM or SIGINT.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     mesh_telemetry::log::init(&args.log, false)?;
-    let client = mesh_control::client(global.kubeconfig.as_deref(), global.context.as_deref()).await?;
+    let client =
+        mesh_control::client(global.kubeconfig.as_deref(), global.context.as_deref()).await?;
     let options = Options {
         grpc: args.grpc,
         webhook: args.https,
@@ -44,7 +57,10 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
 
 async fn stopped() {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         return std::future::pending().await;
     };
     tokio::select! {

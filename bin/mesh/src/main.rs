@@ -17,7 +17,13 @@ use mesh_cli::global::Global;
 
 /// A complete service mesh in one binary.
 #[derive(Parser)]
-#[command(name = "mesh", version, about, propagate_version = true, disable_help_subcommand = true)]
+#[command(
+    name = "mesh",
+    version,
+    about,
+    propagate_version = true,
+    disable_help_subcommand = true
+)]
 struct Mesh {
     #[command(flatten)]
     global: Global,
@@ -54,7 +60,11 @@ enum Command {
     /// Run the proxy of a pod, as a sidecar or as a gateway
     Proxy(proxy::Args),
     /// Set up traffic capture in this network namespace
-    #[command(alias = "istio-iptables", disable_help_flag = true, disable_version_flag = true)]
+    #[command(
+        alias = "istio-iptables",
+        disable_help_flag = true,
+        disable_version_flag = true
+    )]
     Init {
         /// The flags of istio-iptables; `mesh init --help` lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -94,7 +104,10 @@ fn called_by_another_name(args: &[OsString]) -> Option<ExitCode> {
     if !mesh_samples::is_applet(&name) {
         return None;
     }
-    let rest: Vec<String> = args[1..].iter().map(|a| a.to_string_lossy().into_owned()).collect();
+    let rest: Vec<String> = args[1..]
+        .iter()
+        .map(|a| a.to_string_lossy().into_owned())
+        .collect();
     provide_crypto();
     mesh_samples::applet(&name, &rest)
 }
@@ -119,10 +132,13 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Init { flags } => {
-            mesh_net::capture::run_init(&flags, &mut std::io::stdout()).context("setting up traffic capture")?;
+            mesh_net::capture::run_init(&flags, &mut std::io::stdout())
+                .context("setting up traffic capture")?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Sample { name, args } => mesh_samples::run(&name, &args).map(|()| ExitCode::SUCCESS),
+        Command::Sample { name, args } => {
+            mesh_samples::run(&name, &args).map(|()| ExitCode::SUCCESS)
+        }
     }
 }
 
@@ -133,6 +149,9 @@ fn provide_crypto() {
 }
 
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
     runtime.context("starting the runtime")?.block_on(work)
 }

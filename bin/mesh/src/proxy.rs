@@ -24,21 +24,36 @@ pub struct Args {
     #[arg(long, value_name = "DOMAIN")]
     domain: Option<String>,
     /// Log level of the data plane: trace, debug, info, warning, error, critical, off
-    #[arg(long = "proxyLogLevel", value_name = "LEVEL", default_value = "warning")]
+    #[arg(
+        long = "proxyLogLevel",
+        value_name = "LEVEL",
+        default_value = "warning"
+    )]
     proxy_log_level: String,
     /// Log levels of Envoy's components, NAME:LEVEL; reported, without effect: this data plane has one level
     #[arg(long = "proxyComponentLogLevel", value_name = "LEVELS")]
     proxy_component_log_level: Option<String>,
     /// Log level of everything else, SCOPE:LEVEL
-    #[arg(long = "log_output_level", value_name = "LEVEL", default_value = "default:info")]
+    #[arg(
+        long = "log_output_level",
+        value_name = "LEVEL",
+        default_value = "default:info"
+    )]
     log_output_level: String,
 }
 
 /// Runs the proxy until it is told to end.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     mesh_telemetry::log::init(&args.filter(), false)?;
-    if let Some(levels) = args.proxy_component_log_level.as_deref().filter(|levels| *levels != "misc:error") {
-        tracing::warn!(levels, "--proxyComponentLogLevel has no effect: this data plane has no Envoy components");
+    if let Some(levels) = args
+        .proxy_component_log_level
+        .as_deref()
+        .filter(|levels| *levels != "misc:error")
+    {
+        tracing::warn!(
+            levels,
+            "--proxyComponentLogLevel has no effect: this data plane has no Envoy components"
+        );
     }
     let role = match args.kind {
         Kind::Sidecar => Role::Sidecar,
@@ -55,8 +70,16 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 impl Args {
     /// The agent's level for all, the data plane's for what is the data plane.
     fn filter(&self) -> String {
-        let agent = self.log_output_level.rsplit(':').next().map_or("info", level);
-        format!("{agent},mesh_proxy={},mesh_routing={}", level(&self.proxy_log_level), level(&self.proxy_log_level))
+        let agent = self
+            .log_output_level
+            .rsplit(':')
+            .next()
+            .map_or("info", level);
+        format!(
+            "{agent},mesh_proxy={},mesh_routing={}",
+            level(&self.proxy_log_level),
+            level(&self.proxy_log_level)
+        )
     }
 }
 

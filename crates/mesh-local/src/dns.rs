@@ -49,7 +49,11 @@ pub async fn run(
     let error = |source| DnsError { address, source };
     let udp = Arc::new(UdpSocket::bind(address).await.map_err(error)?);
     let tcp = TcpListener::bind(address).await.map_err(error)?;
-    let server = Arc::new(Server { tables, resolvers, forwards: Semaphore::new(MAX_FORWARDS) });
+    let server = Arc::new(Server {
+        tables,
+        resolvers,
+        forwards: Semaphore::new(MAX_FORWARDS),
+    });
     let serve = async {
         tokio::join!(datagrams(&udp, &server), streams(&tcp, &server));
     };
@@ -85,7 +89,11 @@ impl Server {
     async fn forward(&self, request: &Message, bytes: &[u8]) -> Message {
         if let Ok(_permit) = self.forwards.try_acquire() {
             for resolver in &self.resolvers {
-                let asked = tokio::time::timeout(FORWARD_TIMEOUT, ask(SocketAddr::new(*resolver, 53), bytes)).await;
+                let asked = tokio::time::timeout(
+                    FORWARD_TIMEOUT,
+                    ask(SocketAddr::new(*resolver, 53), bytes),
+                )
+                .await;
                 if let Ok(Ok(response)) = asked
                     && response.metadata.id == request.metadata.id
                 {
@@ -98,7 +106,11 @@ impl Server {
 }
 
 async fn ask(resolver: SocketAddr, bytes: &[u8]) -> std::io::Result<Message> {
-    let any: SocketAddr = if resolver.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (std::net::Ipv6Addr::UNSPECIFIED, 0).into() };
+    let any: SocketAddr = if resolver.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
+    };
     let socket = UdpSocket::bind(any).await?;
     socket.connect(resolver).await?;
     socket.send(bytes).await?;
@@ -129,7 +141,11 @@ async fn datagrams(socket: &Arc<UdpSocket>, server: &Arc<Server>) {
 /// RFC 1035 section 4.2.1: what does not fit is cut off, and the client asks again over TCP.
 fn encode(response: &Message, size: usize) -> Option<Vec<u8>> {
     let bytes = response.to_vec().ok()?;
-    if bytes.len() <= size { Some(bytes) } else { response.truncate().to_vec().ok() }
+    if bytes.len() <= size {
+        Some(bytes)
+    } else {
+        response.truncate().to_vec().ok()
+    }
 }
 
 async fn streams(listener: &TcpListener, server: &Arc<Server>) {
@@ -149,14 +165,19 @@ async fn stream_of_messages(mut stream: TcpStream, server: Arc<Server>) {
         let length = stream.read_u16().await?;
         let mut request = vec![0; usize::from(length)];
         stream.read_exact(&mut request).await?;
-        let response = server.respond(&request).await.and_then(|(response, _)| encode(&response, usize::from(u16::MAX)));
+        let response = server
+            .respond(&request)
+            .await
+            .and_then(|(response, _)| encode(&response, usize::from(u16::MAX)));
         let Some(response) = response else {
             return Err(std::io::ErrorKind::InvalidData.into());
         };
         stream.write_u16(response.len() as u16).await?;
         stream.write_all(&response).await
     };
-    while let Ok(Ok(())) = tokio::time::timeout(Duration::from_secs(10), exchange(&mut stream)).await {}
+    while let Ok(Ok(())) =
+        tokio::time::timeout(Duration::from_secs(10), exchange(&mut stream)).await
+    {}
 }
 
 /// The answer from the table; `None` when the name is not the cluster's.
@@ -169,8 +190,13 @@ pub fn answer(table: &Table, request: &Message) -> Option<Message> {
     };
     let name = query.name().to_ascii().to_ascii_lowercase();
     let name = name.trim_end_matches('.');
-    let found = match name.strip_suffix("cluster.local").map(|rest| rest.trim_end_matches('.')) {
-        Some(rest) if name == "cluster.local" || name.ends_with(".cluster.local") => inside(table, rest, query),
+    let found = match name
+        .strip_suffix("cluster.local")
+        .map(|rest| rest.trim_end_matches('.'))
+    {
+        Some(rest) if name == "cluster.local" || name.ends_with(".cluster.local") => {
+            inside(table, rest, query)
+        }
         _ if name.ends_with(".in-addr.arpa") => reverse(table, name, query)?,
         _ => return None,
     };
@@ -178,7 +204,9 @@ pub fn answer(table: &Table, request: &Message) -> Option<Message> {
     response.metadata.authoritative = true;
     match found {
         Some(records) => {
-            response.answers.extend(records.into_iter().take(MAX_RECORDS));
+            response
+                .answers
+                .extend(records.into_iter().take(MAX_RECORDS));
         }
         None => response.metadata.response_code = ResponseCode::NXDomain,
     }
@@ -203,7 +231,10 @@ fn inside(table: &Table, rest: &str, query: &Query) -> Option<Vec<Record>> {
         }
         [host, service, namespace, "svc"] => {
             let entry = table.get(&(namespace.to_owned(), service.to_owned()))?;
-            let host = entry.hosts.iter().find(|h| h.hostname.as_deref() == Some(host) || dashed(h.address) == *host)?;
+            let host = entry
+                .hosts
+                .iter()
+                .find(|h| h.hostname.as_deref() == Some(host) || dashed(h.address) == *host)?;
             Some(a(query, host.address).into_iter().collect())
         }
         [port, protocol, service, namespace, "svc"] => {
@@ -227,32 +258,56 @@ fn record(query: &Query, data: RData) -> Record {
 }
 
 fn a(query: &Query, address: Ipv4Addr) -> Option<Record> {
-    matches!(query.query_type, RecordType::A | RecordType::ANY).then(|| record(query, RData::A(A(address))))
+    matches!(query.query_type, RecordType::A | RecordType::ANY)
+        .then(|| record(query, RData::A(A(address))))
 }
 
 fn service_records(entry: &Entry, service: &str, namespace: &str, query: &Query) -> Vec<Record> {
     if let Some(external) = &entry.external_name {
         let alias = Name::from_str(&format!("{}.", external.trim_end_matches('.'))).ok();
-        return alias.map(|name| record(query, RData::CNAME(CNAME(name)))).into_iter().collect();
+        return alias
+            .map(|name| record(query, RData::CNAME(CNAME(name))))
+            .into_iter()
+            .collect();
     }
     if query.query_type == RecordType::SRV {
-        let all = entry.ports.iter().filter_map(|port| srv_of(port.port, &format!("{service}.{namespace}.svc.cluster.local."), query));
+        let all = entry.ports.iter().filter_map(|port| {
+            srv_of(
+                port.port,
+                &format!("{service}.{namespace}.svc.cluster.local."),
+                query,
+            )
+        });
         return all.collect();
     }
     match entry.address {
         Some(address) => a(query, address).into_iter().collect(),
-        None => entry.hosts.iter().filter_map(|host| a(query, host.address)).collect(),
+        None => entry
+            .hosts
+            .iter()
+            .filter_map(|host| a(query, host.address))
+            .collect(),
     }
 }
 
-fn srv(entry: &Entry, port: &str, protocol: &str, service: &str, namespace: &str, query: &Query) -> Option<Vec<Record>> {
+fn srv(
+    entry: &Entry,
+    port: &str,
+    protocol: &str,
+    service: &str,
+    namespace: &str,
+    query: &Query,
+) -> Option<Vec<Record>> {
     let transport = match protocol {
         "_tcp" => Transport::Tcp,
         "_udp" => Transport::Udp,
         _ => return None,
     };
     let wanted = port.strip_prefix('_')?;
-    let port = entry.ports.iter().find(|p| p.name == wanted && p.transport == transport)?;
+    let port = entry
+        .ports
+        .iter()
+        .find(|p| p.name == wanted && p.transport == transport)?;
     if !matches!(query.query_type, RecordType::SRV | RecordType::ANY) {
         return Some(Vec::new());
     }
@@ -261,8 +316,16 @@ fn srv(entry: &Entry, port: &str, protocol: &str, service: &str, namespace: &str
         return Some(srv_of(port.port, &below, query).into_iter().collect());
     }
     let all = port.endpoints.iter().filter_map(|(address, target)| {
-        let host = entry.hosts.iter().find(|h| h.address == *address).and_then(|h| h.hostname.clone());
-        srv_of(*target, &format!("{}.{below}", host.unwrap_or_else(|| dashed(*address))), query)
+        let host = entry
+            .hosts
+            .iter()
+            .find(|h| h.address == *address)
+            .and_then(|h| h.hostname.clone());
+        srv_of(
+            *target,
+            &format!("{}.{below}", host.unwrap_or_else(|| dashed(*address))),
+            query,
+        )
     });
     Some(all.collect())
 }
@@ -287,17 +350,37 @@ fn reverse(table: &Table, name: &str, query: &Query) -> Option<Option<Vec<Record
             return Some(below);
         }
         let headless = entry.address.is_none();
-        let host = entry.hosts.iter().find(|h| headless && h.address == address)?;
-        Some(format!("{}.{below}", host.hostname.clone().unwrap_or_else(|| dashed(address))))
+        let host = entry
+            .hosts
+            .iter()
+            .find(|h| headless && h.address == address)?;
+        Some(format!(
+            "{}.{below}",
+            host.hostname.clone().unwrap_or_else(|| dashed(address))
+        ))
     });
-    let pointer = owner.and_then(|owner| Name::from_str(&owner).ok()).map(|name| vec![record(query, RData::PTR(PTR(name)))]);
+    let pointer = owner
+        .and_then(|owner| Name::from_str(&owner).ok())
+        .map(|name| vec![record(query, RData::PTR(PTR(name)))]);
     Some(pointer)
 }
 
 fn authority() -> Option<Record> {
     let name = |text| Name::from_str(text).ok();
-    let soa = SOA::new(name("ns.dns.cluster.local.")?, name("hostmaster.cluster.local.")?, 1, 7200, 1800, 86400, TTL);
-    Some(Record::from_rdata(name("cluster.local.")?, TTL, RData::SOA(soa)))
+    let soa = SOA::new(
+        name("ns.dns.cluster.local.")?,
+        name("hostmaster.cluster.local.")?,
+        1,
+        7200,
+        1800,
+        86400,
+        TTL,
+    );
+    Some(Record::from_rdata(
+        name("cluster.local.")?,
+        TTL,
+        RData::SOA(soa),
+    ))
 }
 
 fn reply(request: &Message) -> Message {
@@ -320,42 +403,115 @@ mod tests {
     use crate::services::{Host, Kind, Port};
 
     fn table() -> Table {
-        let port = |endpoints: Vec<(Ipv4Addr, u16)>| Port { name: "http".into(), port: 80, transport: Transport::Tcp, node_port: None, endpoints };
-        let base = Entry { kind: Kind::Cluster, address: None, external_name: None, ports: vec![], hosts: vec![], affinity: false };
+        let port = |endpoints: Vec<(Ipv4Addr, u16)>| Port {
+            name: "http".into(),
+            port: 80,
+            transport: Transport::Tcp,
+            node_port: None,
+            endpoints,
+        };
+        let base = Entry {
+            kind: Kind::Cluster,
+            address: None,
+            external_name: None,
+            ports: vec![],
+            hosts: vec![],
+            affinity: false,
+        };
         let pod = Ipv4Addr::new(10, 244, 0, 5);
-        let cluster = Entry { address: Some(Ipv4Addr::new(10, 96, 3, 4)), ports: vec![port(vec![])], ..base.clone() };
-        let hosts = vec![Host { address: pod, hostname: Some("db-0".into()) }];
-        let headless = Entry { ports: vec![port(vec![(pod, 8080)])], hosts, ..base.clone() };
-        let external = Entry { external_name: Some("example.org".into()), ..base };
+        let cluster = Entry {
+            address: Some(Ipv4Addr::new(10, 96, 3, 4)),
+            ports: vec![port(vec![])],
+            ..base.clone()
+        };
+        let hosts = vec![Host {
+            address: pod,
+            hostname: Some("db-0".into()),
+        }];
+        let headless = Entry {
+            ports: vec![port(vec![(pod, 8080)])],
+            hosts,
+            ..base.clone()
+        };
+        let external = Entry {
+            external_name: Some("example.org".into()),
+            ..base
+        };
         let name = |n: &str| ("default".to_owned(), n.to_owned());
-        [(name("reviews"), cluster), (name("db"), headless), (name("out"), external)].into()
+        [
+            (name("reviews"), cluster),
+            (name("db"), headless),
+            (name("out"), external),
+        ]
+        .into()
     }
 
     fn ask(name: &str, kind: RecordType) -> Option<(ResponseCode, Vec<String>)> {
         let mut request = Message::query();
         request.add_query(Query::query(Name::from_str(name).unwrap(), kind));
         let response = answer(&table(), &request)?;
-        let data = response.answers.iter().map(|r| r.data.to_string()).collect();
+        let data = response
+            .answers
+            .iter()
+            .map(|r| r.data.to_string())
+            .collect();
         Some((response.metadata.response_code, data))
     }
 
     #[test]
     fn services_answer_by_their_kind() {
-        let ok = |records: &[&str]| Some((ResponseCode::NoError, records.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>()));
-        assert_eq!(ask("Reviews.default.svc.cluster.local.", RecordType::A), ok(&["10.96.3.4"]));
-        assert_eq!(ask("reviews.default.svc.cluster.local.", RecordType::AAAA), ok(&[]));
-        assert_eq!(ask("db.default.svc.cluster.local.", RecordType::A), ok(&["10.244.0.5"]));
-        assert_eq!(ask("db-0.db.default.svc.cluster.local.", RecordType::A), ok(&["10.244.0.5"]));
-        assert_eq!(ask("out.default.svc.cluster.local.", RecordType::A), ok(&["example.org."]));
-        assert_eq!(ask("_http._tcp.db.default.svc.cluster.local.", RecordType::SRV), ok(&["0 100 8080 db-0.db.default.svc.cluster.local."]));
-        assert_eq!(ask("10-244-0-9.default.pod.cluster.local.", RecordType::A), ok(&["10.244.0.9"]));
-        assert_eq!(ask("4.3.96.10.in-addr.arpa.", RecordType::PTR), ok(&["reviews.default.svc.cluster.local."]));
+        let ok = |records: &[&str]| {
+            Some((
+                ResponseCode::NoError,
+                records.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>(),
+            ))
+        };
+        assert_eq!(
+            ask("Reviews.default.svc.cluster.local.", RecordType::A),
+            ok(&["10.96.3.4"])
+        );
+        assert_eq!(
+            ask("reviews.default.svc.cluster.local.", RecordType::AAAA),
+            ok(&[])
+        );
+        assert_eq!(
+            ask("db.default.svc.cluster.local.", RecordType::A),
+            ok(&["10.244.0.5"])
+        );
+        assert_eq!(
+            ask("db-0.db.default.svc.cluster.local.", RecordType::A),
+            ok(&["10.244.0.5"])
+        );
+        assert_eq!(
+            ask("out.default.svc.cluster.local.", RecordType::A),
+            ok(&["example.org."])
+        );
+        assert_eq!(
+            ask("_http._tcp.db.default.svc.cluster.local.", RecordType::SRV),
+            ok(&["0 100 8080 db-0.db.default.svc.cluster.local."])
+        );
+        assert_eq!(
+            ask("10-244-0-9.default.pod.cluster.local.", RecordType::A),
+            ok(&["10.244.0.9"])
+        );
+        assert_eq!(
+            ask("4.3.96.10.in-addr.arpa.", RecordType::PTR),
+            ok(&["reviews.default.svc.cluster.local."])
+        );
     }
 
     #[test]
     fn what_does_not_exist_is_said_so_and_the_rest_is_forwarded() {
-        for name in ["nope.default.svc.cluster.local.", "a.b.c.d.e.f.svc.cluster.local.", "reviews.default.svc.cluster.local.cluster.local."] {
-            assert_eq!(ask(name, RecordType::A).unwrap().0, ResponseCode::NXDomain, "{name}");
+        for name in [
+            "nope.default.svc.cluster.local.",
+            "a.b.c.d.e.f.svc.cluster.local.",
+            "reviews.default.svc.cluster.local.cluster.local.",
+        ] {
+            assert_eq!(
+                ask(name, RecordType::A).unwrap().0,
+                ResponseCode::NXDomain,
+                "{name}"
+            );
         }
         assert_eq!(ask("example.org.", RecordType::A), None);
         assert_eq!(ask("notcluster.local.", RecordType::A), None);

@@ -49,7 +49,14 @@ pub async fn run(
     mut tables: watch::Receiver<Arc<Table>>,
     shutdown: CancellationToken,
 ) {
-    let mut edge = Edge { client, binder, tables: tables.clone(), open: BTreeMap::new(), shown: BTreeMap::new(), shutdown: shutdown.clone() };
+    let mut edge = Edge {
+        client,
+        binder,
+        tables: tables.clone(),
+        open: BTreeMap::new(),
+        shown: BTreeMap::new(),
+        shutdown: shutdown.clone(),
+    };
     for port in fixed {
         let key = ((port.namespace.clone(), port.service.clone()), port.port);
         edge.open(key, port.address);
@@ -79,8 +86,16 @@ struct Edge {
 impl Edge {
     /// Opens what is missing, closes what is gone, and writes the addresses to the Services.
     async fn follow(&mut self, table: &Table) {
-        let wanted: BTreeSet<PortKey> = table.iter().flat_map(|(name, entry)| published(name, entry)).collect();
-        let gone: Vec<PortKey> = self.open.keys().filter(|key| table_lost(table, key, &wanted)).cloned().collect();
+        let wanted: BTreeSet<PortKey> = table
+            .iter()
+            .flat_map(|(name, entry)| published(name, entry))
+            .collect();
+        let gone: Vec<PortKey> = self
+            .open
+            .keys()
+            .filter(|key| table_lost(table, key, &wanted))
+            .cloned()
+            .collect();
         for key in gone {
             if let Some((_, stop)) = self.open.remove(&key) {
                 stop.cancel();
@@ -90,7 +105,9 @@ impl Edge {
             if self.open.contains_key(&(name.clone(), port)) {
                 continue;
             }
-            let own = table.get(&name).map_or(port, |entry| host_port(entry, port));
+            let own = table
+                .get(&name)
+                .map_or(port, |entry| host_port(entry, port));
             let own = SocketAddr::from((Ipv4Addr::LOCALHOST, own));
             let key = (name, port);
             if !self.open(key.clone(), own) {
@@ -112,7 +129,12 @@ impl Edge {
         match listener {
             Ok((address, listener)) => {
                 let stop = self.shutdown.child_token();
-                tokio::spawn(serve(listener, key.clone(), self.tables.clone(), stop.clone()));
+                tokio::spawn(serve(
+                    listener,
+                    key.clone(),
+                    self.tables.clone(),
+                    stop.clone(),
+                ));
                 tracing::info!(service = %key.0.1, namespace = %key.0.0, port = key.1, %address, "a host port is open");
                 self.open.insert(key, (address, stop));
                 true
@@ -125,24 +147,34 @@ impl Edge {
     }
 
     async fn show(&mut self, name: &Name, entry: &Entry) {
-        let ports: Vec<String> =
-            self.open.iter().filter(|((n, _), _)| n == name).map(|((_, port), (address, _))| format!("{port}={address}")).collect();
+        let ports: Vec<String> = self
+            .open
+            .iter()
+            .filter(|((n, _), _)| n == name)
+            .map(|((_, port), (address, _))| format!("{port}={address}"))
+            .collect();
         let text = ports.join(",");
         if text.is_empty() || self.shown.get(name) == Some(&text) {
             return;
         }
         let api: Api<Service> = Api::namespaced(self.client.clone(), &name.0);
         let annotate = json!({"metadata": {"annotations": {ANNOTATION: text}}});
-        let mut result = api.patch(&name.1, &PatchParams::default(), &Patch::Merge(&annotate)).await;
+        let mut result = api
+            .patch(&name.1, &PatchParams::default(), &Patch::Merge(&annotate))
+            .await;
         if result.is_ok() && entry.kind == Kind::LoadBalancer {
             let status = json!({"status": {"loadBalancer": {"ingress": [{"ip": "127.0.0.1"}]}}});
-            result = api.patch_status(&name.1, &PatchParams::default(), &Patch::Merge(&status)).await;
+            result = api
+                .patch_status(&name.1, &PatchParams::default(), &Patch::Merge(&status))
+                .await;
         }
         match result {
             Ok(_) => {
                 self.shown.insert(name.clone(), text);
             }
-            Err(error) => tracing::warn!(service = %name.1, namespace = %name.0, %error, "writing a Service's host ports failed"),
+            Err(error) => {
+                tracing::warn!(service = %name.1, namespace = %name.0, %error, "writing a Service's host ports failed")
+            }
         }
     }
 }
@@ -152,7 +184,10 @@ fn published(name: &Name, entry: &Entry) -> Vec<PortKey> {
     if entry.kind == Kind::Cluster {
         return Vec::new();
     }
-    let tcp = entry.ports.iter().filter(|port| port.transport == Transport::Tcp);
+    let tcp = entry
+        .ports
+        .iter()
+        .filter(|port| port.transport == Transport::Tcp);
     tcp.map(|port| (name.clone(), port.port)).collect()
 }
 
@@ -164,12 +199,22 @@ fn table_lost(table: &Table, key: &PortKey, wanted: &BTreeSet<PortKey>) -> bool 
 /// The host port that a Service would like: its own for a load balancer, the node port for NodePort.
 fn host_port(entry: &Entry, port: u16) -> u16 {
     match entry.kind {
-        Kind::NodePort => entry.ports.iter().find(|p| p.port == port).and_then(|p| p.node_port).unwrap_or(port),
+        Kind::NodePort => entry
+            .ports
+            .iter()
+            .find(|p| p.port == port)
+            .and_then(|p| p.node_port)
+            .unwrap_or(port),
         _ => port,
     }
 }
 
-async fn serve(listener: tokio::net::TcpListener, key: PortKey, tables: watch::Receiver<Arc<Table>>, stop: CancellationToken) {
+async fn serve(
+    listener: tokio::net::TcpListener,
+    key: PortKey,
+    tables: watch::Receiver<Arc<Table>>,
+    stop: CancellationToken,
+) {
     let turn = Arc::new(AtomicUsize::new(0));
     loop {
         let accepted = tokio::select! {
@@ -190,15 +235,26 @@ async fn serve(listener: tokio::net::TcpListener, key: PortKey, tables: watch::R
 }
 
 /// Carries one connection. An endpoint that refuses is passed over for the next.
-async fn carry(mut client: TcpStream, key: PortKey, mut tables: watch::Receiver<Arc<Table>>, turn: Arc<AtomicUsize>) {
-    let found = tokio::time::timeout(ENDPOINT_WAIT, tables.wait_for(|table| !endpoints(table, &key).is_empty())).await;
+async fn carry(
+    mut client: TcpStream,
+    key: PortKey,
+    mut tables: watch::Receiver<Arc<Table>>,
+    turn: Arc<AtomicUsize>,
+) {
+    let found = tokio::time::timeout(
+        ENDPOINT_WAIT,
+        tables.wait_for(|table| !endpoints(table, &key).is_empty()),
+    )
+    .await;
     let Ok(Ok(table)) = found.map(|r| r.map(|t| t.clone())) else {
         return;
     };
     let all = endpoints(&table, &key);
     for _ in 0..all.len() {
         let endpoint = all[turn.fetch_add(1, Ordering::Relaxed) % all.len()];
-        if let Ok(Ok(mut server)) = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(endpoint)).await {
+        if let Ok(Ok(mut server)) =
+            tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(endpoint)).await
+        {
             // Latency counts on a connection of single requests; failing to say so costs only that.
             let _ = client.set_nodelay(true);
             let _ = server.set_nodelay(true);
@@ -209,6 +265,11 @@ async fn carry(mut client: TcpStream, key: PortKey, mut tables: watch::Receiver<
 }
 
 fn endpoints(table: &Table, key: &PortKey) -> Vec<(Ipv4Addr, u16)> {
-    let port = table.get(&key.0).and_then(|entry| entry.ports.iter().find(|p| p.port == key.1 && p.transport == Transport::Tcp));
+    let port = table.get(&key.0).and_then(|entry| {
+        entry
+            .ports
+            .iter()
+            .find(|p| p.port == key.1 && p.transport == Transport::Tcp)
+    });
     port.map(|p| p.endpoints.clone()).unwrap_or_default()
 }

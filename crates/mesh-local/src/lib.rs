@@ -14,11 +14,11 @@ pub mod controllers;
 pub mod dns;
 pub mod edge;
 pub mod network;
-pub mod services;
 pub mod node;
 mod options;
 mod parent;
 mod pass;
+pub mod services;
 mod stage;
 
 pub use options::{BootWave, ClusterOptions, HostPort, StateDir, WaitFor};

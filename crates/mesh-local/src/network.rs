@@ -6,7 +6,10 @@
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-use mesh_net::nft::{Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Table as NftTable, Transport as NftTransport};
+use mesh_net::nft::{
+    Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Table as NftTable,
+    Transport as NftTransport,
+};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -50,7 +53,11 @@ pub fn plan(table: &Table) -> NftTable {
                 planner.service(&[Match::Destination(address, 32)], port.port, port);
             }
             if let Some(node_port) = port.node_port {
-                planner.service(&[Match::Destination(Ipv4Addr::new(10, 244, 0, 1), 32)], node_port, port);
+                planner.service(
+                    &[Match::Destination(Ipv4Addr::new(10, 244, 0, 1), 32)],
+                    node_port,
+                    port,
+                );
             }
         }
     }
@@ -74,43 +81,112 @@ impl Planner {
         matches.extend([Match::Transport(transport), Match::DestinationPort(number)]);
         if port.endpoints.is_empty() {
             // As kube-proxy does: refused at once, in place of a timeout.
-            let answer = if port.transport == Transport::Tcp { Action::RejectTcp } else { Action::RejectUnreachable };
+            let answer = if port.transport == Transport::Tcp {
+                Action::RejectTcp
+            } else {
+                Action::RejectUnreachable
+            };
             self.refuse.push(Rule::counted(matches, answer));
             return;
         }
-        let chains = port.endpoints.iter().map(|endpoint| self.endpoint(*endpoint, transport)).collect();
-        self.dispatch.push(Rule::counted(matches, Action::InTurn(chains)));
+        let chains = port
+            .endpoints
+            .iter()
+            .map(|endpoint| self.endpoint(*endpoint, transport))
+            .collect();
+        self.dispatch
+            .push(Rule::counted(matches, Action::InTurn(chains)));
     }
 
     /// The chain that sends a connection to one endpoint.
     fn endpoint(&mut self, (address, port): (Ipv4Addr, u16), transport: NftTransport) -> String {
-        let protocol = if transport == NftTransport::Tcp { "tcp" } else { "udp" };
+        let protocol = if transport == NftTransport::Tcp {
+            "tcp"
+        } else {
+            "udp"
+        };
         let name = format!("to-{protocol}-{address}-{port}");
         if !self.endpoints.iter().any(|chain| chain.name == name) {
-            let hairpin = Rule { matches: vec![Match::Source(address, 32)], actions: vec![Action::SetMark(HAIRPIN_MARK)] };
-            let send = Rule { matches: vec![Match::Transport(transport)], actions: vec![Action::DestinationNat(address, port)] };
-            self.endpoints.push(Chain { name: name.clone(), base: None, rules: vec![hairpin, send] });
+            let hairpin = Rule {
+                matches: vec![Match::Source(address, 32)],
+                actions: vec![Action::SetMark(HAIRPIN_MARK)],
+            };
+            let send = Rule {
+                matches: vec![Match::Transport(transport)],
+                actions: vec![Action::DestinationNat(address, port)],
+            };
+            self.endpoints.push(Chain {
+                name: name.clone(),
+                base: None,
+                rules: vec![hairpin, send],
+            });
         }
         name
     }
 
     fn table(self) -> NftTable {
-        let base = |kind, hook, priority| Some(Base { kind, hook, priority });
-        let chain = |name: &str, base, rules: Vec<Rule>| Chain { name: name.to_owned(), base, rules };
-        let jump = |name: &str| vec![Rule { matches: Vec::new(), actions: vec![Action::Jump(name.to_owned())] }];
-        let hairpin = vec![Rule::counted([Match::Mark(HAIRPIN_MARK)], Action::Masquerade)];
+        let base = |kind, hook, priority| {
+            Some(Base {
+                kind,
+                hook,
+                priority,
+            })
+        };
+        let chain = |name: &str, base, rules: Vec<Rule>| Chain {
+            name: name.to_owned(),
+            base,
+            rules,
+        };
+        let jump = |name: &str| {
+            vec![Rule {
+                matches: Vec::new(),
+                actions: vec![Action::Jump(name.to_owned())],
+            }]
+        };
+        let hairpin = vec![Rule::counted(
+            [Match::Mark(HAIRPIN_MARK)],
+            Action::Masquerade,
+        )];
         let mut chains = vec![
             chain("services", None, self.dispatch),
             chain("no-endpoints", None, self.refuse),
-            chain("prerouting", base(ChainType::Nat, Hook::Prerouting, -100), jump("services")),
-            chain("output", base(ChainType::Nat, Hook::Output, -100), jump("services")),
-            chain("postrouting", base(ChainType::Nat, Hook::Postrouting, 100), hairpin),
-            chain("forward-refuse", base(ChainType::Filter, Hook::Forward, 0), jump("no-endpoints")),
-            chain("input-refuse", base(ChainType::Filter, Hook::Input, 0), jump("no-endpoints")),
-            chain("output-refuse", base(ChainType::Filter, Hook::Output, 0), jump("no-endpoints")),
+            chain(
+                "prerouting",
+                base(ChainType::Nat, Hook::Prerouting, -100),
+                jump("services"),
+            ),
+            chain(
+                "output",
+                base(ChainType::Nat, Hook::Output, -100),
+                jump("services"),
+            ),
+            chain(
+                "postrouting",
+                base(ChainType::Nat, Hook::Postrouting, 100),
+                hairpin,
+            ),
+            chain(
+                "forward-refuse",
+                base(ChainType::Filter, Hook::Forward, 0),
+                jump("no-endpoints"),
+            ),
+            chain(
+                "input-refuse",
+                base(ChainType::Filter, Hook::Input, 0),
+                jump("no-endpoints"),
+            ),
+            chain(
+                "output-refuse",
+                base(ChainType::Filter, Hook::Output, 0),
+                jump("no-endpoints"),
+            ),
         ];
         chains.extend(self.endpoints);
-        NftTable { family: Family::Ip, name: TABLE.to_owned(), chains }
+        NftTable {
+            family: Family::Ip,
+            name: TABLE.to_owned(),
+            chains,
+        }
     }
 }
 
@@ -122,7 +198,13 @@ mod tests {
     #[test]
     fn ready_endpoints_are_taken_in_turn_and_none_is_a_refusal() {
         let endpoint = |last| (Ipv4Addr::new(10, 244, 0, last), 9080);
-        let port = |number, endpoints| Port { name: String::new(), port: number, transport: Transport::Tcp, node_port: None, endpoints };
+        let port = |number, endpoints| Port {
+            name: String::new(),
+            port: number,
+            transport: Transport::Tcp,
+            node_port: None,
+            endpoints,
+        };
         let entry = Entry {
             kind: Kind::Cluster,
             address: Some(Ipv4Addr::new(10, 96, 3, 4)),

@@ -103,8 +103,16 @@ struct Objects {
 }
 
 async fn keep(client: Client, sender: watch::Sender<Arc<Table>>) {
-    let services = watcher(Api::<Service>::all(client.clone()), watcher::Config::default()).default_backoff();
-    let slices = watcher(Api::<EndpointSlice>::all(client), watcher::Config::default()).default_backoff();
+    let services = watcher(
+        Api::<Service>::all(client.clone()),
+        watcher::Config::default(),
+    )
+    .default_backoff();
+    let slices = watcher(
+        Api::<EndpointSlice>::all(client),
+        watcher::Config::default(),
+    )
+    .default_backoff();
     let mut services = std::pin::pin!(services);
     let mut slices = std::pin::pin!(slices);
     let mut objects = Objects::default();
@@ -173,11 +181,22 @@ fn table(services: &BTreeMap<Name, Service>, slices: &BTreeMap<Name, EndpointSli
     let mut by_service: BTreeMap<Name, Vec<&EndpointSlice>> = BTreeMap::new();
     for ((namespace, _), slice) in slices {
         if let Some(service) = slice.labels().get("kubernetes.io/service-name") {
-            by_service.entry((namespace.clone(), service.clone())).or_default().push(slice);
+            by_service
+                .entry((namespace.clone(), service.clone()))
+                .or_default()
+                .push(slice);
         }
     }
-    let entry = |name: &Name, service| (name.clone(), entry(service, by_service.get(name).map_or(&[], Vec::as_slice)));
-    services.iter().map(|(name, service)| entry(name, service)).collect()
+    let entry = |name: &Name, service| {
+        (
+            name.clone(),
+            entry(service, by_service.get(name).map_or(&[], Vec::as_slice)),
+        )
+    };
+    services
+        .iter()
+        .map(|(name, service)| entry(name, service))
+        .collect()
 }
 
 fn entry(service: &Service, slices: &[&EndpointSlice]) -> Entry {
@@ -187,26 +206,35 @@ fn entry(service: &Service, slices: &[&EndpointSlice]) -> Entry {
         Some("NodePort") => Kind::NodePort,
         _ => Kind::Cluster,
     };
-    let ports = spec.ports.unwrap_or_default().into_iter().filter_map(|port| {
-        let transport = match port.protocol.as_deref() {
-            None | Some("TCP") => Transport::Tcp,
-            Some("UDP") => Transport::Udp,
-            // SCTP needs no more than a kernel module and a rule, but nobody here speaks it.
-            Some(_) => return None,
-        };
-        let name = port.name.unwrap_or_default();
-        Some(Port {
-            endpoints: endpoints(slices, &name),
-            port: u16::try_from(port.port).ok()?,
-            node_port: port.node_port.and_then(|p| u16::try_from(p).ok()).filter(|p| *p != 0),
-            transport,
-            name,
-        })
-    });
+    let ports = spec
+        .ports
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|port| {
+            let transport = match port.protocol.as_deref() {
+                None | Some("TCP") => Transport::Tcp,
+                Some("UDP") => Transport::Udp,
+                // SCTP needs no more than a kernel module and a rule, but nobody here speaks it.
+                Some(_) => return None,
+            };
+            let name = port.name.unwrap_or_default();
+            Some(Port {
+                endpoints: endpoints(slices, &name),
+                port: u16::try_from(port.port).ok()?,
+                node_port: port
+                    .node_port
+                    .and_then(|p| u16::try_from(p).ok())
+                    .filter(|p| *p != 0),
+                transport,
+                name,
+            })
+        });
     Entry {
         kind,
         address: spec.cluster_ip.as_deref().and_then(|ip| ip.parse().ok()),
-        external_name: (spec.type_.as_deref() == Some("ExternalName")).then_some(spec.external_name).flatten(),
+        external_name: (spec.type_.as_deref() == Some("ExternalName"))
+            .then_some(spec.external_name)
+            .flatten(),
         ports: ports.collect(),
         hosts: hosts(slices),
         affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
@@ -216,9 +244,18 @@ fn entry(service: &Service, slices: &[&EndpointSlice]) -> Entry {
 /// The ready addresses of a slice with the pods' host names. No condition means ready (Kubernetes, EndpointConditions).
 fn ready(slice: &EndpointSlice) -> impl Iterator<Item = (Ipv4Addr, Option<&String>)> {
     let endpoints = slice.endpoints.iter().flatten();
-    let ready = endpoints.filter(|endpoint| endpoint.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true));
+    let ready = endpoints.filter(|endpoint| {
+        endpoint
+            .conditions
+            .as_ref()
+            .and_then(|c| c.ready)
+            .unwrap_or(true)
+    });
     ready.flat_map(|endpoint| {
-        let addresses = endpoint.addresses.iter().filter_map(|address| address.parse().ok());
+        let addresses = endpoint
+            .addresses
+            .iter()
+            .filter_map(|address| address.parse().ok());
         addresses.map(|address| (address, endpoint.hostname.as_ref()))
     })
 }
@@ -239,7 +276,12 @@ fn endpoints(slices: &[&EndpointSlice], port_name: &str) -> Vec<(Ipv4Addr, u16)>
 
 fn hosts(slices: &[&EndpointSlice]) -> Vec<Host> {
     let all = slices.iter().flat_map(|slice| ready(slice));
-    let mut hosts: Vec<Host> = all.map(|(address, hostname)| Host { address, hostname: hostname.cloned() }).collect();
+    let mut hosts: Vec<Host> = all
+        .map(|(address, hostname)| Host {
+            address,
+            hostname: hostname.cloned(),
+        })
+        .collect();
     hosts.sort();
     hosts.dedup();
     hosts
@@ -270,11 +312,23 @@ mod tests {
         }))
         .unwrap();
         let name = ("n".to_owned(), "a".to_owned());
-        let table = table(&[(name.clone(), service)].into(), &[(name.clone(), slice)].into());
+        let table = table(
+            &[(name.clone(), service)].into(),
+            &[(name.clone(), slice)].into(),
+        );
         let entry = &table[&name];
         assert_eq!(entry.kind, Kind::NodePort);
-        assert_eq!(entry.ports[0].endpoints, [("10.244.0.8".parse().unwrap(), 8080), ("10.244.0.9".parse().unwrap(), 8080)]);
-        assert_eq!((entry.ports[1].transport, entry.ports[1].endpoints.len()), (Transport::Udp, 0));
+        assert_eq!(
+            entry.ports[0].endpoints,
+            [
+                ("10.244.0.8".parse().unwrap(), 8080),
+                ("10.244.0.9".parse().unwrap(), 8080)
+            ]
+        );
+        assert_eq!(
+            (entry.ports[1].transport, entry.ports[1].endpoints.len()),
+            (Transport::Udp, 0)
+        );
         assert_eq!(entry.hosts.len(), 2);
     }
 }

@@ -87,10 +87,16 @@ async fn carry(
 
 /// Ends in order: a client takes a connection that just ends for a failure (RFC 6455 section 7.4.1, code 1000).
 async fn close(mut socket: WebSocket) {
-    let frame = CloseFrame { code: close_code::NORMAL, reason: "".into() };
+    let frame = CloseFrame {
+        code: close_code::NORMAL,
+        reason: "".into(),
+    };
     if socket.send(Message::Close(Some(frame))).await.is_ok() {
         // The client's own close frame, a second at most: what was sent before must not be lost to a reset.
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), async { while let Some(Ok(_)) = socket.recv().await {} }).await;
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), async {
+            while let Some(Ok(_)) = socket.recv().await {}
+        })
+        .await;
     }
 }
 
