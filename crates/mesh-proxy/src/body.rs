@@ -121,6 +121,14 @@ impl ResponseBody {
         }
     }
 
+    /// Nothing, and nothing to report.
+    pub fn empty() -> Self {
+        Self {
+            content: Content::Local(None, None),
+            guard: None,
+        }
+    }
+
     /// From an endpoint.
     pub fn upstream(body: UpstreamBody) -> Self {
         Self {

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -46,16 +46,35 @@ pub struct Downstream {
     pub redirected: bool,
     /// Direction of the listener.
     pub direction: Direction,
-    in_flight: Cell<u32>,
+    activity: Arc<Activity>,
     /// Second in which the last request ended, or the connection began.
     idle_since: Cell<u32>,
-    /// Second in which the first byte after that was read; 0 before.
-    head_since: Cell<u32>,
     idle_limit: Cell<Option<Duration>>,
     head_limit: Cell<u32>,
     closing: Cell<Closing>,
     waker: RefCell<Option<Waker>>,
     requests: Cell<u32>,
+}
+
+/// What reading has to tell about the connection. Only the worker's thread touches it; the atomics are there since a connection that is
+/// upgraded must be able to move.
+#[derive(Debug, Default)]
+struct Activity {
+    in_flight: AtomicU32,
+    /// Second in which the first byte after the last request was read; 0 before.
+    head_since: AtomicU32,
+}
+
+impl Activity {
+    fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    fn note_read(&self) {
+        if self.in_flight() == 0 && self.head_since.load(Ordering::Relaxed) == 0 {
+            self.head_since.store(clock::now(), Ordering::Relaxed);
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,9 +136,8 @@ async fn serve_inner(
         destination,
         redirected: original.is_some(),
         direction,
-        in_flight: Cell::new(0),
+        activity: Arc::default(),
         idle_since: Cell::new(clock::now()),
-        head_since: Cell::new(0),
         idle_limit: Cell::new(None),
         head_limit: Cell::new(HEADER_TIMEOUT),
         closing: Cell::new(Closing::No),
@@ -230,12 +248,12 @@ async fn serve_http(
         }
     };
     if !prefix.is_empty() {
-        connection.head_since.set(clock::now());
+        connection.activity.note_read();
     }
     let io = TokioIo::new(Prefixed {
         prefix: prefix.freeze(),
         stream,
-        connection: connection.clone(),
+        activity: connection.activity.clone(),
     });
     let result = if http2 {
         serve_http2(connection, manager, io).await
@@ -283,7 +301,7 @@ async fn serve_http1(
     let handler = connection.clone();
     let service =
         service_fn(move |request| http_path::handle(handler.clone(), manager.clone(), request));
-    let serving = builder.serve_connection(io, service);
+    let serving = builder.serve_connection(io, service).with_upgrades();
     tokio::pin!(serving);
     std::future::poll_fn(|cx| {
         match connection.poll_closing(cx) {
@@ -333,8 +351,8 @@ async fn serve_http2(
 impl Downstream {
     /// A request has begun; true if it is to be the last one of the connection.
     pub fn begin(&self, manager: &HttpManager) -> bool {
-        self.in_flight.set(self.in_flight.get() + 1);
-        self.head_since.set(0);
+        self.activity.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.activity.head_since.store(0, Ordering::Relaxed);
         self.requests.set(self.requests.get() + 1);
         self.worker
             .shared
@@ -349,17 +367,17 @@ impl Downstream {
 
     /// A request has its response.
     pub fn finish(&self) {
-        self.in_flight.set(self.in_flight.get().saturating_sub(1));
+        self.activity.in_flight.fetch_sub(1, Ordering::Relaxed);
         self.idle_since.set(clock::now());
     }
 
     /// Called every second.
     pub fn check_timeouts(&self) {
-        if self.in_flight.get() > 0 {
+        if self.activity.in_flight() > 0 {
             return;
         }
         let now = clock::now();
-        let head = self.head_since.get();
+        let head = self.activity.head_since.load(Ordering::Relaxed);
         if head > 0 && now.saturating_sub(head) > self.head_limit.get() {
             self.close(Closing::Now);
         } else if self.idle_limit.get().is_some_and(|limit| {
@@ -403,7 +421,7 @@ impl Downstream {
 struct Prefixed {
     prefix: Bytes,
     stream: TcpStream,
-    connection: Rc<Downstream>,
+    activity: Arc<Activity>,
 }
 
 impl AsyncRead for Prefixed {
@@ -421,12 +439,8 @@ impl AsyncRead for Prefixed {
         }
         let before = buf.filled().len();
         let done = Pin::new(&mut this.stream).poll_read(cx, buf);
-        let connection = &this.connection;
-        if buf.filled().len() > before
-            && connection.in_flight.get() == 0
-            && connection.head_since.get() == 0
-        {
-            connection.head_since.set(clock::now());
+        if buf.filled().len() > before {
+            this.activity.note_read();
         }
         done
     }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::header::{CONNECTION, CONTENT_TYPE, HOST, SERVER};
+use http::header::{CONNECTION, CONTENT_TYPE, HOST, SERVER, UPGRADE};
 use http::uri::Scheme;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
@@ -28,6 +28,7 @@ use crate::node::{PEER_ID, PEER_METADATA};
 use crate::pool::Version as Upstream;
 use crate::reply;
 use crate::report::{Flag, Flow, Report};
+use crate::upgrade::Asked;
 use crate::upstream::ClusterState;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -90,7 +91,11 @@ async fn forward(
         Err(refusal) => return refuse(refusal, &parts, manager, report),
     };
     let peer_exchange = exchange_in(connection, &mut parts.headers, &mut report);
+    let upgrade = Asked::take(&mut parts, manager);
     prepare_headers(connection, manager, &mut parts);
+    if let Some(upgrade) = &upgrade {
+        upgrade.announce(&mut parts.headers);
+    }
     let exchange = Exchange {
         connection: connection.clone(),
         flow: report.flow.clone(),
@@ -155,37 +160,99 @@ async fn forward(
     // 6. The response is passed on.
     match outcome {
         Outcome::Response(done) => {
-            report.peer = done.lease.host().peer.clone();
-            let (mut head, incoming) = done.response.into_parts();
-            message::remove_hop_by_hop(&mut head.headers);
-            exchange_out(connection, &mut head.headers, &mut report, peer_exchange);
-            finish_headers(&mut head.headers, manager, &done.sent_at);
-            if let ClusterTarget::Entry(entry) = &target {
-                entry.response_ops.apply(&mut head.headers);
+            if connection.direction == Direction::Outbound {
+                report.peer = done.lease.host().peer.clone();
             }
-            matched.route.response_ops.apply(&mut head.headers);
-            if matched.host.response_attempt_count {
-                head.headers
-                    .insert(ATTEMPT_COUNT, HeaderValue::from(done.attempts));
-            }
-            report.code = head.status.as_u16();
-            report.grpc = if report.is_grpc {
-                grpc_status(&head.headers)
-            } else {
-                None
-            };
-            head.version = Version::HTTP_11;
-            let idle = route.idle_timeout.or(manager.stream_idle_timeout);
-            let body = UpstreamBody::new(incoming, done.lease, *report, done.deadline, idle);
-            Response::from_parts(head, ResponseBody::upstream(body))
+            pass_on(
+                &matched,
+                route,
+                &target,
+                manager,
+                &exchange,
+                *done,
+                report,
+                Extras {
+                    peer_exchange,
+                    upgrade,
+                },
+            )
         }
         Outcome::Failed { failure, peer } => {
-            if let Some(peer) = peer {
+            if let Some(peer) = peer.filter(|_| connection.direction == Direction::Outbound) {
                 report.peer = peer;
             }
             finish_local(failed(failure, report), manager)
         }
     }
+}
+
+/// What the request left for the response.
+struct Extras {
+    peer_exchange: bool,
+    upgrade: Option<Asked>,
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the last phase needs what all earlier ones found"
+)]
+fn pass_on(
+    matched: &Matched<'_>,
+    route: &Forward,
+    target: &ClusterTarget<'_>,
+    manager: &HttpManager,
+    exchange: &Exchange,
+    mut done: attempt::Done,
+    mut report: Box<Report>,
+    extras: Extras,
+) -> Response<ResponseBody> {
+    let switches = done.response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    if switches && extras.upgrade.is_none() {
+        return finish_local(failed(Failure::Protocol, report), manager);
+    }
+    let headers = done.response.headers_mut();
+    message::remove_hop_by_hop(headers);
+    exchange_out(
+        &exchange.connection,
+        headers,
+        &mut report,
+        extras.peer_exchange,
+    );
+    finish_headers(headers, manager, &done.sent_at);
+    if let ClusterTarget::Entry(entry) = target {
+        entry.response_ops.apply(headers);
+    }
+    matched.route.response_ops.apply(headers);
+    if matched.host.response_attempt_count {
+        headers.insert(ATTEMPT_COUNT, HeaderValue::from(done.attempts));
+    }
+    if let Some(upgrade) = extras.upgrade.filter(|_| switches) {
+        upgrade.announce(headers);
+        let mut response = done.response;
+        upgrade.join(
+            &mut response,
+            done.lease,
+            report,
+            exchange.connection.worker.shared.clone(),
+        );
+        return response.map(|_| ResponseBody::empty());
+    }
+    let (mut head, incoming) = done.response.into_parts();
+    report.code = head.status.as_u16();
+    report.grpc = if report.is_grpc {
+        grpc_status(&head.headers)
+    } else {
+        None
+    };
+    head.version = Version::HTTP_11;
+    let body = UpstreamBody::new(
+        incoming,
+        done.lease,
+        *report,
+        done.deadline,
+        idle_limit(route, manager),
+    );
+    Response::from_parts(head, ResponseBody::upstream(body))
 }
 
 fn begin_report(connection: &Downstream, parts: &request::Parts) -> Box<Report> {
@@ -453,6 +520,9 @@ pub fn address_head(request: &mut Request<RequestBody>, version: Upstream) {
             if let Ok(uri) = Uri::from_parts(parts) {
                 *request.uri_mut() = uri;
             }
+            // Connection-specific headers have no place in HTTP/2 (RFC 9113 section 8.2.2).
+            request.headers_mut().remove(CONNECTION);
+            request.headers_mut().remove(UPGRADE);
             *request.version_mut() = Version::HTTP_2;
         }
     }

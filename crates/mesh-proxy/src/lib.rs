@@ -27,6 +27,7 @@ pub mod serve;
 pub mod shared;
 pub mod sniff;
 pub mod tcp;
+pub mod upgrade;
 pub mod upstream;
 pub mod worker;
 

@@ -121,7 +121,7 @@ impl Host {
             .handshake(TokioIo::new(stream))
             .await?;
         tokio::task::spawn_local(async move {
-            if let Err(error) = connection.await {
+            if let Err(error) = connection.with_upgrades().await {
                 tracing::trace!(%error, "upstream connection");
             }
         });

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use envoy_types::pb::envoy::config::route::v3 as route;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::UpgradeConfig;
 use envoy_types::pb::google::protobuf::{Duration, UInt32Value};
 use mesh_routing::XdsState;
 
@@ -544,4 +545,66 @@ fn a_draining_proxy_ends_connections_with_the_response() {
     assert!(reply.body.contains("body: hello\n"), "{}", reply.body);
     assert!(busy.is_closed());
     wait(|| proxy.shared.totals.open.load(Ordering::Relaxed) == 0);
+}
+
+#[test]
+fn websockets_pass_once_the_endpoint_agrees() {
+    let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let upstream = socket.local_addr().expect("its address");
+    std::thread::spawn(move || {
+        for stream in socket.incoming() {
+            let mut app = Client(stream.expect("a connection"));
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                if std::io::Read::read(&mut app.0, &mut byte).unwrap_or(0) == 0 {
+                    break;
+                }
+                head.push(byte[0]);
+            }
+            let text = String::from_utf8_lossy(&head).to_ascii_lowercase();
+            if text.contains("upgrade: websocket") && !text.contains("/no") {
+                app.send("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\nhello");
+                let mut echo = [0; 4];
+                if std::io::Read::read_exact(&mut app.0, &mut echo).is_ok() {
+                    let _ = std::io::Write::write_all(&mut app.0, &echo);
+                }
+            } else {
+                app.send("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+            }
+        }
+    });
+    let at = free_port();
+    let listener = http_listener(at, |manager| {
+        manager.upgrade_configs.push(UpgradeConfig {
+            upgrade_type: "websocket".to_owned(),
+            ..Default::default()
+        });
+    });
+    let routes = table(vec![route_to(prefix("/"), action("ws"))]);
+    let proxy = Proxy::start(&state(
+        vec![listener],
+        routes,
+        vec![cluster("ws", &[upstream])],
+    ));
+    let mut client = Client::connect(at);
+    let reply = client.get("/chat", "Connection: Upgrade\r\nUpgrade: websocket\r\n");
+    assert_eq!(
+        (reply.status, reply.header("upgrade")),
+        (101, Some("websocket"))
+    );
+    let mut bytes = [0; 5];
+    std::io::Read::read_exact(&mut client.0, &mut bytes).expect("the first bytes of the endpoint");
+    assert_eq!(&bytes, b"hello");
+    client.send("ping");
+    std::io::Read::read_exact(&mut client.0, &mut bytes[..4]).expect("the echo");
+    assert_eq!(&bytes[..4], b"ping");
+    drop(client);
+    wait(|| proxy.metric("istio_requests_total", &["response_code=\"101\""]) == 1.0);
+    // Without a 101 there is no tunnel: what follows is another request (CVE-2026-2833).
+    let mut client = Client::connect(at);
+    let wish = "GET /no HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n";
+    client.send(&format!("{wish}GET /second HTTP/1.1\r\nHost: a\r\n\r\n"));
+    assert_eq!(client.reply().expect("a reply").status, 200);
+    assert_eq!(client.reply().map(|r| r.status), Some(200));
 }

@@ -4,6 +4,7 @@
 #![allow(deprecated)]
 
 mod config;
+mod control;
 mod http;
 mod http2;
 mod stage;
