@@ -1,0 +1,9 @@
+//! From xDS messages to decisions.
+
+// Control planes still send some of Envoy's deprecated fields.
+#![allow(deprecated)]
+
+mod balancing;
+mod chains;
+mod routes;
+mod snapshots;
