@@ -12,7 +12,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 
-use crate::downstream::Downstream;
+use crate::listener::Downstream;
 use crate::pool::Lease;
 use crate::report::{Flag, Flow, Report};
 

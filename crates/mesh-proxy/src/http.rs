@@ -22,7 +22,7 @@ use mesh_routing::route::{Decision, Matched, RequestView, RouteTable};
 
 use crate::attempt::{self, Failure, Outcome};
 use crate::body::{InFlight, RequestBody, ResponseBody, UpstreamBody, grpc_status};
-use crate::downstream::Downstream;
+use crate::listener::Downstream;
 use crate::message::{self, Refusal};
 use crate::node::{PEER_ID, PEER_METADATA};
 use crate::pool::Version as Upstream;

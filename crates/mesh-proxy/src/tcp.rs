@@ -12,7 +12,7 @@ use mesh_routing::tcp::TcpProxy;
 use mesh_telemetry::TcpHandles;
 use tokio::net::TcpStream;
 
-use crate::downstream::Downstream;
+use crate::listener::Downstream;
 use crate::pool::{Host, dial};
 use crate::report::Flag;
 

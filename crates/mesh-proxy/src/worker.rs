@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::clock;
-use crate::downstream::{self, Downstream};
+use crate::listener::{self, Downstream};
 use crate::report::{Peers, Reports};
 use crate::shared::Shared;
 use crate::upstream::ClusterState;
@@ -183,7 +183,7 @@ impl Worker {
             match socket.accept().await {
                 Ok((stream, peer)) => {
                     let worker = self.clone();
-                    tokio::task::spawn_local(downstream::serve(worker, stream, peer, address));
+                    tokio::task::spawn_local(listener::serve(worker, stream, peer, address));
                 }
                 Err(error) => {
                     tracing::warn!(%address, %error, "accepting a connection");

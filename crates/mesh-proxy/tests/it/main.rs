@@ -7,5 +7,6 @@ mod config;
 mod control;
 mod http;
 mod http2;
+mod process;
 mod stage;
 mod tcp;

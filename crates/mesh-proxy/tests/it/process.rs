@@ -1,0 +1,182 @@
+//! The whole process with its own ports: health, metrics, admin, the end.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use mesh_proxy::control::{Keeper, Receiver};
+use mesh_proxy::shared::Shared;
+use mesh_proxy::{Ports, ProxyOptions, Role, run};
+use mesh_routing::compile::{CLUSTER, LISTENER, ROUTE};
+use mesh_xds::{Handler, Resource, Update};
+use prost::Message;
+
+use crate::config::{action, cluster, http_listener, prefix, route_to, table};
+use crate::stage::{App, Client, Reply, free_port, wait};
+
+fn options(state_dir: &Path) -> ProxyOptions {
+    let mut options =
+        ProxyOptions::from_vars(Role::Sidecar, BTreeMap::new(), Path::new("/nowhere"))
+            .expect("options");
+    options.discovery.clear();
+    options.concurrency = 2;
+    options.state_dir = Some(state_dir.to_owned());
+    options
+}
+
+async fn keep(dir: &Path, resources: Vec<(&'static str, String, Vec<u8>)>) {
+    let keeper = Keeper::open(dir).expect("a store");
+    let mut receiver = Receiver::new(Shared::new(options(dir)), Some(keeper));
+    for (type_url, name, value) in resources {
+        let resource = Resource {
+            name,
+            version: "1".to_owned(),
+            type_url: type_url.to_owned(),
+            value: value.into(),
+        };
+        let update = Update {
+            type_url: type_url.to_owned(),
+            upserts: vec![resource],
+            removals: Vec::new(),
+        };
+        assert!(receiver.update(update).await.is_empty());
+    }
+}
+
+fn ask(port: u16, method: &str, path: &str, headers: &str) -> Reply {
+    let mut client = Client::connect(([127, 0, 0, 1], port).into());
+    client.send(&format!(
+        "{method} {path} HTTP/1.1\r\n{headers}content-length: 0\r\n\r\n"
+    ));
+    client.reply().expect("a reply")
+}
+
+const LOCAL: &str = "host: localhost\r\n";
+
+#[tokio::test]
+async fn a_process_serves_its_ports_and_ends_when_asked() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (at, app) = (free_port(), App::start("a"));
+    let listener = http_listener(at, |_| {});
+    keep(
+        dir.path(),
+        vec![
+            (
+                CLUSTER,
+                "a".to_owned(),
+                cluster("a", &[app.address]).encode_to_vec(),
+            ),
+            (LISTENER, listener.name.clone(), listener.encode_to_vec()),
+            (
+                ROUTE,
+                "routes".to_owned(),
+                table(vec![route_to(prefix("/"), action("a"))]).encode_to_vec(),
+            ),
+        ],
+    )
+    .await;
+    let mut options = options(dir.path());
+    let port = || free_port().port();
+    let ports = Ports {
+        admin: port(),
+        agent: port(),
+        health: port(),
+        metrics: port(),
+    };
+    options.ports = ports;
+    let process = std::thread::spawn(move || run(options));
+    wait(|| std::net::TcpStream::connect(("127.0.0.1", ports.metrics)).is_ok());
+    wait(|| ask(ports.health, "GET", "/healthz/ready", LOCAL).status == 200);
+    assert_eq!(Client::connect(at).get("/", "").header("x-app"), Some("a"));
+
+    for port in [ports.metrics, ports.agent] {
+        wait(|| {
+            ask(port, "GET", "/stats/prometheus", LOCAL)
+                .body
+                .contains("istio_requests_total{reporter=\"source\"")
+        });
+    }
+    let admin = |path: &str| ask(ports.admin, "GET", path, LOCAL);
+    let dump: serde_json::Value =
+        serde_json::from_str(&admin("/config_dump?include_eds").body).expect("JSON");
+    let kinds: Vec<_> = dump["configs"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|c| c["@type"].as_str().expect("a type"))
+        .collect();
+    assert_eq!(kinds.len(), 5, "{kinds:?}");
+    assert_eq!(
+        dump["configs"][1]["dynamic_active_clusters"][0]["cluster"]["name"],
+        "a"
+    );
+    assert!(
+        admin("/clusters")
+            .body
+            .contains(&format!("a::{}::health_flags::healthy", app.address))
+    );
+    assert!(admin("/listeners").body.contains(&at.to_string()));
+    assert_eq!(admin("/ready").body, "LIVE\n");
+    assert!(
+        admin("/stats?filter=clusters")
+            .body
+            .starts_with("cluster_manager.active_clusters: 1\n")
+    );
+    assert!(admin("/server_info").body.contains("\"state\": \"LIVE\""));
+    assert_eq!(admin("/nothing").status, 404);
+
+    assert_eq!(
+        ask(ports.admin, "GET", "/ready", "host: evil.test\r\n").status,
+        403,
+        "DNS rebinding"
+    );
+    assert_eq!(
+        ask(
+            ports.admin,
+            "GET",
+            "/ready",
+            "host: localhost\r\norigin: http://evil.test\r\n"
+        )
+        .status,
+        403
+    );
+    assert_eq!(ask(ports.admin, "GET", "/quitquitquit", LOCAL).status, 405);
+    assert_eq!(
+        ask(ports.admin, "POST", "/healthcheck/fail", LOCAL).status,
+        200
+    );
+    assert_eq!(
+        ask(ports.health, "GET", "/healthz/ready", LOCAL).status,
+        503
+    );
+    assert_eq!(
+        ask(ports.admin, "POST", "/healthcheck/ok", LOCAL).status,
+        200
+    );
+    assert_eq!(
+        ask(ports.health, "GET", "/healthz/ready", LOCAL).status,
+        200
+    );
+
+    assert_eq!(ask(ports.agent, "POST", "/quitquitquit", LOCAL).status, 200);
+    wait(|| process.is_finished());
+    process.join().expect("no panic").expect("a clean end");
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = taken.local_addr().expect("its address").port();
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut options = options(dir.path());
+    options.ports = Ports {
+        admin: port,
+        agent: 0,
+        health: 0,
+        metrics: 0,
+    };
+    let error = run(options).expect_err("the port is taken").to_string();
+    assert!(
+        error.contains("admin") && error.contains(&port.to_string()),
+        "{error}"
+    );
+}
