@@ -157,13 +157,28 @@ fn start_services(
     ));
 }
 
+/// After SIGKILL of the parent the node of the run before ends within moments; until then it holds the store.
+const STORE_WAIT: Duration = Duration::from_secs(10);
+
+fn open_store(dir: Option<&Path>) -> Result<(Store, mesh_store::Recovery), mesh_store::StoreError> {
+    let began = Instant::now();
+    loop {
+        match Store::open(dir) {
+            Err(mesh_store::StoreError::Locked { .. }) if began.elapsed() < STORE_WAIT => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other,
+        }
+    }
+}
+
 fn open_api(
     setup: &NodeSetup,
     pki: &pki::Pki,
     registry: &Arc<Registry>,
 ) -> anyhow::Result<ApiServer> {
     let dir = setup.state.join("db");
-    let (store, recovery) = Store::open((!setup.in_memory).then_some(dir.as_path()))
+    let (store, recovery) = open_store((!setup.in_memory).then_some(dir.as_path()))
         .context("opening the cluster's state")?;
     if !recovery.is_clean() {
         boot::say(&format!("  {recovery}"));
