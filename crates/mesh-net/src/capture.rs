@@ -50,7 +50,7 @@ pub enum Exemption {
 pub enum Backend {
     /// nftables over netlink, by this process itself.
     Nftables,
-    /// The program `iptables-restore`.
+    /// The programs `iptables-save` and `iptables-restore`, for IPv4 only.
     Iptables,
 }
 
@@ -111,7 +111,7 @@ pub enum CaptureError {
 
 /// `mesh init`: reads the flags, sets up (or removes, or prints) the rules of the calling thread's network namespace, and reports.
 ///
-/// Doing it twice is doing it once: the table is replaced in one transaction.
+/// Doing it twice is doing it once: what an earlier run set up is replaced in one transaction.
 ///
 /// # Errors
 /// When a flag is wrong or the rules can't be put in; nothing was changed then.
@@ -136,7 +136,7 @@ pub fn run_init(args: &[String], out: &mut dyn Write) -> Result<(), CaptureError
     if config.cleanup_only {
         match config.backend {
             Backend::Nftables => nft::delete_table(Family::Inet, TABLE)?,
-            Backend::Iptables => iptables::cleanup(&plan)?,
+            Backend::Iptables => iptables::cleanup()?,
         }
         writeln!(out, "capture: removed")?;
         return Ok(());
@@ -165,15 +165,13 @@ impl Config {
             Which::All => format!("every port but {:?}", self.inbound_exclude),
             Which::Only(ports) => format!("ports {ports:?}"),
         };
-        let backend = match self.backend {
-            Backend::Nftables => "nftables",
-            Backend::Iptables => "iptables",
+        let (rules, backend) = match self.backend {
+            Backend::Nftables => (plan.len(), "nftables"),
+            Backend::Iptables => (iptables::rules(plan).count(), "iptables (IPv4 only)"),
         };
         format!(
             "capture: outbound {outbound} to port {}, inbound {inbound} to port {}; exempt: {exempt}; {} rules by {backend}",
-            self.outbound_port,
-            self.inbound_port,
-            plan.len()
+            self.outbound_port, self.inbound_port, rules
         )
     }
 }

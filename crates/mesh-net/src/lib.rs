@@ -1,6 +1,6 @@
 //! Sockets and Linux networking: what the proxy, the capture tool and the local cluster need below HTTP.
 //!
-//! * In: addresses, namespaces as file descriptors, plans for rules.
+//! * In: addresses, options of sockets, flags and tables of rules.
 //! * Out: sockets and rules in the kernel; the same rules as text.
 //! * Never: knows pods, services or xDS; keeps state of its own (the kernel has it).
 //! * Start here: [`sockets`] for what a proxy does, [`capture`] for traffic capture (what `mesh init` sets up), [`nft`] for the

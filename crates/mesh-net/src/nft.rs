@@ -73,7 +73,7 @@ pub enum Match {
     Ipv6,
     /// The transport protocol.
     Transport(Transport),
-    /// The interface that the packet came in by.
+    /// The interface that the packet came in by; names have at most 15 bytes.
     InInterface(String),
     /// The interface that the packet goes out by.
     OutInterface(String),
@@ -110,7 +110,7 @@ pub enum Action {
     Redirect(u16),
     /// Sends the connection to another address and port.
     DestinationNat(Ipv4Addr, u16),
-    /// Each connection goes to the next of these chains, strictly in turn.
+    /// Each connection goes to the next of these chains, strictly in turn; at least one.
     InTurn(Vec<String>),
     /// Sets the packet's mark.
     SetMark(u32),

@@ -13,6 +13,9 @@ use tokio_util::time::{DelayQueue, delay_queue};
 
 use super::{Context, Outcome};
 
+/// Failures in a row of one key that are nobody's business yet.
+const QUIET_FAILURES: u32 = 4;
+
 /// Namespace (empty for cluster-wide kinds) and name of an object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Key {
@@ -168,6 +171,9 @@ fn settle(
             *count += 1;
             if error.is_conflict() {
                 tracing::debug!(controller = queue.name, %key, %error, "another writer was faster; trying again");
+            } else if *count <= QUIET_FAILURES {
+                // While a cluster starts, a webhook's endpoint may be a few milliseconds away.
+                tracing::debug!(controller = queue.name, %key, %error, ?pause, "failed; trying again");
             } else {
                 tracing::warn!(controller = queue.name, %key, %error, ?pause, "failed; trying again");
             }

@@ -24,7 +24,7 @@ Usage: mesh init [FLAGS]
   -q, --istio-outbound-ports PORTS           destination ports to capture whatever the destination
   -o, --istio-local-outbound-ports-exclude PORTS  destination ports not to capture
   -c, --istio-exclude-interfaces NAMES       interfaces to leave alone
-      --backend nftables|iptables            by netlink (default), or by the program iptables-restore
+      --backend nftables|iptables            by netlink (default), or by iptables-restore, IPv4 only
       --native-nftables                      the same as --backend nftables
   -n, --dry-run                              print the rules, change nothing
       --cleanup-only                         remove the rules
@@ -53,6 +53,24 @@ pub enum ArgsError {
     #[error("{0} is not supported by this version")]
     Unsupported(String),
 }
+
+/// The flags without a value; `--flag=true` and `--flag=false` are understood too.
+const SWITCHES: &[&str] = &[
+    "-n",
+    "--dry-run",
+    "--cleanup-only",
+    "--native-nftables",
+    "--force-apply",
+    "--reconcile",
+    "--redirect-dns",
+    "--capture-all-dns",
+    "--drop-invalid",
+    "--dual-stack",
+    "--run-validation",
+    "--skip-rule-apply",
+    "--cni-mode",
+    "--iptables-trace-logging",
+];
 
 impl Default for Config {
     fn default() -> Self {
@@ -91,7 +109,13 @@ impl Config {
                 Some((flag, value)) if flag.starts_with("--") => (flag, Some(value)),
                 _ => (arg.as_str(), None),
             };
-            if config.switch(flag)? {
+            if SWITCHES.contains(&flag) {
+                match inline {
+                    // As if it were not there.
+                    Some("false") => {}
+                    None | Some("true") => config.switch(flag)?,
+                    Some(value) => return Err(Field { flag, value }.wrong("it is true or false")),
+                }
                 continue;
             }
             let value = match inline {
@@ -105,25 +129,16 @@ impl Config {
         Ok(config)
     }
 
-    /// A flag without a value; false when it is none of these.
-    fn switch(&mut self, flag: &str) -> Result<bool, ArgsError> {
+    fn switch(&mut self, flag: &str) -> Result<(), ArgsError> {
         match flag {
             "-n" | "--dry-run" => self.dry_run = true,
             "--cleanup-only" => self.cleanup_only = true,
             "--native-nftables" => self.backend = Backend::Nftables,
             // Replacing what is there is all that this tool ever does.
             "--force-apply" | "--reconcile" => {}
-            "--redirect-dns"
-            | "--capture-all-dns"
-            | "--drop-invalid"
-            | "--dual-stack"
-            | "--run-validation"
-            | "--skip-rule-apply"
-            | "--cni-mode"
-            | "--iptables-trace-logging" => return Err(ArgsError::Unsupported(flag.to_owned())),
-            _ => return Ok(false),
+            _ => return Err(ArgsError::Unsupported(flag.to_owned())),
         }
-        Ok(true)
+        Ok(())
     }
 
     fn valued(&mut self, flag: &str, value: &str) -> Result<(), ArgsError> {
@@ -156,9 +171,7 @@ impl Config {
             "-o" | "--istio-local-outbound-ports-exclude" => {
                 self.outbound_ports_exclude = field.list()?
             }
-            "-c" | "--istio-exclude-interfaces" => {
-                self.exclude_interfaces = field.parts().map(str::to_owned).collect()
-            }
+            "-c" | "--istio-exclude-interfaces" => self.exclude_interfaces = field.interfaces()?,
             "--backend" => {
                 self.backend = match value {
                     "nftables" | "nft" => Backend::Nftables,
@@ -232,6 +245,19 @@ impl Field<'_> {
         } else {
             list(self).map(Which::Only)
         }
+    }
+
+    /// Names as the kernel takes them (at most 15 bytes, no space, no slash), and nothing that a backend reads as more than a name.
+    fn interfaces(&self) -> Result<Vec<String>, ArgsError> {
+        let odd = |c: char| c.is_whitespace() || c.is_control() || "/\"+*".contains(c);
+        self.parts()
+            .map(|part| {
+                if part.len() > 15 || part.contains(odd) {
+                    return Err(self.wrong(format!("{part:?} is not the name of an interface")));
+                }
+                Ok(part.to_owned())
+            })
+            .collect()
     }
 
     fn networks(&self) -> Result<Vec<Network>, ArgsError> {

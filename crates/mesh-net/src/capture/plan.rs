@@ -43,15 +43,14 @@ impl Config {
     }
 
     fn prerouting(&self) -> Vec<Rule> {
-        let mut rules: Vec<Rule> = self
+        if self.inbound == Which::Only(Vec::new()) {
+            return Vec::new();
+        }
+        let excluded = self
             .exclude_interfaces
             .iter()
-            .map(|name| rule([Match::InInterface(name.clone())], Action::Return))
-            .collect();
-        if self.inbound != Which::Only(Vec::new()) {
-            rules.push(rule([tcp()], jump(INBOUND)));
-        }
-        rules
+            .map(|name| rule([Match::InInterface(name.clone())], Action::Return));
+        excluded.chain([rule([tcp()], jump(INBOUND))]).collect()
     }
 
     fn output(&self) -> Vec<Rule> {

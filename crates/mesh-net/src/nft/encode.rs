@@ -22,8 +22,8 @@ const NEWSETELEM: u16 = 12;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 
-/// An attribute holds at most 64 KiB; an element with a long chain name takes some 80 bytes.
-const ELEMENTS_PER_MESSAGE: usize = 500;
+/// An attribute holds less than 64 KiB; a list of elements that is longer than this goes on in another message.
+const ELEMENTS_BYTES: usize = 60_000;
 
 const REG_VERDICT: u32 = 0;
 const REG_1: u32 = 1;
@@ -54,7 +54,7 @@ pub(super) struct Attributes(pub(super) Vec<u8>);
 
 impl Attributes {
     fn raw(mut self, kind: u16, value: &[u8]) -> Self {
-        // Longer than 64 KiB can't be said in netlink; our largest attribute is a rule's expressions, a few hundred bytes.
+        // Longer than 64 KiB can't be said in netlink. Lists of elements are cut before, and nothing else of ours comes near it.
         let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
         self.0.extend_from_slice(&length.to_ne_bytes());
         self.0.extend_from_slice(&kind.to_ne_bytes());
@@ -209,23 +209,17 @@ impl Encoder<'_> {
                 self.table.name
             ),
         );
-        let numbered: Vec<(u32, &String)> = (0u32..).zip(chains).collect();
-        for part in numbered.chunks(ELEMENTS_PER_MESSAGE) {
-            let mut elements = Attributes::default();
-            for (i, chain) in part {
-                // numgen gives its number in host order.
-                let key = Attributes::default().raw(1, &i.to_ne_bytes());
-                let goto = verdict(VERDICT_GOTO, Some(chain));
-                elements = elements.nested(1, Attributes::default().nested(1, key).nested(2, goto));
+        let mut elements = Attributes::default();
+        for (i, chain) in (0u32..).zip(chains) {
+            if elements.0.len() > ELEMENTS_BYTES {
+                self.elements(id, name, std::mem::take(&mut elements));
             }
-            let list = Attributes::default()
-                .text(1, &self.table.name)
-                .text(2, name)
-                .nested(3, elements)
-                .number(4, id);
-            let what = format!("filling a map of table {}", self.table.name);
-            self.push(NEWSETELEM, CREATE, list, what);
+            // numgen gives its number in host order.
+            let key = value(&i.to_ne_bytes());
+            let goto = verdict(VERDICT_GOTO, Some(chain));
+            elements = elements.nested(1, Attributes::default().nested(1, key).nested(2, goto));
         }
+        self.elements(id, name, elements);
         let modulus = u32::try_from(chains.len()).unwrap_or(u32::MAX);
         let numgen = Attributes::default()
             .number(1, REG_1)
@@ -238,6 +232,16 @@ impl Encoder<'_> {
             .number(4, id);
         let expressions = expression(expressions, "numgen", numgen);
         expression(expressions, "lookup", lookup)
+    }
+
+    fn elements(&mut self, set: u32, name: &str, elements: Attributes) {
+        let list = Attributes::default()
+            .text(1, &self.table.name)
+            .text(2, name)
+            .nested(3, elements)
+            .number(4, set);
+        let what = format!("fill a map of table {}", self.table.name);
+        self.push(NEWSETELEM, CREATE, list, what);
     }
 }
 
@@ -282,16 +286,15 @@ fn load_payload(list: Attributes, base: u32, offset: u32, length: u32) -> Attrib
     expression(list, "payload", data)
 }
 
-fn equals(list: Attributes, value: &[u8], not: bool) -> Attributes {
+fn equals(list: Attributes, bytes: &[u8], not: bool) -> Attributes {
     let data = Attributes::default()
         .number(1, REG_1)
         .number(2, u32::from(not))
-        .nested(3, Attributes::default().raw(1, value));
+        .nested(3, value(bytes));
     expression(list, "cmp", data)
 }
 
 fn masked(list: Attributes, mask: [u8; 4]) -> Attributes {
-    let value = |bytes: &[u8]| Attributes::default().raw(1, bytes);
     let data = Attributes::default()
         .number(1, REG_1)
         .number(2, REG_1)
@@ -436,5 +439,77 @@ fn act(list: Attributes, action: &Action) -> Attributes {
             "reject",
             Attributes::default().number(1, 0).raw(2, &[3]),
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn in_turn(chains: Vec<String>) -> Vec<Message> {
+        let rule = Rule {
+            matches: Vec::new(),
+            actions: vec![Action::InTurn(chains)],
+        };
+        let chain = Chain {
+            name: "c".into(),
+            base: None,
+            rules: vec![rule],
+        };
+        replace(&Table {
+            family: Family::Ip,
+            name: "t".into(),
+            chains: vec![chain],
+        })
+    }
+
+    #[test]
+    fn an_attribute_has_its_length_without_the_padding() {
+        let bytes = Attributes::default().text(1, "ab").0;
+        assert_eq!(bytes[..2], 7u16.to_ne_bytes());
+        assert_eq!(bytes[2..4], 1u16.to_ne_bytes());
+        assert_eq!(bytes[4..], *b"ab\0\0");
+    }
+
+    #[test]
+    fn a_table_is_deleted_and_made_again_with_maps_before_the_rules_that_use_them() {
+        let kinds: Vec<u16> = in_turn(vec!["a".into()]).iter().map(|m| m.kind).collect();
+        let expected = [
+            NEWTABLE, DELTABLE, NEWTABLE, NEWCHAIN, NEWSET, NEWSETELEM, NEWRULE,
+        ];
+        assert_eq!(kinds, expected);
+    }
+
+    #[test]
+    fn no_list_of_elements_outgrows_its_attribute() {
+        // The longest name that a chain may have.
+        let messages = in_turn((0..1000).map(|n| format!("{n:0>255}")).collect());
+        let parts: Vec<&Message> = messages.iter().filter(|m| m.kind == NEWSETELEM).collect();
+        assert!(parts.len() > 1);
+        for part in parts {
+            assert!(part.payload.len() < usize::from(u16::MAX));
+        }
+    }
+
+    #[test]
+    fn a_network_is_masked_and_one_address_is_not() {
+        let bytes = |prefix| {
+            let address = std::net::Ipv4Addr::new(10, 1, 2, 3);
+            let list = Attributes::default();
+            compare(list, &Match::Destination(address, prefix), false).0
+        };
+        let has = |bytes: &[u8], what: &[u8]| bytes.windows(what.len()).any(|part| part == what);
+        assert!(has(&bytes(8), b"bitwise\0") && has(&bytes(8), &[10, 0, 0, 0]));
+        assert!(!has(&bytes(32), b"bitwise\0") && has(&bytes(32), &[10, 1, 2, 3]));
+        assert!(has(&bytes(0), b"bitwise\0") && !has(&bytes(0), &[10, 1, 2, 3]));
+    }
+
+    #[test]
+    fn not_turns_the_comparison_round() {
+        let mark = || Match::Mark(7);
+        let bytes = |condition| compare(Attributes::default(), &condition, false).0;
+        let not = |inner| Match::Not(Box::new(inner));
+        assert_ne!(bytes(mark()), bytes(not(mark())));
+        assert_eq!(bytes(mark()), bytes(not(not(mark()))));
     }
 }

@@ -41,7 +41,7 @@ fn hint(errno: Errno) -> &'static str {
     match errno {
         Errno::EPERM | Errno::EACCES => " (CAP_NET_ADMIN in this network namespace is needed)",
         Errno::EOPNOTSUPP | Errno::ENOENT => {
-            " (the kernel lacks a part of nf_tables that the rule needs)"
+            " (the kernel lacks a part of nf_tables, or there is no chain of that name)"
         }
         _ => "",
     }

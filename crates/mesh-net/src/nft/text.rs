@@ -58,7 +58,7 @@ pub(super) fn rule(rule: &Rule) -> String {
             }
             // `ip daddr` says the family too.
             Match::Ipv4 | Match::Ipv6 if rule.matches[i + 1..].iter().any(is_address) => {}
-            other => words.push(condition_text(other, transport, "")),
+            other => words.push(condition_text(other, transport, false)),
         }
     }
     words.extend(rule.actions.iter().map(action_text));
@@ -89,9 +89,10 @@ fn transport_name(transport: Transport) -> &'static str {
     }
 }
 
-fn condition_text(condition: &Match, transport: &str, not: &str) -> String {
+fn condition_text(condition: &Match, transport: &str, negated: bool) -> String {
+    let not = if negated { "!= " } else { "" };
     match condition {
-        Match::Not(inner) => condition_text(inner, transport, "!= "),
+        Match::Not(inner) => condition_text(inner, transport, !negated),
         Match::Ipv4 => format!("meta nfproto {not}ipv4"),
         Match::Ipv6 => format!("meta nfproto {not}ipv6"),
         Match::Transport(t) => format!("meta l4proto {not}{}", transport_name(*t)),
@@ -141,5 +142,70 @@ fn action_text(action: &Action) -> String {
         Action::Masquerade => "masquerade".to_owned(),
         Action::RejectTcp => "reject with tcp reset".to_owned(),
         Action::RejectUnreachable => "reject with icmp port-unreachable".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    fn text(matches: Vec<Match>, action: Action) -> String {
+        let actions = vec![action];
+        rule(&Rule { matches, actions })
+    }
+
+    #[test]
+    fn every_action_has_the_words_of_nft() {
+        let address = Ipv4Addr::new(10, 1, 2, 3);
+        for (action, words) in [
+            (Action::Counter, "counter"),
+            (Action::Return, "return"),
+            (Action::Jump("a".into()), "jump a"),
+            (Action::Redirect(15001), "redirect to :15001"),
+            (
+                Action::DestinationNat(address, 80),
+                "dnat ip to 10.1.2.3:80",
+            ),
+            (
+                Action::InTurn(vec!["a".into(), "b".into()]),
+                "numgen inc mod 2 vmap { 0 : goto a, 1 : goto b }",
+            ),
+            (Action::SetMark(0x4000), "meta mark set 0x4000"),
+            (Action::Masquerade, "masquerade"),
+            (Action::RejectTcp, "reject with tcp reset"),
+            (
+                Action::RejectUnreachable,
+                "reject with icmp port-unreachable",
+            ),
+        ] {
+            assert_eq!(text(Vec::new(), action), words);
+        }
+    }
+
+    #[test]
+    fn what_another_word_implies_is_not_said_twice() {
+        let tcp = || Match::Transport(Transport::Tcp);
+        let net = || Match::Destination(Ipv4Addr::new(10, 0, 0, 0), 8);
+        let matches = vec![Match::Ipv4, net(), tcp(), Match::DestinationPort(80)];
+        let expected = "ip daddr 10.0.0.0/8 tcp dport 80 return";
+        assert_eq!(text(matches, Action::Return), expected);
+        let expected = "meta nfproto ipv4 meta l4proto tcp return";
+        assert_eq!(text(vec![Match::Ipv4, tcp()], Action::Return), expected);
+    }
+
+    #[test]
+    fn not_twice_is_not_at_all() {
+        let not = |inner| Match::Not(Box::new(inner));
+        let once = not(Match::Mark(1));
+        assert_eq!(
+            text(vec![once.clone()], Action::Return),
+            "meta mark != 0x1 return"
+        );
+        assert_eq!(
+            text(vec![not(once)], Action::Return),
+            "meta mark 0x1 return"
+        );
     }
 }

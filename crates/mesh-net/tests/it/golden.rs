@@ -53,8 +53,7 @@ const CASES: &[(&str, &[&str])] = &[
     ),
 ];
 
-#[test]
-fn rules_are_what_they_were() {
+pub fn rules_are_what_they_were() {
     for (name, flags) in CASES {
         for backend in ["nftables", "iptables"] {
             let mut args: Vec<String> = flags.iter().map(|f| (*f).to_owned()).collect();
@@ -78,8 +77,7 @@ fn rules_are_what_they_were() {
     }
 }
 
-#[test]
-fn flags_that_can_not_be_used_are_named() {
+pub fn flags_that_can_not_be_used_are_named() {
     for (flags, named) in [
         (&["--bogus", "1"][..], "--bogus"),
         (&["-p"], "-p"),
@@ -88,10 +86,23 @@ fn flags_that_can_not_be_used_are_named() {
         (&["-b", "80,abc"], "abc"),
         (&["-m", "TPROXY"], "TPROXY"),
         (&["--redirect-dns"], "--redirect-dns"),
+        (&["--dry-run=perhaps"], "perhaps"),
+        (&["-c", "an-interface-with-a-long-name"], "an-interface"),
+        (&["-c", "net1\n-A OUTPUT"], "net1"),
         (&["--backend", "ebtables"], "ebtables"),
     ] {
         let args: Vec<String> = flags.iter().map(|f| (*f).to_owned()).collect();
         let error = Config::from_args(&args).unwrap_err().to_string();
         assert!(error.contains(named), "{flags:?}: {error}");
     }
+}
+
+pub fn a_switch_that_is_off_is_no_switch() {
+    let args = [
+        "--redirect-dns=false",
+        "--dry-run=false",
+        "--cleanup-only=true",
+    ];
+    let config = Config::from_args(&args.map(str::to_owned)).unwrap();
+    assert!(!config.dry_run && config.cleanup_only);
 }

@@ -1,70 +1,19 @@
-//! The same rules in the kernel. Every test leaves for user and network namespaces of its own, in a process of its own: it re-executes
-//! this test binary for one test, so that the process has a single thread when it unshares.
+//! The same rules in the kernel, each test in a network namespace of its own.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::process::Command;
+use std::sync::mpsc::{Sender, channel};
 
-use mesh_net::capture::run_init;
+use mesh_net::capture::{TABLE, run_init};
 use mesh_net::nft::{
     self, Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Table, Transport,
 };
-use mesh_net::sockets;
+use mesh_net::{ns, sockets};
 use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Uid, geteuid, setfsuid};
 
-const INSIDE: &str = "MESH_NET_TEST_INSIDE";
-
-/// Runs `test` of this binary again under `unshare --user --net`, as root of that namespace; true where this is the inner run.
-fn inside(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    let output = Command::new("/proc/self/exe")
-        .args(["--exact", test, "--test-threads=1", "--nocapture"])
-        .env(INSIDE, "1")
-        .output()
-        .unwrap();
-    let text = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(
-        output.status.success(),
-        "the test inside the namespaces failed:\n{text}"
-    );
-    assert!(
-        text.contains("1 passed"),
-        "the test did not run inside the namespaces:\n{text}"
-    );
-    false
-}
-
-/// Leaves for a network namespace (the test harness runs a test in a thread of its own, which may do that where it is root).
-fn leave() {
-    if nix::unistd::geteuid().is_root() {
-        unshare(CloneFlags::CLONE_NEWNET).expect("unshare the network namespace");
-    } else {
-        panic!("these tests run as root, or under `unshare --user --map-root-user`");
-    }
-    up();
-}
-
-fn up() {
-    let socket = nix::sys::socket::socket(
-        nix::sys::socket::AddressFamily::Inet,
-        nix::sys::socket::SockType::Datagram,
-        nix::sys::socket::SockFlag::empty(),
-        None,
-    )
-    .unwrap();
-    drop(socket);
-    let status = Command::new("ip")
-        .args(["link", "set", "lo", "up"])
-        .status()
-        .expect("the program ip (iproute2) is needed");
-    assert!(status.success());
-}
+use crate::namespace::on_links;
 
 fn echo(address: SocketAddr, name: &'static str) {
     let listener = TcpListener::bind(address).unwrap();
@@ -77,11 +26,12 @@ fn echo(address: SocketAddr, name: &'static str) {
 }
 
 fn call(address: SocketAddr) -> String {
+    read(TcpStream::connect(address).unwrap())
+}
+
+fn read(mut stream: TcpStream) -> String {
     let mut text = String::new();
-    TcpStream::connect(address)
-        .unwrap()
-        .read_to_string(&mut text)
-        .unwrap();
+    stream.read_to_string(&mut text).unwrap();
     text
 }
 
@@ -89,12 +39,7 @@ fn local(last: u8, port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 1, last)), port)
 }
 
-#[test]
-fn connections_go_to_the_endpoints_strictly_in_turn() {
-    if !inside("kernel::connections_go_to_the_endpoints_strictly_in_turn") {
-        return;
-    }
-    leave();
+pub fn connections_go_to_the_endpoints_strictly_in_turn() {
     for (last, name) in [(1, "a"), (2, "b"), (3, "c")] {
         echo(local(last, 8080), name);
     }
@@ -144,12 +89,7 @@ fn connections_go_to_the_endpoints_strictly_in_turn() {
     assert!(TcpStream::connect(service).is_err());
 }
 
-#[test]
-fn thousands_of_endpoints_and_chains_fit_one_transaction() {
-    if !inside("kernel::thousands_of_endpoints_and_chains_fit_one_transaction") {
-        return;
-    }
-    leave();
+pub fn thousands_of_endpoints_and_chains_fit_one_transaction() {
     let name = |n: usize| format!("to-tcp-10.244.{}.{}-9080", n / 256, n % 256);
     let endpoint = |n: usize| Chain {
         name: name(n),
@@ -199,37 +139,177 @@ fn thousands_of_endpoints_and_chains_fit_one_transaction() {
     assert!(!nft::table_exists(Family::Ip, "wrong").unwrap());
 }
 
-#[test]
-fn a_captured_connection_keeps_its_destination_and_a_marked_one_is_left_alone() {
-    if !inside("kernel::a_captured_connection_keeps_its_destination_and_a_marked_one_is_left_alone")
-    {
-        return;
+const POD: Ipv4Addr = Ipv4Addr::new(10, 7, 7, 1);
+const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 7, 7, 2);
+/// Addresses beyond the client's end of the link.
+const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 5);
+const EXCLUDED: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 5);
+/// A user that the rules exempt; an ordinary user's namespace does not map it, and the rules take the mark instead.
+const PROXY: u32 = 4242;
+
+/// A second network namespace at the other end of the pod's link, with a thread in it that makes calls.
+struct Neighbour {
+    calls: Sender<(SocketAddr, Sender<String>)>,
+}
+
+impl Neighbour {
+    /// Gives this namespace the link, and starts the neighbour with its servers.
+    fn start() -> Self {
+        let pod = File::open("/proc/thread-self/ns/net").unwrap();
+        let (ready, wait) = channel();
+        let (calls, incoming) = channel::<(SocketAddr, Sender<String>)>();
+        std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            on_links(async |links| {
+                links.veth("eth1", "eth0", &pod).await?;
+                links.up("lo").await?;
+                links.address("lo", OUTSIDE, 32).await?;
+                links.address("lo", EXCLUDED, 32).await?;
+                links.address("eth1", CLIENT, 24).await?;
+                links.up("eth1").await
+            });
+            for (ip, port) in [(OUTSIDE, 80), (OUTSIDE, 25), (EXCLUDED, 80)] {
+                echo((ip, port).into(), "outside");
+            }
+            ready.send(()).unwrap();
+            for (address, answer) in incoming {
+                answer.send(call(address)).unwrap();
+            }
+        });
+        wait.recv().unwrap();
+        on_links(async |links| {
+            links.address("eth0", POD, 24).await?;
+            links.up("eth0").await?;
+            links.default_route(CLIENT).await
+        });
+        Self { calls }
     }
-    leave();
-    let add = Command::new("ip")
-        .args(["address", "add", "10.7.7.7/32", "dev", "lo"])
-        .status()
+
+    fn call(&self, ip: Ipv4Addr, port: u16) -> String {
+        let (answer, wait) = channel();
+        self.calls.send(((ip, port).into(), answer)).unwrap();
+        wait.recv().unwrap()
+    }
+}
+
+/// Answers with its name and where the connection was going.
+fn sidecar(port: u16, name: &'static str) {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            match sockets::original_destination(&stream) {
+                Some(to) => write!(stream, "{name} {to}").unwrap(),
+                None => write!(stream, "{name} itself").unwrap(),
+            }
+        }
+    });
+}
+
+fn app(ip: Ipv4Addr, port: u16) -> String {
+    call((ip, port).into())
+}
+
+/// A call as the proxy makes it: by its user, or marked where that user does not exist.
+fn proxy(ip: Ipv4Addr, port: u16) -> String {
+    let by_user = ns::is_mapped(PROXY).unwrap();
+    // A socket belongs to the file system uid of the thread that made it.
+    let user = |uid| {
+        if by_user {
+            setfsuid(uid);
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
         .unwrap();
-    assert!(add.success());
-    let args = [
-        "-p", "15001", "-z", "15006", "-i", "*", "-b", "*", "-u", "4242",
-    ]
-    .map(str::to_owned);
+    let options = sockets::ConnectOptions {
+        mark: (!by_user).then_some(sockets::EXEMPT_MARK),
+        ..Default::default()
+    };
+    user(Uid::from_raw(PROXY));
+    let stream = runtime.block_on(sockets::connect((ip, port).into(), options));
+    user(geteuid());
+    let stream = stream.unwrap().into_std().unwrap();
+    stream.set_nonblocking(false).unwrap();
+    read(stream)
+}
+
+fn init(args: &[&str]) -> String {
+    let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
     let mut report = Vec::new();
     run_init(&args, &mut report).unwrap();
+    String::from_utf8(report).unwrap()
+}
+
+pub fn a_sidecar_gets_what_is_captured_and_nothing_else() {
+    let neighbour = Neighbour::start();
+    sidecar(15001, "outbound");
+    sidecar(15006, "inbound");
+    echo((Ipv4Addr::UNSPECIFIED, 8080).into(), "app");
+    echo((Ipv4Addr::UNSPECIFIED, 15090).into(), "metrics");
+    assert_eq!(app(OUTSIDE, 80), "outside", "before there are rules");
+
+    let args = [
+        "-i",
+        "*",
+        "-x",
+        "198.51.100.0/24",
+        "-o",
+        "25",
+        "-b",
+        "*",
+        "-d",
+        "15090",
+        "-u",
+        "4242",
+    ];
     // Twice is once.
-    run_init(&args, &mut report).unwrap();
-    assert!(String::from_utf8_lossy(&report).contains("capture: outbound everything"));
-    // Through another interface than lo a call would be captured on its way out; here the routing table has none, so the call fails
-    // unless it is redirected: that it connects is the capture.
-    let route = Command::new("ip")
-        .args(["route", "add", "local", "192.0.2.0/24", "dev", "lo"])
-        .status()
-        .unwrap();
-    assert!(route.success());
-    let mut removed = Vec::new();
-    run_init(&["--cleanup-only".to_owned()], &mut removed).unwrap();
-    assert!(!nft::table_exists(Family::Inet, mesh_net::capture::TABLE).unwrap());
+    init(&args);
+    let report = init(&args);
+    assert!(
+        report.contains("capture: outbound everything to port 15001"),
+        "{report}"
+    );
+
+    assert_eq!(app(OUTSIDE, 80), "outbound 192.0.2.5:80");
+    assert_eq!(app(OUTSIDE, 25), "outside", "an excluded port");
+    assert_eq!(app(EXCLUDED, 80), "outside", "an excluded network");
+    assert_eq!(app(POD, 8080), "app", "the application calling itself");
+    assert_eq!(app(Ipv4Addr::LOCALHOST, 15001), "outbound itself");
+    assert_eq!(proxy(OUTSIDE, 80), "outside");
+    assert_eq!(proxy(Ipv4Addr::LOCALHOST, 8080), "app");
+    assert_eq!(
+        proxy(POD, 8080),
+        "inbound 10.7.7.1:8080",
+        "the proxy calling its own pod"
+    );
+    assert_eq!(neighbour.call(POD, 8080), "inbound 10.7.7.1:8080");
+    assert_eq!(neighbour.call(POD, 15090), "metrics");
+
+    // Other flags, and nothing of the first ones stays.
+    init(&["-i", "198.51.100.0/24", "-b", "15090", "-u", "4242"]);
+    assert_eq!(app(OUTSIDE, 80), "outside");
+    assert_eq!(app(EXCLUDED, 80), "outbound 198.51.100.5:80");
+    assert_eq!(neighbour.call(POD, 8080), "app");
+    assert_eq!(neighbour.call(POD, 15090), "inbound 10.7.7.1:15090");
+
+    // An interface that is left alone.
+    init(&["-i", "*", "-b", "*", "-c", "eth0", "-u", "4242"]);
+    assert_eq!(app(OUTSIDE, 80), "outside");
+    assert_eq!(neighbour.call(POD, 8080), "app");
+
+    init(&["--cleanup-only"]);
+    // There is nothing left to remove, which is no error.
+    init(&["--cleanup-only"]);
+    assert!(!nft::table_exists(Family::Inet, TABLE).unwrap());
+    assert_eq!(app(EXCLUDED, 80), "outside");
+    assert_eq!(neighbour.call(POD, 8080), "app");
+}
+
+pub fn a_marked_connection_is_left_alone() {
+    assert!(sockets::may_mark());
+    let redirect = |port| Rule::counted([Match::Transport(Transport::Tcp)], Action::Redirect(port));
     let table = Table {
         family: Family::Inet,
         name: "redirected".into(),
@@ -242,30 +322,14 @@ fn a_captured_connection_keeps_its_destination_and_a_marked_one_is_left_alone() 
             }),
             rules: vec![
                 Rule::counted([Match::Mark(sockets::EXEMPT_MARK)], Action::Return),
-                Rule::counted(
-                    [
-                        Match::Ipv4,
-                        Match::Destination(Ipv4Addr::new(192, 0, 2, 0), 24),
-                        Match::Transport(Transport::Tcp),
-                    ],
-                    Action::Redirect(15001),
-                ),
+                redirect(15001),
             ],
         }],
     };
     table.replace().unwrap();
-    let listener = TcpListener::bind("127.0.0.1:15001").unwrap();
-    let _client = TcpStream::connect("192.0.2.5:80").unwrap();
-    let (accepted, _) = listener.accept().unwrap();
-    assert_eq!(
-        sockets::original_destination(&accepted),
-        Some("192.0.2.5:80".parse().unwrap())
-    );
-    let direct = TcpStream::connect("127.0.0.1:15001").unwrap();
-    let (accepted, _) = listener.accept().unwrap();
-    assert_eq!(sockets::original_destination(&accepted), None);
-    drop(direct);
-    assert!(sockets::may_mark());
+    echo(local(1, 80), "direct");
+    sidecar(15001, "captured");
+    assert_eq!(call(local(1, 80)), "captured 127.0.1.1:80");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -274,15 +338,13 @@ fn a_captured_connection_keeps_its_destination_and_a_marked_one_is_left_alone() 
         mark: Some(sockets::EXEMPT_MARK),
         ..Default::default()
     };
-    let marked = runtime.block_on(sockets::connect("192.0.2.5:80".parse().unwrap(), options));
-    assert_eq!(
-        marked.unwrap_err().kind(),
-        std::io::ErrorKind::ConnectionRefused
-    );
+    let marked = runtime.block_on(sockets::connect(local(1, 80), options));
+    let stream = marked.unwrap().into_std().unwrap();
+    stream.set_nonblocking(false).unwrap();
+    assert_eq!(read(stream), "direct");
 }
 
-#[test]
-fn splice_carries_both_ways_and_keeps_half_closed_connections() {
+pub fn splice_carries_both_ways_and_keeps_half_closed_connections() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
