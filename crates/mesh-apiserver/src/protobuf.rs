@@ -52,6 +52,8 @@ TokenReviewSpec 1 token s 2 audiences t
 SelfSubjectReview 1 metadata ObjectMeta 2 status -
 SelfSubjectAccessReview 1 metadata ObjectMeta 2 spec SelfSubjectAccessReviewSpec 3 status -
 SelfSubjectAccessReviewSpec 1 resourceAttributes ResourceAttributes 2 nonResourceAttributes NonResourceAttributes
+SelfSubjectRulesReview 1 metadata ObjectMeta 2 spec SelfSubjectRulesReviewSpec 3 status -
+SelfSubjectRulesReviewSpec 1 namespace s
 ResourceAttributes 1 namespace s 2 verb s 3 group s 4 version s 5 resource s 6 subresource s 7 name s 8 fieldSelector - 9 labelSelector -
 NonResourceAttributes 1 path s 2 verb s
 Eviction 1 metadata ObjectMeta 2 deleteOptions DeleteOptions

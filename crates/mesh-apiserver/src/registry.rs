@@ -362,6 +362,15 @@ const ROWS: &[Row] = &[
         &[],
         &[],
     ),
+    (
+        "authorization.k8s.io",
+        "v1",
+        "SelfSubjectRulesReview",
+        "selfsubjectrulesreviews",
+        false,
+        &[],
+        &[],
+    ),
 ];
 
 fn builtins() -> Vec<Resource> {

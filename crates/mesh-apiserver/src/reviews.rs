@@ -24,6 +24,11 @@ pub fn review(api: &ApiServer, request: &Request, body: &[u8]) -> Result<Respons
     object["status"] = match request.target.resource.kind.as_str() {
         "TokenReview" => token_review(api, &object["spec"]),
         "SelfSubjectReview" => json!({ "userInfo": user_info(&request.identity) }),
+        "SelfSubjectRulesReview" => json!({
+            "incomplete": false,
+            "resourceRules": [{ "verbs": ["*"], "apiGroups": ["*"], "resources": ["*"] }],
+            "nonResourceRules": [{ "verbs": ["*"], "nonResourceURLs": ["*"] }],
+        }),
         // There is no authorisation yet: whoever is authenticated may do everything.
         _ => json!({ "allowed": true, "reason": "every authenticated identity is allowed" }),
     };
