@@ -119,6 +119,19 @@ impl Cluster {
         command
     }
 
+    /// Runs the binary under test to its end, which a command that is to fail must reach by itself.
+    pub fn second(&self, args: &[&str]) -> anyhow::Result<std::process::Output> {
+        let mut command = Command::new(&self.binary);
+        command
+            .env("HOME", self.place.path())
+            .env_remove("KUBECONFIG")
+            .args(args);
+        command
+            .stdin(Stdio::null())
+            .output()
+            .context("starting the binary under test")
+    }
+
     /// Runs a command of the tool and gives what it printed.
     pub fn call(&self, args: &[&str]) -> anyhow::Result<String> {
         run::output(&mut self.tool(args))

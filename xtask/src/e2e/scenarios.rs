@@ -702,7 +702,41 @@ fn bad_input(cluster: &mut Cluster) -> anyhow::Result<()> {
             .contains(&reason)
             .then_some(()))
     })?;
-    cluster.delete("pod", "unknown-image")
+    cluster.delete("pod", "unknown-image")?;
+    port_in_use(cluster)
+}
+
+/// A second cluster on the first one's port is told so, with the flag to change, and starts nothing.
+fn port_in_use(cluster: &Cluster) -> anyhow::Result<()> {
+    let port = cluster
+        .gateway
+        .rsplit(':')
+        .next()
+        .context("the gateway has no port")?
+        .to_owned();
+    let output = cluster.second(&[
+        "all-in-one",
+        "--state-dir",
+        "",
+        "--api-port",
+        "0",
+        "--https-port",
+        "0",
+        "--http-port",
+        &port,
+    ])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(
+        !output.status.success(),
+        "a second cluster started on port {port}"
+    );
+    for word in [port.as_str(), "in use", "--http-port"] {
+        ensure!(
+            said.contains(word),
+            "the refusal does not say {word:?}: {said}"
+        );
+    }
+    Ok(())
 }
 
 fn survives(cluster: &mut Cluster) -> anyhow::Result<()> {
