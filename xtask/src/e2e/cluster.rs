@@ -31,6 +31,8 @@ pub struct Cluster {
 impl Cluster {
     /// Starts a cluster on free ports with a state directory of its own.
     pub fn start(binary: &Path, kubectl: Option<&Path>) -> anyhow::Result<Self> {
+        // A build leaves gigabytes to be written; the cluster's own small flushes would queue behind them.
+        nix::unistd::sync();
         let place = tempfile::Builder::new().prefix("mesh-cluster-").tempdir()?;
         let began = Instant::now();
         let child = launch(binary, place.path())?;
