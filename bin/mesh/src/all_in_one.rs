@@ -19,8 +19,9 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "default")]
     profile: Profile,
     /// Where the cluster's state is kept; '' keeps it in memory [default: $XDG_STATE_HOME/mesh or ~/.local/state/mesh]
+    // Text, not a path: a path may not be empty for the parser.
     #[arg(long, value_name = "DIR")]
-    state_dir: Option<PathBuf>,
+    state_dir: Option<String>,
     /// Address that the host's ports are bound to
     #[arg(long, value_name = "IP", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     address: IpAddr,
@@ -43,8 +44,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let options = ClusterOptions {
         state_dir: match &args.state_dir {
             None => StateDir::Default,
-            Some(dir) if dir.as_os_str().is_empty() => StateDir::Memory,
-            Some(dir) => StateDir::Path(dir.clone()),
+            Some(dir) if dir.is_empty() => StateDir::Memory,
+            Some(dir) => StateDir::Path(PathBuf::from(dir)),
         },
         api_address: SocketAddr::new(args.address, args.api_port),
         host_ports: host_ports(&args),
