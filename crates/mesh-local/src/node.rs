@@ -84,7 +84,8 @@ async fn start(
     sandbox::prepare_node().await?;
     let pki = pki::Pki::open(&setup.state)?;
     let registry = Arc::new(Registry::default());
-    let api = open_api(setup, &pki, &registry)?;
+    let tables = Tables::default();
+    let api = open_api(setup, &pki, &registry, &tables)?;
     let tls = mesh_identity::tls::server_config(&pki.serving(setup.api)?, &["h2", "http/1.1"])?;
     let host = ports
         .bind(setup.api)
@@ -121,7 +122,13 @@ async fn start(
         cgroups,
     ));
     tokio::spawn(agent::run(shared, shutdown.clone()));
-    start_services(setup, ports, &client("mesh:service-network"), shutdown);
+    start_services(
+        setup,
+        ports,
+        &client("mesh:service-network"),
+        &tables,
+        shutdown,
+    );
     let limit = Duration::from_secs(setup.options.boot_timeout_seconds);
     boot::run(&client("mesh:boot"), &setup.options.boot, limit).await
 }
@@ -131,9 +138,12 @@ fn start_services(
     setup: &NodeSetup,
     ports: &Arc<HostPorts>,
     client: &kube::Client,
+    known: &Tables,
     shutdown: &CancellationToken,
 ) {
     let tables = crate::services::watch(client.clone(), shutdown.clone());
+    // Set once, here: nobody else has a table.
+    let _ = known.set(tables.clone());
     // Nobody outside can be asked: the node has no way out of its network.
     let dns = crate::dns::run(
         SocketAddr::from((crate::dns::ADDRESS, 53)),
@@ -157,6 +167,43 @@ fn start_services(
     ));
 }
 
+/// The table of Services, once it is watched.
+type Tables = Arc<std::sync::OnceLock<tokio::sync::watch::Receiver<Arc<crate::services::Table>>>>;
+
+/// How long a webhook's Service may be without a ready endpoint in the table.
+const ENDPOINT_WAIT: Duration = Duration::from_secs(2);
+
+/// Connects the API server to a Service (for webhooks): straight to a ready endpoint. By the cluster address a call could come before
+/// the rules for it, and the kernel would remember that it has no translation until the call times out.
+async fn dial(
+    tables: Tables,
+    address: SocketAddr,
+) -> std::io::Result<Box<dyn mesh_apiserver::node::Duplex>> {
+    let find = |table: &Arc<crate::services::Table>| {
+        let entry = table
+            .values()
+            .find(|entry| entry.address.is_some_and(|ip| address.ip() == ip))?;
+        let port = entry
+            .ports
+            .iter()
+            .find(|port| port.port == address.port())?;
+        port.endpoints.first().copied()
+    };
+    let mut target = address;
+    if let Some(mut receiver) = tables.get().cloned() {
+        let found = tokio::time::timeout(
+            ENDPOINT_WAIT,
+            receiver.wait_for(|table| find(table).is_some()),
+        )
+        .await;
+        if let Ok(Ok(table)) = found {
+            target = find(&table).map_or(address, SocketAddr::from);
+        }
+    }
+    let stream = tokio::net::TcpStream::connect(target).await?;
+    Ok(Box::new(stream))
+}
+
 /// After SIGKILL of the parent the node of the run before ends within moments; until then it holds the store.
 const STORE_WAIT: Duration = Duration::from_secs(10);
 
@@ -176,6 +223,7 @@ fn open_api(
     setup: &NodeSetup,
     pki: &pki::Pki,
     registry: &Arc<Registry>,
+    tables: &Tables,
 ) -> anyhow::Result<ApiServer> {
     let dir = setup.state.join("db");
     let (store, recovery) = open_store((!setup.in_memory).then_some(dir.as_path()))
@@ -188,9 +236,10 @@ fn open_api(
         tokens: pki.tokens.clone(),
     };
     let backend = Arc::new(Backend::new(registry.clone()));
-    Ok(ApiServer::open(mesh_apiserver::Options::new(
-        store, auth, backend,
-    ))?)
+    let mut options = mesh_apiserver::Options::new(store, auth, backend);
+    let tables = tables.clone();
+    options.service_dialer = Arc::new(move |address| Box::pin(dial(tables.clone(), address)));
+    Ok(ApiServer::open(options)?)
 }
 
 /// The addresses to open and the line to set kubectl up.
