@@ -1,11 +1,12 @@
 //! Between the stored form of an object and a version of its kind.
 //!
 //! Versions of a custom kind differ in `apiVersion` only (conversion strategy None). Events have two groups with different field names;
-//! the core form is stored.
+//! the core form is stored. HorizontalPodAutoscalers have two versions; the newer is stored.
 
 use serde_json::{Map, Value};
 
 use crate::registry::Resource;
+use crate::strategy::autoscaler;
 
 /// Core name and `events.k8s.io` name of each field that differs.
 const EVENT_FIELDS: [(&str, &str); 7] = [
@@ -23,6 +24,9 @@ pub fn to_version(resource: &Resource, mut object: Value) -> Value {
     if resource.group == "events.k8s.io" {
         rename(&mut object, |core, new| (core, new));
     }
+    if is_old_autoscaler(resource) {
+        autoscaler::to_old(&mut object);
+    }
     set_type(&mut object, resource);
     object
 }
@@ -34,7 +38,15 @@ pub fn to_storage(resource: &Resource, mut object: Value) -> Value {
         rename(&mut object, |core, new| (new, core));
         object["apiVersion"] = "v1".into();
     }
+    if is_old_autoscaler(resource) {
+        autoscaler::from_old(&mut object);
+        object["apiVersion"] = "autoscaling/v2".into();
+    }
     object
+}
+
+fn is_old_autoscaler(resource: &Resource) -> bool {
+    resource.group == "autoscaling" && resource.version == "v1"
 }
 
 /// `apiVersion` and `kind` first, as people expect them.

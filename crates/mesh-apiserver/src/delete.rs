@@ -9,6 +9,7 @@ use crate::errors::ApiError;
 use crate::read::Filter;
 use crate::request::Request;
 use crate::storage::{Expect, Stored, WriteError};
+use crate::strategy::budget;
 use crate::write::{is_finished, now};
 use crate::{ApiServer, convert, respond};
 
@@ -141,10 +142,10 @@ pub async fn delete_collection(
     respond::list(request, deleted, json!({ "resourceVersion": revision }))
 }
 
-/// `pods/eviction`: deletes the pod gracefully (there are no disruption budgets).
+/// `pods/eviction`: deletes the pod gracefully, when its disruption budget has one to give.
 ///
 /// # Errors
-/// As [`delete`].
+/// As [`delete`]; 429 for the budget.
 pub async fn evict(
     api: &ApiServer,
     request: &Request,
@@ -153,6 +154,8 @@ pub async fn evict(
 ) -> Result<Response, ApiError> {
     let eviction = parse_body(&request.content_type, body)?;
     let options = Options::read(request, &eviction["deleteOptions"])?;
+    let pod = crate::read::find(api, request, name)?;
+    budget::take(api, request, &pod.value)?;
     remove(api, request, name, &options, &mut Vec::new()).await?;
     let status = json!({ "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201 });
     respond::send(201, &status, request.yaml)

@@ -14,6 +14,7 @@ mod auth;
 mod bootstrap;
 mod connect;
 mod convert;
+pub mod cron;
 mod delete;
 mod discovery;
 mod dispatch;

@@ -281,6 +281,70 @@ const ROWS: &[Row] = &[
         &[SCALE, STATUS],
     ),
     (
+        "apps",
+        "v1",
+        "StatefulSet",
+        "statefulsets",
+        true,
+        &["sts", ALL],
+        &[SCALE, STATUS],
+    ),
+    (
+        "apps",
+        "v1",
+        "DaemonSet",
+        "daemonsets",
+        true,
+        &["ds", ALL],
+        &[STATUS],
+    ),
+    (
+        "apps",
+        "v1",
+        "ControllerRevision",
+        "controllerrevisions",
+        true,
+        &[],
+        &[],
+    ),
+    ("batch", "v1", "Job", "jobs", true, &[ALL], &[STATUS]),
+    (
+        "batch",
+        "v1",
+        "CronJob",
+        "cronjobs",
+        true,
+        &["cj", ALL],
+        &[STATUS],
+    ),
+    (
+        "autoscaling",
+        "v2",
+        "HorizontalPodAutoscaler",
+        "horizontalpodautoscalers",
+        true,
+        &["hpa", ALL],
+        &[STATUS],
+    ),
+    (
+        "autoscaling",
+        "v1",
+        "HorizontalPodAutoscaler",
+        "horizontalpodautoscalers",
+        true,
+        &["hpa", ALL],
+        &[STATUS],
+    ),
+    (
+        "policy",
+        "v1",
+        "PodDisruptionBudget",
+        "poddisruptionbudgets",
+        true,
+        &["pdb"],
+        &[STATUS],
+    ),
+    (
         "coordination.k8s.io",
         "v1",
         "Lease",
@@ -378,10 +442,10 @@ fn builtins() -> Vec<Resource> {
         .map(|(group, version, kind, plural, namespaced, names, subs)| {
             let core = if group.is_empty() { "core" } else { group };
             let is_event = *kind == "Event";
-            let schema_name = if *group == "events.k8s.io" {
-                "EventsEvent"
-            } else {
-                kind
+            let schema_name = match (*group, *version) {
+                ("events.k8s.io", _) => "EventsEvent",
+                ("autoscaling", "v1") => "OldHorizontalPodAutoscaler",
+                _ => kind,
             };
             Resource {
                 group: (*group).to_owned(),

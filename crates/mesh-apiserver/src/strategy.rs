@@ -1,6 +1,9 @@
 //! What is special about each built-in kind: defaults that depend on other fields, what the server fills in, what can't change, what is
 //! wrong. One file for each family of kinds; here is only the choice between them.
 
+pub mod autoscaler;
+pub mod batch;
+pub mod budget;
 pub mod config;
 pub mod crd;
 pub mod pod;
@@ -18,8 +21,14 @@ pub fn defaults(storage: &str, object: &mut Value) {
     match storage {
         "core/pods" if object["spec"].is_object() => pod::defaults(&mut object["spec"]),
         "core/services" => service::defaults(&mut object["spec"]),
-        "apps/deployments" | "apps/replicasets" if object["spec"].is_object() => {
+        "apps/deployments" | "apps/replicasets" | "apps/statefulsets" | "apps/daemonsets"
+            if object["spec"].is_object() =>
+        {
             workload::defaults(storage, object)
+        }
+        "batch/jobs" if object["spec"].is_object() => batch::job_defaults(&mut object["spec"]),
+        "batch/cronjobs" if object["spec"]["jobTemplate"]["spec"].is_object() => {
+            batch::job_defaults(&mut object["spec"]["jobTemplate"]["spec"])
         }
         "core/secrets" => config::fold_string_data(object),
         _ => {}
@@ -58,6 +67,11 @@ pub fn has_generation(resource: &Resource) -> bool {
             "core/pods"
                 | "apps/deployments"
                 | "apps/replicasets"
+                | "apps/statefulsets"
+                | "apps/daemonsets"
+                | "batch/jobs"
+                | "batch/cronjobs"
+                | "policy/poddisruptionbudgets"
                 | "discovery.k8s.io/endpointslices"
                 | "apiextensions.k8s.io/customresourcedefinitions"
         )
@@ -87,7 +101,12 @@ pub fn prepare_create(
             object["status"] = json!({ "phase": "Active" });
             label_namespace(object);
         }
-        "apps/deployments" | "apps/replicasets" => object["status"] = json!({}),
+        "apps/deployments" | "apps/replicasets" | "apps/statefulsets" | "apps/daemonsets"
+        | "batch/cronjobs" => object["status"] = json!({}),
+        "autoscaling/horizontalpodautoscalers" | "policy/poddisruptionbudgets" => {
+            object["status"] = json!({})
+        }
+        "batch/jobs" => batch::prepare_job(object),
         "apiextensions.k8s.io/customresourcedefinitions" => crd::prepare(None, object),
         _ if resource.custom && resource.has("status") => {
             if let Some(map) = object.as_object_mut() {
@@ -141,9 +160,14 @@ pub fn validate(
     match resource.storage.as_str() {
         "core/pods" => pod::validate(subresource, object, old, errors),
         "core/services" => service::validate(object, old, errors),
-        "apps/deployments" | "apps/replicasets" => {
+        "apps/deployments" | "apps/replicasets" | "apps/statefulsets" | "apps/daemonsets" => {
             workload::validate(resource, object, old, errors)
         }
+        "apps/controllerrevisions" => workload::validate_revision(object, old, errors),
+        "batch/jobs" => batch::validate_job(object, old, errors),
+        "batch/cronjobs" => batch::validate_cron_job(object, errors),
+        "policy/poddisruptionbudgets" => budget::validate(object, errors),
+        "autoscaling/horizontalpodautoscalers" => autoscaler::validate(resource, object, errors),
         "core/configmaps" | "core/secrets" => config::validate(object, old, errors),
         "apiextensions.k8s.io/customresourcedefinitions" => crd::validate(object, old, errors),
         _ if resource.group == "admissionregistration.k8s.io" => {

@@ -1,7 +1,9 @@
-//! `Table`: what `kubectl get` prints. The columns of the built-in kinds are in `table/builtin.rs`, those of custom kinds in their CRD.
+//! `Table`: what `kubectl get` prints. The columns of the built-in kinds are in `table/builtin.rs` and
+//! `table/workloads.rs`, those of custom kinds in their CRD.
 
 mod builtin;
 mod jsonpath;
+mod workloads;
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -39,7 +41,8 @@ fn definitions(resource: &Resource) -> Vec<Value> {
         json!({ "name": name, "type": kind, "format": format, "description": "", "priority": priority })
     };
     match &resource.columns {
-        None => builtin::columns(&resource.storage)
+        None => workloads::columns(&resource.storage)
+            .unwrap_or_else(|| builtin::columns(&resource.storage))
             .iter()
             .map(definition)
             .collect(),
@@ -57,7 +60,8 @@ fn definitions(resource: &Resource) -> Vec<Value> {
 fn cells(resource: &Resource, object: &Value, now: Timestamp) -> Vec<Value> {
     let name = object["metadata"]["name"].clone();
     match &resource.columns {
-        None => builtin::cells(&resource.storage, object, now),
+        None => workloads::cells(&resource.storage, object, now)
+            .unwrap_or_else(|| builtin::cells(&resource.storage, object, now)),
         Some(custom) if custom.is_empty() => {
             vec![name, age(&object["metadata"]["creationTimestamp"], now)]
         }

@@ -9,12 +9,19 @@
 //! The certificate of the cluster's root reaches pods through the ConfigMap `kube-root-ca.crt`, which [`namespace`] copies
 //! from `kube-system` to every namespace: whoever starts the API server puts it there.
 
+mod autoscaler;
 mod cache;
+mod control;
+mod cronjob;
+mod daemonset;
 mod deployment;
+mod disruption;
 mod endpoints;
 mod endpointslice;
 mod events;
 mod garbage;
+mod history;
+mod job;
 mod membership;
 mod namespace;
 mod pod;
@@ -22,6 +29,7 @@ mod podgc;
 mod queue;
 mod replicaset;
 mod scheduler;
+mod statefulset;
 #[cfg(test)]
 mod tests;
 
@@ -29,12 +37,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::apps::v1::{
+    ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet,
+};
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::core::v1::{
     ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::Client;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use cache::Cache;
@@ -77,39 +91,58 @@ fn is_not_found(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
-/// What all loops share.
-struct Context {
-    client: Client,
-    events: Recorder,
-    deployments: Arc<Cache<Deployment>>,
-    replica_sets: Arc<Cache<ReplicaSet>>,
-    pods: Arc<Cache<Pod>>,
-    services: Arc<Cache<Service>>,
-    endpoints: Arc<Cache<Endpoints>>,
-    slices: Arc<Cache<EndpointSlice>>,
-    nodes: Arc<Cache<Node>>,
-    namespaces: Arc<Cache<Namespace>>,
-    service_accounts: Arc<Cache<ServiceAccount>>,
-    config_maps: Arc<Cache<ConfigMap>>,
+/// The caches of all kinds that the loops look at: one line here and the kind is watched and waited for.
+macro_rules! context {
+    ($($field:ident: $kind:ty,)*) => {
+        /// What all loops share.
+        struct Context {
+            client: Client,
+            events: Recorder,
+            $($field: Arc<Cache<$kind>>,)*
+        }
+
+        impl Context {
+            fn new(client: Client, shutdown: &CancellationToken) -> Self {
+                Self {
+                    events: Recorder::start(client.clone(), shutdown.clone()),
+                    client,
+                    $($field: Cache::new(),)*
+                }
+            }
+
+            /// Begins to fill the caches.
+            fn watch(&self, shutdown: &CancellationToken) -> Vec<JoinHandle<()>> {
+                vec![$(tokio::spawn(
+                    self.$field.clone().watch(self.client.clone(), shutdown.clone()),
+                ),)*]
+            }
+
+            /// Completes once every cache has held a whole list.
+            async fn synced(&self) {
+                $(self.$field.synced().await;)*
+            }
+        }
+    };
 }
 
-impl Context {
-    fn new(client: Client, shutdown: &CancellationToken) -> Self {
-        Self {
-            events: Recorder::start(client.clone(), shutdown.clone()),
-            client,
-            deployments: Cache::new(),
-            replica_sets: Cache::new(),
-            pods: Cache::new(),
-            services: Cache::new(),
-            endpoints: Cache::new(),
-            slices: Cache::new(),
-            nodes: Cache::new(),
-            namespaces: Cache::new(),
-            service_accounts: Cache::new(),
-            config_maps: Cache::new(),
-        }
-    }
+context! {
+    deployments: Deployment,
+    replica_sets: ReplicaSet,
+    stateful_sets: StatefulSet,
+    daemon_sets: DaemonSet,
+    revisions: ControllerRevision,
+    jobs: Job,
+    cron_jobs: CronJob,
+    budgets: PodDisruptionBudget,
+    autoscalers: HorizontalPodAutoscaler,
+    pods: Pod,
+    services: Service,
+    endpoints: Endpoints,
+    slices: EndpointSlice,
+    nodes: Node,
+    namespaces: Namespace,
+    service_accounts: ServiceAccount,
+    config_maps: ConfigMap,
 }
 
 /// Runs all controllers until `shutdown`. `client` needs full access; it may be an in-process one.
@@ -117,105 +150,48 @@ impl Context {
 /// Failed writes are retried with growing pauses and logged; the function itself does not fail.
 pub async fn run(client: Client, shutdown: CancellationToken) {
     let context = Arc::new(Context::new(client.clone(), &shutdown));
-    // Loops subscribe to the caches before these begin to fill, so that no object is missed.
-    let queues = [
-        deployment::queue(&context),
-        replicaset::queue(&context),
-        scheduler::queue(&context),
-        endpoints::queue(&context),
-        endpointslice::queue(&context),
-        endpointslice::mirror_queue(&context),
-        namespace::queue(&context),
-        podgc::queue(&context),
-    ];
-    let mut tasks = vec![
-        tokio::spawn(
-            context
-                .deployments
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(
-            context
-                .replica_sets
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(context.pods.clone().watch(client.clone(), shutdown.clone())),
-        tokio::spawn(
-            context
-                .services
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(
-            context
-                .endpoints
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(
-            context
-                .slices
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(
-            context
-                .nodes
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(
-            context
-                .namespaces
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(
-            context
-                .service_accounts
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(
-            context
-                .config_maps
-                .clone()
-                .watch(client.clone(), shutdown.clone()),
-        ),
-        tokio::spawn(garbage::run(client.clone(), shutdown.clone())),
-    ];
+    let mut tasks = Vec::new();
+    let starts = start_all(&context, &shutdown);
+    tasks.extend(context.watch(&shutdown));
+    tasks.push(tokio::spawn(garbage::run(client, shutdown.clone())));
     // A loop that decides on half a list would create what exists already.
     tokio::select! {
         () = shutdown.cancelled() => {}
         () = context.synced() => {
-            let [deployment, replicaset, scheduler, endpoints, slices, mirror, namespace, podgc] = queues;
             endpoints::publish_api_server(&context).await;
-            tasks.push(tokio::spawn(queue::run(deployment, context.clone(), shutdown.clone(), deployment::reconcile)));
-            tasks.push(tokio::spawn(queue::run(replicaset, context.clone(), shutdown.clone(), replicaset::reconcile)));
-            tasks.push(tokio::spawn(queue::run(scheduler, context.clone(), shutdown.clone(), scheduler::reconcile)));
-            tasks.push(tokio::spawn(queue::run(endpoints, context.clone(), shutdown.clone(), endpoints::reconcile)));
-            tasks.push(tokio::spawn(queue::run(slices, context.clone(), shutdown.clone(), endpointslice::reconcile)));
-            tasks.push(tokio::spawn(queue::run(mirror, context.clone(), shutdown.clone(), endpointslice::mirror)));
-            tasks.push(tokio::spawn(queue::run(namespace, context.clone(), shutdown.clone(), namespace::reconcile)));
-            tasks.push(tokio::spawn(queue::run(podgc, context.clone(), shutdown.clone(), podgc::reconcile)));
+            tasks.extend(starts.into_iter().map(|start| start()));
         }
     }
     join_all(tasks).await;
 }
 
-impl Context {
-    async fn synced(&self) {
-        self.deployments.synced().await;
-        self.replica_sets.synced().await;
-        self.pods.synced().await;
-        self.services.synced().await;
-        self.endpoints.synced().await;
-        self.slices.synced().await;
-        self.nodes.synced().await;
-        self.namespaces.synced().await;
-        self.service_accounts.synced().await;
-        self.config_maps.synced().await;
+/// Starts one loop.
+type Start = Box<dyn FnOnce() -> JoinHandle<()> + Send>;
+
+/// All loops, ready to be started. They subscribe to the caches here, before these begin to fill, so that no object is missed.
+fn start_all(context: &Arc<Context>, shutdown: &CancellationToken) -> Vec<Start> {
+    macro_rules! starts {
+        ($($queue:path => $reconcile:path,)*) => {
+            vec![$({
+                let (queue, context, shutdown) = ($queue(context), context.clone(), shutdown.clone());
+                Box::new(move || tokio::spawn(queue::run(queue, context, shutdown, $reconcile))) as Start
+            },)*]
+        };
     }
+    starts![
+        deployment::queue => deployment::reconcile,
+        replicaset::queue => replicaset::reconcile,
+        statefulset::queue => statefulset::reconcile,
+        daemonset::queue => daemonset::reconcile,
+        job::queue => job::reconcile,
+        cronjob::queue => cronjob::reconcile,
+        disruption::queue => disruption::reconcile,
+        autoscaler::queue => autoscaler::reconcile,
+        scheduler::queue => scheduler::reconcile,
+        endpoints::queue => endpoints::reconcile,
+        endpointslice::queue => endpointslice::reconcile,
+        endpointslice::mirror_queue => endpointslice::mirror,
+        namespace::queue => namespace::reconcile,
+        podgc::queue => podgc::reconcile,
+    ]
 }

@@ -168,11 +168,11 @@ fn or_unknown(value: &Value) -> Value {
     }
 }
 
-fn list(value: &Value) -> impl DoubleEndedIterator<Item = &Value> {
+pub(super) fn list(value: &Value) -> impl DoubleEndedIterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-fn text(value: &Value) -> &str {
+pub(super) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
@@ -512,7 +512,7 @@ fn deployment(deployment: &Value, name: Value, created: Value) -> Vec<Value> {
 }
 
 /// Containers, images, selector of a workload.
-fn template(workload: &Value) -> [Value; 3] {
+pub(super) fn template(workload: &Value) -> [Value; 3] {
     let containers = &workload["spec"]["template"]["spec"]["containers"];
     let column = |field: &str| joined(list(containers).map(|c| text(&c[field]).to_owned()), ",");
     [

@@ -4,22 +4,18 @@ use std::cmp::Reverse;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
-use kube::{Api, ResourceExt as _};
+use kube::ResourceExt as _;
 use serde_json::json;
 
-use super::events::{Level, now};
-use super::pod::{self, Claim};
+use super::control::{self, BURST, Owner, api_message, count};
+use super::events::now;
+use super::pod;
 use super::queue::{Key, Queue};
-use super::{Context, Doing as _, Error, Outcome};
+use super::{Context, Error, Outcome};
 
 const COMPONENT: &str = "replicaset-controller";
-/// Pods that one pass creates or deletes at most.
-const BURST: usize = 500;
 
 pub(super) fn queue(context: &Context) -> Arc<Queue> {
     let queue = Queue::new("replicaset");
@@ -29,26 +25,12 @@ pub(super) fn queue(context: &Context) -> Arc<Queue> {
             own.add(Key::of(&**set));
         }
     });
-    let (own, sets) = (queue.clone(), context.replica_sets.clone());
-    context.pods.subscribe(move |old, new| {
-        for pod in [old, new].into_iter().flatten() {
-            let namespace = pod.namespace().unwrap_or_default();
-            match pod::controller(&pod.metadata) {
-                Some(owner) if owner.kind == "ReplicaSet" => {
-                    own.add(Key::new(namespace, owner.name.clone()))
-                }
-                Some(_) => {}
-                // Nobody's pod: any set that selects it may adopt it.
-                None => {
-                    for set in sets.in_namespace(&namespace) {
-                        if pod::selects(&set.spec.selector, &pod.metadata) {
-                            own.add(Key::of(&*set));
-                        }
-                    }
-                }
-            }
-        }
-    });
+    control::follow_pods(
+        context,
+        &queue,
+        &context.replica_sets,
+        |set: &ReplicaSet| Some(&set.spec.selector),
+    );
     queue
 }
 
@@ -56,207 +38,46 @@ pub(super) async fn reconcile(context: Arc<Context>, key: Key) -> Outcome {
     let Some(set) = context.replica_sets.get(&key) else {
         return Ok(None);
     };
-    let pods = claimed(&context, &set).await?;
-    let active: Vec<_> = pods
-        .iter()
-        .filter(|pod| pod::is_active(pod))
-        .cloned()
-        .collect();
+    let owner = Owner {
+        context: &context,
+        object: &*set,
+        component: COMPONENT,
+        selector: &set.spec.selector,
+    };
+    let pods = owner.claimed(|_| true).await?;
+    let active: Vec<_> = pods.into_iter().filter(|pod| pod::is_active(pod)).collect();
     let wanted = usize::try_from(set.spec.replicas.unwrap_or(1)).unwrap_or(0);
-    let ends = set.metadata.deletion_timestamp.is_some();
-    let scaled = if ends {
+    let scaled = if owner.ends() {
         Ok(())
     } else {
-        scale(&context, &set, &active, wanted).await
+        scale(&owner, &active, wanted).await
     };
     // What the scaling changed is in the cache by now.
-    let pods: Vec<_> = owned(&context, &set)
-        .into_iter()
-        .filter(|pod| pod::is_active(pod))
-        .collect();
+    let mut pods = owner.owned();
+    pods.retain(|pod| pod::is_active(pod));
     let (status, again) = status(&set, &pods, scaled.as_ref().err(), jiff::Timestamp::now());
     write_status(&context, &set, status).await?;
     scaled.map(|()| again)
 }
 
-/// The pods that the set manages, by the cache alone.
-fn owned(context: &Context, set: &ReplicaSet) -> Vec<Arc<Pod>> {
-    let uid = set.uid().unwrap_or_default();
-    let mut pods = context
-        .pods
-        .in_namespace(&set.namespace().unwrap_or_default());
-    pods.retain(|pod| pod::controller(&pod.metadata).is_some_and(|owner| owner.uid == uid));
-    pods
-}
-
-/// The pods that the set manages, after adopting and letting go.
-async fn claimed(context: &Context, set: &ReplicaSet) -> Result<Vec<Arc<Pod>>, Error> {
-    let namespace = set.namespace().unwrap_or_default();
-    let ends = set.metadata.deletion_timestamp.is_some();
-    let api: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
-    let mut pods = Vec::new();
-    for pod in context.pods.in_namespace(&namespace) {
-        let claim = pod::claim(
-            &set.uid().unwrap_or_default(),
-            ends,
-            &set.spec.selector,
-            &pod.metadata,
-        );
-        let others = || {
-            pod.owner_references()
-                .iter()
-                .filter(|owner| owner.controller != Some(true))
-                .cloned()
-        };
-        let owners: Vec<_> = match claim {
-            Claim::Owned => {
-                pods.push(pod);
-                continue;
-            }
-            Claim::Adopt if pod::is_active(&pod) => {
-                others().chain([pod::controlled_by(set)]).collect()
-            }
-            Claim::Release => others().collect(),
-            Claim::Adopt | Claim::Foreign => continue,
-        };
-        let patch = json!({ "metadata": { "uid": pod.uid(), "ownerReferences": owners } });
-        match api
-            .patch(
-                &pod.name_any(),
-                &PatchParams::default(),
-                &Patch::Merge(patch),
-            )
-            .await
-        {
-            Ok(pod) => {
-                context.pods.observe(pod.clone());
-                if claim == Claim::Adopt {
-                    pods.push(Arc::new(pod));
-                }
-            }
-            Err(error) if super::is_not_found(&error) => {}
-            Err(error) => {
-                return Err(error)
-                    .doing(|| format!("changing the owner of pod {}", pod.name_any()));
-            }
-        }
-    }
-    Ok(pods)
-}
-
 async fn scale(
-    context: &Context,
-    set: &ReplicaSet,
+    owner: &Owner<'_, ReplicaSet>,
     active: &[Arc<Pod>],
     wanted: usize,
 ) -> Result<(), Error> {
     if active.len() < wanted {
-        create(context, set, (wanted - active.len()).min(BURST)).await
+        let template = owner.object.spec.template.clone().unwrap_or_default();
+        let count = (wanted - active.len()).min(BURST);
+        owner.create_all(&vec![owner.pod(&template); count]).await
     } else {
         let surplus = surplus(active, (active.len() - wanted).min(BURST));
-        let results = join_all(surplus.iter().map(|pod| delete(context, set, pod))).await;
-        results.into_iter().collect()
-    }
-}
-
-/// Creates `count` pods: one first, then twice as many at a time, so that a refusal costs one request and not `count`.
-async fn create(context: &Context, set: &ReplicaSet, count: usize) -> Result<(), Error> {
-    let namespace = set.namespace().unwrap_or_default();
-    let api: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
-    let pod = new_pod(set);
-    let (mut left, mut batch) = (count, 1);
-    while left > 0 {
-        batch = batch.min(left);
-        let params = PostParams::default();
-        let results = join_all((0..batch).map(|_| api.create(&params, &pod))).await;
-        for result in results {
-            match result {
-                Ok(pod) => {
-                    let message = format!("Created pod: {}", pod.name_any());
-                    context.events.publish(
-                        COMPONENT,
-                        set,
-                        Level::Normal,
-                        "SuccessfulCreate",
-                        message,
-                    );
-                    context.pods.observe(pod);
-                }
-                Err(error) => {
-                    let message = format!("Error creating: {}", api_message(&error));
-                    context
-                        .events
-                        .publish(COMPONENT, set, Level::Warning, "FailedCreate", message);
-                    return Err(error)
-                        .doing(|| format!("creating a pod of ReplicaSet {}", Key::of(set)));
-                }
-            }
-        }
-        left -= batch;
-        batch *= 2;
-    }
-    Ok(())
-}
-
-/// What the API said, without the client's wrapping.
-fn api_message(error: &kube::Error) -> String {
-    match error {
-        kube::Error::Api(status) => status.message.clone(),
-        other => other.to_string(),
-    }
-}
-
-async fn delete(context: &Context, set: &ReplicaSet, pod: &Pod) -> Result<(), Error> {
-    let api: Api<Pod> =
-        Api::namespaced(context.client.clone(), &pod.namespace().unwrap_or_default());
-    let params = DeleteParams {
-        preconditions: Some(Preconditions {
-            uid: pod.uid(),
-            resource_version: None,
-        }),
-        ..DeleteParams::default()
-    };
-    match api.delete(&pod.name_any(), &params).await {
-        Ok(either) => {
-            match either.left() {
-                Some(ending) if ending.metadata.deletion_timestamp.is_some() => {
-                    context.pods.observe(ending)
-                }
-                _ => context.pods.forget(pod),
-            }
-            let message = format!("Deleted pod: {}", pod.name_any());
-            context
-                .events
-                .publish(COMPONENT, set, Level::Normal, "SuccessfulDelete", message);
-            Ok(())
-        }
-        Err(error) if super::is_not_found(&error) => Ok(()),
-        Err(error) => Err(error).doing(|| format!("deleting pod {}", Key::of(pod))),
-    }
-}
-
-/// A pod of the set's template.
-fn new_pod(set: &ReplicaSet) -> Pod {
-    let template = set.spec.template.clone().unwrap_or_default();
-    let meta = template.metadata.unwrap_or_default();
-    Pod {
-        metadata: ObjectMeta {
-            generate_name: Some(format!("{}-", set.name_any())),
-            namespace: set.namespace(),
-            labels: meta.labels,
-            annotations: meta.annotations,
-            finalizers: meta.finalizers,
-            owner_references: Some(vec![pod::controlled_by(set)]),
-            ..ObjectMeta::default()
-        },
-        spec: Some(template.spec.unwrap_or_default()),
-        status: None,
+        owner.delete_all(&surplus).await
     }
 }
 
 /// The `count` pods to delete first, as Kubernetes ranks them: not bound to a node, pending, not ready, cheap by
 /// annotation, ready for a shorter time, restarted more often, younger.
-fn surplus(active: &[Arc<Pod>], count: usize) -> Vec<Arc<Pod>> {
+pub(super) fn surplus(active: &[Arc<Pod>], count: usize) -> Vec<Arc<Pod>> {
     let mut ranked = active.to_vec();
     ranked.sort_by_cached_key(|pod| {
         let bound = pod
@@ -364,11 +185,6 @@ fn failure_condition(set: &ReplicaSet, error: &Error) -> ReplicaSetCondition {
     }
 }
 
-/// As Kubernetes writes counts in a status: nothing for zero.
-fn count(number: usize) -> Option<i32> {
-    i32::try_from(number).ok().filter(|number| *number > 0)
-}
-
 async fn write_status(
     context: &Context,
     set: &ReplicaSet,
@@ -377,33 +193,15 @@ async fn write_status(
     if set.status.as_ref() == Some(&status) {
         return Ok(());
     }
-    let api: Api<ReplicaSet> =
-        Api::namespaced(context.client.clone(), &set.namespace().unwrap_or_default());
-    // A merge patch of whole fields: explicit nulls take away what this status lacks.
-    let patch = json!({ "status": {
+    let fields = json!({
         "replicas": status.replicas,
         "fullyLabeledReplicas": status.fully_labeled_replicas,
         "readyReplicas": status.ready_replicas,
         "availableReplicas": status.available_replicas,
         "observedGeneration": status.observed_generation,
         "conditions": status.conditions,
-    } });
-    match api
-        .patch_status(
-            &set.name_any(),
-            &PatchParams::default(),
-            &Patch::Merge(patch),
-        )
-        .await
-    {
-        Ok(set) => context.replica_sets.observe(set),
-        Err(error) if super::is_not_found(&error) => {}
-        Err(error) => {
-            return Err(error)
-                .doing(|| format!("writing the status of ReplicaSet {}", Key::of(set)));
-        }
-    }
-    Ok(())
+    });
+    control::write_status(context, &context.replica_sets, set, fields).await
 }
 
 #[cfg(test)]
@@ -467,26 +265,5 @@ mod tests {
             (Some(3), Some(3))
         );
         assert_eq!(again, Some(Duration::from_secs(5)));
-    }
-
-    #[test]
-    fn pods_carry_the_template_and_the_owner() {
-        let set: ReplicaSet = serde_json::from_value(json!({
-            "metadata": { "name": "s", "namespace": "a", "uid": "u" },
-            "spec": { "selector": {}, "template": {
-                "metadata": { "labels": { "app": "x" }, "annotations": { "k": "v" } },
-                "spec": { "containers": [{ "name": "c", "image": "i" }] },
-            } },
-        }))
-        .unwrap();
-        let pod = new_pod(&set);
-        assert_eq!(pod.metadata.generate_name.as_deref(), Some("s-"));
-        assert_eq!(pod.labels()["app"], "x");
-        assert_eq!(pod.annotations()["k"], "v");
-        assert_eq!(
-            pod::controller(&pod.metadata).map(|owner| owner.uid.as_str()),
-            Some("u")
-        );
-        assert_eq!(pod.spec.unwrap().containers[0].image.as_deref(), Some("i"));
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{
     Binding, Node, NodeSelectorRequirement, NodeSelectorTerm, ObjectReference, Pod, PodCondition,
-    Taint, Toleration,
+    PodSpec, Taint, Toleration,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Patch, PatchParams, PostParams};
@@ -20,6 +20,8 @@ use super::queue::{Key, Queue};
 use super::{Context, Doing as _, Error, Outcome};
 
 const COMPONENT: &str = "default-scheduler";
+/// The taint of a cordoned node.
+const UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
 
 pub(super) fn queue(context: &Context) -> Arc<Queue> {
     let queue = Queue::new("scheduler");
@@ -84,21 +86,38 @@ fn choose(pod: &Pod, nodes: &[Arc<Node>]) -> Result<String, String> {
 
 fn unsuitable(pod: &Pod, node: &Node) -> Option<String> {
     let pod_spec = pod.spec.as_ref()?;
-    let node_spec = node.spec.clone().unwrap_or_default();
-    let tolerations = pod_spec.tolerations.clone().unwrap_or_default();
-    if node_spec.unschedulable == Some(true) {
-        return Some("were unschedulable".into());
-    }
-    let blocking = |taint: &&Taint| {
-        taint.effect != "PreferNoSchedule"
-            && !tolerations
-                .iter()
-                .any(|toleration| tolerates(toleration, taint))
-    };
-    if let Some(taint) = node_spec.taints.iter().flatten().find(blocking) {
+    if let Some(taint) = untolerated(pod_spec, node, &["NoSchedule", "NoExecute"]) {
+        if taint.key == UNSCHEDULABLE {
+            return Some("were unschedulable".into());
+        }
         let value = taint.value.as_deref().unwrap_or_default();
         return Some(format!("had untolerated taint {{{}: {value}}}", taint.key));
     }
+    (!is_selected(pod_spec, node)).then(|| "didn't match Pod's node affinity/selector".into())
+}
+
+/// A taint of the node with one of these effects that a pod of `spec` does not tolerate. A cordoned node counts as tainted.
+pub(super) fn untolerated(spec: &PodSpec, node: &Node, effects: &[&str]) -> Option<Taint> {
+    let node_spec = node.spec.clone().unwrap_or_default();
+    let cordon = (node_spec.unschedulable == Some(true)).then(|| Taint {
+        key: UNSCHEDULABLE.into(),
+        effect: "NoSchedule".into(),
+        ..Taint::default()
+    });
+    let tolerations = spec.tolerations.as_deref().unwrap_or_default();
+    let taints = cordon
+        .into_iter()
+        .chain(node_spec.taints.into_iter().flatten());
+    taints.into_iter().find(|taint| {
+        effects.contains(&taint.effect.as_str())
+            && !tolerations
+                .iter()
+                .any(|toleration| tolerates(toleration, taint))
+    })
+}
+
+/// Whether the node has what the pod's node selector and required node affinity ask for.
+pub(super) fn is_selected(pod_spec: &PodSpec, node: &Node) -> bool {
     let selector_fits = pod_spec
         .node_selector
         .iter()
@@ -119,7 +138,7 @@ fn unsuitable(pod: &Pod, node: &Node) -> Option<String> {
                 .iter()
                 .any(|term| term_fits(term, node))
         });
-    (!selector_fits || !affinity_fits).then(|| "didn't match Pod's node affinity/selector".into())
+    selector_fits && affinity_fits
 }
 
 fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {

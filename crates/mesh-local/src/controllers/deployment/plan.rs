@@ -3,6 +3,8 @@
 use k8s_openapi::api::apps::v1::DeploymentSpec;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use super::super::control::resolve;
+
 /// What a set should have and has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Counts {
@@ -52,22 +54,6 @@ impl Limits {
             is_recreate: false,
             surge,
             unavailable,
-        }
-    }
-}
-
-fn resolve(value: &IntOrString, replicas: i32, up: bool) -> i32 {
-    match value {
-        IntOrString::Int(number) => (*number).max(0),
-        IntOrString::String(text) => {
-            let percent: i64 = text.trim_end_matches('%').parse().unwrap_or(0);
-            let product = percent.max(0) * i64::from(replicas);
-            let number = if up {
-                (product + 99) / 100
-            } else {
-                product / 100
-            };
-            i32::try_from(number).unwrap_or(i32::MAX)
         }
     }
 }
