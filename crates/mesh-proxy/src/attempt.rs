@@ -3,26 +3,29 @@
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant as StdInstant};
+use std::time::{Duration, Instant as StdInstant, SystemTime, UNIX_EPOCH};
 
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version};
 use hyper::body::Incoming;
-use mesh_routing::action::{Forward, HostRewrite, RetryPolicy};
+use mesh_routing::action::{Forward, HostRewrite};
 use mesh_routing::cluster::Cluster;
-use mesh_routing::hcm::HttpManager;
 use mesh_routing::listener::Direction;
+use mesh_routing::retry::{Loss, RetryPolicy};
 use mesh_routing::route::Matched;
 use mesh_telemetry::Peer;
 use tokio::time::Instant;
 
-use crate::body::{RequestBody, grpc_status};
+use crate::body::{BodyError, Kept, RequestBody};
 use crate::http::{
-    ATTEMPT_COUNT, Exchange, address_head, has_body, idle_limit, is_idempotent,
-    original_destination, upstream_version,
+    ATTEMPT_COUNT, Exchange, Timeouts, address_head, has_body, is_idempotent, original_destination,
+    upstream_version,
 };
 use crate::node::{PEER_ID, PEER_METADATA};
 use crate::pool::{ConnectError, Host, Lease, Sent, Version as Upstream};
+use crate::report::{Flag, Flags};
 use crate::upstream::ClusterState;
+
+const TIMEOUT_RETRY: HeaderName = HeaderName::from_static("x-envoy-is-timeout-retry");
 
 /// Everything that the tries of one request have in common.
 pub struct Plan<'a> {
@@ -30,9 +33,14 @@ pub struct Plan<'a> {
     route: &'a Forward,
     cluster: &'a Cluster,
     state: &'a ClusterState,
+    policy: Option<&'a RetryPolicy>,
+    timeouts: Timeouts,
+    version: Upstream,
     count_attempts: bool,
-    idle: Option<Duration>,
-    deadline: Option<Instant>,
+    tell_timeouts: bool,
+    /// Could the request be tried again after it was sent?
+    repeats_sent: bool,
+    kept: Option<Rc<Kept>>,
 }
 
 /// A response to pass on.
@@ -43,23 +51,18 @@ pub struct Done {
     pub lease: Lease,
     /// When the request was sent.
     pub sent_at: StdInstant,
-    /// End of the route's timeout.
-    pub deadline: Option<Instant>,
-    /// Tries made.
-    pub attempts: u32,
 }
 
 /// How it went.
-pub enum Outcome {
-    /// There is a response.
-    Response(Box<Done>),
-    /// There is none.
-    Failed {
-        /// Why.
-        failure: Failure,
-        /// The last endpoint's workload.
-        peer: Option<Arc<Peer>>,
-    },
+pub struct Outcome {
+    /// The response, or why there is none.
+    pub result: Result<Box<Done>, Failure>,
+    /// The last endpoint's workload, where one was found.
+    pub peer: Option<Arc<Peer>>,
+    /// Flags that retrying has set.
+    pub flags: Flags,
+    /// Tries made.
+    pub attempts: u32,
 }
 
 /// Why there is no response.
@@ -75,12 +78,20 @@ pub enum Failure {
     Closed,
     /// The endpoint refused the stream.
     Refused,
+    /// The endpoint reset the stream.
+    Reset,
     /// The endpoint broke the protocol.
     Protocol,
     /// The route's timeout is over.
     Timeout,
+    /// A try's timeout is over.
+    PerTry,
     /// Nothing came within the idle timeout.
     Idle,
+    /// The request did not come whole in time.
+    Request,
+    /// The exchange lasted too long.
+    Duration,
     /// The client's body broke off.
     Client,
 }
@@ -103,8 +114,9 @@ impl Spare {
         }
     }
 
-    fn into_request(self, exchange: &Exchange) -> Request<RequestBody> {
-        let mut request = Request::new(RequestBody::new(None, exchange.flow.clone()));
+    fn into_request(self, plan: &Plan<'_>) -> Request<RequestBody> {
+        let body = RequestBody::again(plan.kept.as_ref(), &plan.exchange.flow);
+        let mut request = Request::new(body);
         *request.method_mut() = self.method;
         *request.uri_mut() = self.uri;
         *request.version_mut() = self.version;
@@ -115,52 +127,64 @@ impl Spare {
 
 /// What one try came to.
 enum Try {
-    Done(Response<Incoming>, Lease, StdInstant),
+    Done(Box<Done>, Option<Spare>),
     /// Nothing was sent; the request is whole.
     Unsent(Box<Request<RequestBody>>, Failure),
     /// It may have been received. A spare head, if one was kept, makes another try possible.
-    Lost(Option<Spare>, Failure, Retry),
+    Lost(Option<Spare>, Failure),
+    /// An idle connection was closed under a request that may be repeated; that does not count as a try.
+    Stale(Spare),
 }
 
-/// May a lost try be repeated at all?
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Retry {
-    /// If the policy says so.
-    ByPolicy,
-    /// At once: an idle connection was closed under a request that may be repeated.
-    Always,
+/// What the next try begins with.
+enum Again {
+    Whole(Box<Request<RequestBody>>),
+    Spare(Spare),
+}
+
+/// A try that the policy would repeat: what it ended with if it is not, and what is needed to repeat it.
+struct Unwanted {
+    result: Result<Box<Done>, Failure>,
+    again: Option<Again>,
+    wait: Option<Duration>,
 }
 
 impl<'a> Plan<'a> {
-    /// For a matched request.
+    /// For a matched request. Its body is remembered where it may have to be sent again.
     pub fn new(
         exchange: &'a Exchange,
         route: &'a Forward,
-        manager: &HttpManager,
         matched: &Matched<'_>,
-        cluster: &'a Cluster,
-        state: &'a ClusterState,
+        (cluster, state): (&'a Cluster, &'a ClusterState),
+        (policy, timeouts): (Option<&'a RetryPolicy>, Timeouts),
+        request: &mut Request<RequestBody>,
     ) -> Self {
+        let version = upstream_version(cluster, request.version());
+        let http2 = version == Upstream::Http2;
+        let repeats_sent = policy.is_some_and(|p| p.repeats_sent(exchange.is_grpc, http2));
+        if !timeouts.are_none(&exchange.flow) {
+            exchange.flow.watch();
+        }
         Self {
+            kept: repeats_sent
+                .then(|| request.body_mut().keep(route.buffer_limit))
+                .flatten(),
             exchange,
             route,
             cluster,
             state,
+            policy,
+            timeouts,
+            version,
             count_attempts: matched.host.request_attempt_count,
-            idle: idle_limit(route, manager),
-            deadline: route.timeout.map(|timeout| Instant::now() + timeout),
+            tell_timeouts: matched.host.tell_timeouts,
+            repeats_sent,
         }
-    }
-
-    fn policy(&self) -> Option<&RetryPolicy> {
-        self.route.retry.as_ref()
     }
 
     fn pick(&self, tried: &[SocketAddr]) -> Option<Rc<Host>> {
         let worker = &self.exchange.connection.worker;
-        let avoid = self
-            .policy()
-            .map_or(0, |policy| policy.avoid_previous_hosts);
+        let avoid = self.policy.map_or(0, |policy| policy.avoid_previous_hosts);
         self.state.pick(
             self.cluster,
             original_destination(self.exchange),
@@ -171,74 +195,188 @@ impl<'a> Plan<'a> {
         )
     }
 
-    /// Must the head be kept, since the policy may want another try after this one was sent? Only requests without a body can be repeated,
-    /// as bodies are not buffered.
-    fn keeps_head(&self, request: &Request<RequestBody>, lease: &Lease, version: Upstream) -> bool {
-        if has_body(request) {
-            return false;
+    /// Can what was sent of the body be sent again?
+    fn body_repeats(&self) -> bool {
+        self.kept.as_ref().is_none_or(|kept| kept.may_repeat())
+    }
+
+    /// Waits for something, as long as the limits allow.
+    async fn within<T>(
+        &self,
+        tried: Instant,
+        waiting: impl Future<Output = T>,
+    ) -> Result<T, Failure> {
+        let flow = &self.exchange.flow;
+        if self.timeouts.are_none(flow) {
+            return Ok(waiting.await);
         }
-        let by_policy = self.policy().is_some_and(|policy| {
-            let on = policy.on;
-            policy.may_judge_responses(self.exchange.is_grpc)
-                || on.reset
-                || (on.refused_stream && version == Upstream::Http2)
-        });
-        by_policy || (lease.suspect && is_idempotent(request.method()))
+        tokio::select! {
+            biased;
+            done = waiting => Ok(done),
+            failure = self.timeouts.expire(flow, tried) => Err(failure),
+        }
     }
 }
 
 /// Tries until there is a response to pass on, or nothing is left to try.
-pub async fn run(plan: Plan<'_>, mut request: Request<RequestBody>) -> Outcome {
+pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome {
     let mut tried: Vec<SocketAddr> = Vec::new();
-    let mut attempts = 0;
-    let (mut fresh, mut peer) = (false, None);
+    let mut outcome = Outcome {
+        result: Err(Failure::NoHealthy),
+        peer: None,
+        flags: Flags::NONE,
+        attempts: 0,
+    };
+    let mut fresh = false;
     loop {
-        attempts += 1;
+        outcome.attempts += 1;
         let Some(host) = plan.pick(&tried) else {
-            return Outcome::Failed {
-                failure: Failure::NoHealthy,
-                peer,
-            };
+            outcome.result = Err(Failure::NoHealthy);
+            break;
         };
-        peer = Some(host.peer.clone());
-        dress(&plan, &mut request, &host, attempts);
-        let more = plan
-            .policy()
-            .is_some_and(|policy| attempts <= policy.retries);
-        let (spare, failure) =
-            match with_deadline(&plan, once(&plan, request, &host, fresh, more)).await {
-                Ok(Try::Done(response, lease, sent_at)) => {
-                    let done = Done {
-                        response,
-                        lease,
-                        sent_at,
-                        deadline: plan.deadline,
-                        attempts,
-                    };
-                    return Outcome::Response(Box::new(done));
+        outcome.peer = Some(host.peer.clone());
+        dress(plan, &mut request, &host, outcome.attempts);
+        let unwanted = match once(plan, request, &host, fresh).await {
+            Try::Done(done, spare) => match unwanted_response(plan, done, spare) {
+                Ok(done) => {
+                    outcome.result = Ok(done);
+                    break;
                 }
-                Ok(Try::Unsent(whole, Failure::Closed)) if !fresh => {
-                    // A pooled connection that was closed meanwhile: the endpoint saw nothing.
-                    (request, fresh, attempts) = (*whole, true, attempts - 1);
-                    continue;
-                }
-                Ok(Try::Lost(Some(spare), _, Retry::Always)) => {
-                    (request, fresh, attempts) =
-                        (spare.into_request(plan.exchange), true, attempts - 1);
-                    continue;
-                }
-                Ok(Try::Unsent(whole, failure)) => (Ok(*whole), failure),
-                Ok(Try::Lost(Some(spare), failure, Retry::ByPolicy)) => (Err(spare), failure),
-                Ok(Try::Lost(None, failure, _)) => return Outcome::Failed { failure, peer },
-                Err(failure) => return Outcome::Failed { failure, peer },
-            };
-        if !more || !wants(&plan, failure, spare.is_ok()) {
-            return Outcome::Failed { failure, peer };
+                Err(unwanted) => unwanted,
+            },
+            Try::Unsent(whole, Failure::Closed) if !fresh => {
+                // A pooled connection that was closed meanwhile: the endpoint saw nothing.
+                (request, fresh) = (*whole, true);
+                outcome.attempts -= 1;
+                continue;
+            }
+            Try::Stale(spare) => {
+                (request, fresh) = (spare.into_request(plan), true);
+                outcome.attempts -= 1;
+                continue;
+            }
+            Try::Unsent(whole, failure) => unwanted_loss(failure, Some(Again::Whole(whole))),
+            Try::Lost(spare, failure) => unwanted_loss(failure, spare.map(Again::Spare)),
+        };
+        let timed_out = unwanted.result.as_ref().err() == Some(&Failure::PerTry);
+        match another(plan, unwanted, &mut outcome).await {
+            Some(again) => request = again,
+            None => break,
+        }
+        if timed_out && plan.tell_timeouts {
+            let yes = HeaderValue::from_static("true");
+            request.headers_mut().insert(TIMEOUT_RETRY, yes);
         }
         tried.push(host.address);
-        back_off(&plan, attempts).await;
         fresh = false;
-        request = spare.unwrap_or_else(|spare| spare.into_request(plan.exchange));
+    }
+    if let Some(kept) = &plan.kept {
+        kept.forget();
+    }
+    outcome
+}
+
+/// A response that the policy wants to try again, or that which is passed on.
+fn unwanted_response(
+    plan: &Plan<'_>,
+    done: Box<Done>,
+    spare: Option<Spare>,
+) -> Result<Box<Done>, Unwanted> {
+    let headers = done.response.headers();
+    let policy = plan
+        .policy
+        .filter(|policy| policy.wants_response(done.response.status(), headers));
+    let Some(policy) = policy else {
+        return Ok(done);
+    };
+    let random = plan.exchange.connection.worker.random();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.map_or(0, |since| since.as_secs());
+    let wait = policy.back_off_by(headers, now, random);
+    Err(Unwanted {
+        result: Ok(done),
+        again: spare.map(Again::Spare),
+        wait,
+    })
+}
+
+fn unwanted_loss(failure: Failure, again: Option<Again>) -> Unwanted {
+    Unwanted {
+        result: Err(failure),
+        again,
+        wait: None,
+    }
+}
+
+/// The request for another try, after the wait before it; `None` where what there is has to do.
+async fn another(
+    plan: &Plan<'_>,
+    unwanted: Unwanted,
+    outcome: &mut Outcome,
+) -> Option<Request<RequestBody>> {
+    let wanted = match (&unwanted.result, plan.policy) {
+        (_, None) => None,
+        (Ok(_), policy) => policy,
+        (Err(failure), Some(policy)) => {
+            let begun = !matches!(unwanted.again, Some(Again::Whole(_)));
+            let loss = failure.loss();
+            Some(policy).filter(|p| loss.is_some_and(|loss| p.wants_loss(loss, begun)))
+        }
+    };
+    let again = match unwanted.again {
+        Some(Again::Spare(_)) if !plan.body_repeats() => None,
+        again => again,
+    };
+    let (Some(policy), Some(again)) = (wanted, again) else {
+        outcome.result = unwanted.result;
+        return None;
+    };
+    if outcome.attempts > policy.retries {
+        outcome.flags.add(Flag::RetryLimit);
+        outcome.result = unwanted.result;
+        return None;
+    }
+    if let Ok(done) = unwanted.result {
+        let_go(plan, *done);
+    }
+    let random = plan.exchange.connection.worker.random();
+    let wait = unwanted
+        .wait
+        .unwrap_or_else(|| policy.back_off(outcome.attempts, random));
+    let waiting = tokio::time::sleep(wait);
+    // A try's own limit does not count between tries.
+    let far = Instant::now() + wait + Duration::from_secs(1);
+    if let Err(failure) = plan.within(far, waiting).await {
+        outcome.result = Err(failure);
+        return None;
+    }
+    Some(match again {
+        Again::Whole(request) => *request,
+        Again::Spare(spare) => spare.into_request(plan),
+    })
+}
+
+/// A response that is not passed on: its connection is used again where nothing of it is left to come.
+fn let_go(plan: &Plan<'_>, done: Done) {
+    if http_body::Body::is_end_stream(done.response.body()) {
+        done.lease.give_back(plan.exchange.flow.request_sent.get());
+    }
+}
+
+impl Failure {
+    /// What retry conditions take it for; `None` where nothing is tried again.
+    fn loss(self) -> Option<Loss> {
+        match self {
+            Self::Connect | Self::ConnectTimeout => Some(Loss::Connect),
+            Self::Refused => Some(Loss::Refused),
+            Self::Closed | Self::Reset | Self::Protocol | Self::PerTry => Some(Loss::Reset),
+            Self::NoHealthy
+            | Self::Timeout
+            | Self::Idle
+            | Self::Request
+            | Self::Duration
+            | Self::Client => None,
+        }
     }
 }
 
@@ -275,55 +413,44 @@ fn dress(plan: &Plan<'_>, request: &mut Request<RequestBody>, host: &Host, attem
     }
 }
 
-async fn with_deadline(plan: &Plan<'_>, trying: impl Future<Output = Try>) -> Result<Try, Failure> {
-    match plan.deadline {
-        None => Ok(trying.await),
-        Some(deadline) => tokio::time::timeout_at(deadline, trying)
-            .await
-            .map_err(|_| Failure::Timeout),
-    }
-}
-
 async fn once(
     plan: &Plan<'_>,
     mut request: Request<RequestBody>,
     host: &Rc<Host>,
     fresh: bool,
-    more: bool,
 ) -> Try {
     let shared = &plan.exchange.connection.worker.shared;
-    let version = upstream_version(plan.cluster, request.version());
-    let mut lease = match host
-        .lease(shared, &plan.cluster.config, version, fresh)
-        .await
-    {
-        Ok(lease) => lease,
-        Err(error) => {
+    let tried = Instant::now();
+    let leasing = host.lease(shared, &plan.cluster.config, plan.version, fresh);
+    let mut lease = match plan.within(tried, leasing).await {
+        Ok(Ok(lease)) => lease,
+        Ok(Err(error)) => {
             tracing::debug!(endpoint = %host.address, %error, "connecting");
-            let timeout = matches!(error, ConnectError::Timeout);
-            return Try::Unsent(
-                Box::new(request),
-                if timeout {
-                    Failure::ConnectTimeout
-                } else {
-                    Failure::Connect
-                },
-            );
+            let failure = match error {
+                ConnectError::Timeout => Failure::ConnectTimeout,
+                _ => Failure::Connect,
+            };
+            return Try::Unsent(Box::new(request), failure);
         }
+        Err(failure) => return Try::Unsent(Box::new(request), failure),
     };
-    let spare = plan
-        .keeps_head(&request, &lease, version)
-        .then(|| Spare::of(&request));
-    address_head(&mut request, version);
-    let repeat_at_once = lease.suspect && !fresh && is_idempotent(request.method());
+    let stale = lease.suspect && !fresh && is_idempotent(request.method()) && !has_body(&request);
+    let mut spare = (plan.repeats_sent || stale).then(|| Spare::of(&request));
+    address_head(&mut request, plan.version);
     let sent_at = StdInstant::now();
-    let per_try = plan.policy().and_then(|policy| policy.per_try_timeout);
-    let sent = match limited(per_try, plan.idle, lease.send(request)).await {
+    let sent = match plan.within(tried, lease.send(request)).await {
         Ok(sent) => sent,
-        Err(failure) => return Try::Lost(spare, failure, Retry::ByPolicy),
+        Err(failure) => return Try::Lost(spare, failure),
     };
     match sent {
-        Some(Sent::Response(response)) => judge(plan, response, lease, sent_at, spare, more),
+        Some(Sent::Response(response)) => {
+            let done = Done {
+                response,
+                lease,
+                sent_at,
+            };
+            Try::Done(Box::new(done), spare)
+        }
         Some(Sent::Unsent(request, error)) => {
             tracing::debug!(endpoint = %host.address, %error, "not sent");
             Try::Unsent(request, Failure::Closed)
@@ -331,57 +458,12 @@ async fn once(
         Some(Sent::Lost(error)) => {
             tracing::debug!(endpoint = %host.address, %error, "lost");
             let failure = classify(&error);
-            let always = repeat_at_once && failure == Failure::Closed;
-            Try::Lost(
-                spare,
-                failure,
-                if always {
-                    Retry::Always
-                } else {
-                    Retry::ByPolicy
-                },
-            )
+            match spare.take_if(|_| stale && failure == Failure::Closed) {
+                Some(spare) => Try::Stale(spare),
+                None => Try::Lost(spare, failure),
+            }
         }
-        None => Try::Lost(spare, Failure::Closed, Retry::ByPolicy),
-    }
-}
-
-/// Waits no longer than the per-try timeout and the stream's idle timeout.
-async fn limited<T>(
-    per_try: Option<Duration>,
-    idle: Option<Duration>,
-    waiting: impl Future<Output = T>,
-) -> Result<T, Failure> {
-    let (limit, failure) = match (per_try, idle) {
-        (None, None) => return Ok(waiting.await),
-        (Some(per_try), Some(idle)) if idle < per_try => (idle, Failure::Idle),
-        (Some(per_try), _) => (per_try, Failure::Timeout),
-        (None, Some(idle)) => (idle, Failure::Idle),
-    };
-    tokio::time::timeout(limit, waiting)
-        .await
-        .map_err(|_| failure)
-}
-
-/// A response that the policy wants to try again is dropped, where that is possible.
-fn judge(
-    plan: &Plan<'_>,
-    response: Response<Incoming>,
-    lease: Lease,
-    sent_at: StdInstant,
-    spare: Option<Spare>,
-    more: bool,
-) -> Try {
-    let again = more
-        && plan.policy().is_some_and(|policy| {
-            policy.wants_status(response.status().as_u16())
-                || (plan.exchange.is_grpc
-                    && grpc_status(response.headers())
-                        .is_some_and(|code| policy.wants_grpc_status(u32::from(code))))
-        });
-    match spare {
-        Some(spare) if again => Try::Lost(Some(spare), Failure::Refused, Retry::ByPolicy),
-        _ => Try::Done(response, lease, sent_at),
+        None => Try::Lost(spare, Failure::Closed),
     }
 }
 
@@ -389,50 +471,30 @@ fn classify(error: &hyper::Error) -> Failure {
     if error.is_parse() || error.is_parse_too_large() {
         return Failure::Protocol;
     }
-    if error.is_user() {
-        return Failure::Client;
-    }
-    // The text of h2's reason is the only way to it without depending on that crate.
     let mut source = std::error::Error::source(error);
     while let Some(inner) = source {
-        if inner.to_string().contains("refused stream") {
-            return Failure::Refused;
+        if let Some(error) = inner.downcast_ref::<h2::Error>() {
+            return classify_http2(error);
+        }
+        if inner.downcast_ref::<BodyError>().is_some() {
+            return Failure::Client;
         }
         source = inner.source();
     }
-    Failure::Closed
-}
-
-/// Does the policy want another try after this failure?
-fn wants(plan: &Plan<'_>, failure: Failure, unsent: bool) -> bool {
-    let Some(policy) = plan.policy() else {
-        return false;
-    };
-    let on = policy.on;
-    match failure {
-        Failure::Connect | Failure::ConnectTimeout => {
-            on.connect_failure || on.server_error || on.gateway_error || on.reset
-        }
-        Failure::Refused => true,
-        Failure::Closed => {
-            on.reset
-                || on.server_error
-                || on.gateway_error
-                || (unsent && (on.reset_before_request || on.connect_failure))
-        }
-        Failure::Protocol => on.reset || on.server_error,
-        Failure::Timeout => on.server_error || on.gateway_error,
-        Failure::NoHealthy | Failure::Idle | Failure::Client => false,
+    if error.is_user() {
+        Failure::Client
+    } else {
+        Failure::Closed
     }
 }
 
-async fn back_off(plan: &Plan<'_>, attempts: u32) {
-    let random = plan.exchange.connection.worker.random();
-    let wait = plan
-        .policy()
-        .map_or(Duration::ZERO, |policy| policy.back_off(attempts, random));
-    match plan.deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.min(Instant::now() + wait)).await,
-        None => tokio::time::sleep(wait).await,
+/// Streams that a GOAWAY leaves out, and refused ones, were not worked on (RFC 9113 section 8.7).
+fn classify_http2(error: &h2::Error) -> Failure {
+    match error.reason() {
+        Some(h2::Reason::REFUSED_STREAM) => Failure::Refused,
+        _ if error.is_go_away() && error.is_remote() => Failure::Refused,
+        Some(_) if error.is_reset() && error.is_remote() => Failure::Reset,
+        Some(_) if error.is_library() => Failure::Protocol,
+        _ => Failure::Closed,
     }
 }

@@ -1,12 +1,14 @@
-//! Bodies on their way through: one enum each way, nothing boxed, nothing buffered.
+//! Bodies on their way through: one enum each way, nothing boxed, and nothing buffered that is not to be sent twice.
+
+mod request;
 
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -14,7 +16,9 @@ use tokio::time::{Instant, Sleep};
 
 use crate::listener::Downstream;
 use crate::pool::Lease;
-use crate::report::{Flag, Flow, Report};
+use crate::report::{Flag, Report};
+
+pub use request::{Kept, RequestBody};
 
 /// Why a body broke off.
 #[derive(Debug, thiserror::Error)]
@@ -28,66 +32,14 @@ pub enum BodyError {
     /// The stream was silent too long.
     #[error("nothing was sent within the idle timeout")]
     Idle,
+    /// Another try has begun.
+    #[error("the request is sent again elsewhere")]
+    Superseded,
 }
 
 impl From<Infallible> for BodyError {
     fn from(never: Infallible) -> Self {
         match never {}
-    }
-}
-
-/// The request's body on its way to the endpoint.
-#[derive(Debug)]
-pub struct RequestBody {
-    inner: Option<Incoming>,
-    flow: Rc<Flow>,
-}
-
-impl RequestBody {
-    /// The body of a request; `None` for a try without one.
-    pub fn new(inner: Option<Incoming>, flow: Rc<Flow>) -> Self {
-        let inner = inner.filter(|body| !body.is_end_stream());
-        if inner.is_none() {
-            flow.request_done.set(true);
-        }
-        Self { inner, flow }
-    }
-}
-
-impl Body for RequestBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let this = self.get_mut();
-        let Some(inner) = &mut this.inner else {
-            return Poll::Ready(None);
-        };
-        let frame = ready!(Pin::new(&mut *inner).poll_frame(cx));
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-        {
-            this.flow
-                .request_bytes
-                .set(this.flow.request_bytes.get() + data.remaining() as u64);
-        }
-        if frame.is_none() || inner.is_end_stream() {
-            this.flow.request_done.set(true);
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.as_ref().is_none_or(Incoming::is_end_stream)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner
-            .as_ref()
-            .map_or_else(|| SizeHint::with_exact(0), Incoming::size_hint)
     }
 }
 
@@ -162,30 +114,37 @@ pub struct UpstreamBody {
     ended: bool,
 }
 
-/// Timers, only where a route has some.
+/// Limits of a response's body, only where there are some.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BodyLimits {
+    /// From the end of the request to the end of the response.
+    pub timeout: Option<Duration>,
+    /// End of the stream at the latest.
+    pub end: Option<Instant>,
+    /// Longest silence in both directions.
+    pub idle: Option<Duration>,
+}
+
 struct Limits {
-    deadline: Option<Pin<Box<Sleep>>>,
-    idle: Option<(Duration, Pin<Box<Sleep>>)>,
+    what: BodyLimits,
+    timer: Pin<Box<Sleep>>,
 }
 
 impl UpstreamBody {
-    /// `deadline`: end of the route's timeout. `idle`: longest silence.
-    pub fn new(
-        inner: Incoming,
-        lease: Lease,
-        report: Report,
-        deadline: Option<Instant>,
-        idle: Option<Duration>,
-    ) -> Self {
-        let limits = (deadline.is_some() || idle.is_some()).then(|| Limits {
-            deadline: deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
-            idle: idle.map(|time| (time, Box::pin(tokio::time::sleep(time)))),
-        });
+    /// `limits`: when the body is broken off.
+    pub fn new(inner: Incoming, lease: Lease, report: Report, limits: BodyLimits) -> Self {
+        let any = limits.timeout.is_some() || limits.end.is_some() || limits.idle.is_some();
+        if any {
+            report.flow.watch();
+        }
         let mut body = Self {
             inner,
             lease: Some(lease),
             report,
-            limits,
+            limits: any.then(|| Limits {
+                what: limits,
+                timer: Box::pin(tokio::time::sleep_until(Instant::now())),
+            }),
             ended: false,
         };
         if body.inner.is_end_stream() {
@@ -197,25 +156,42 @@ impl UpstreamBody {
     fn end(&mut self) {
         self.ended = true;
         if let Some(lease) = self.lease.take() {
-            lease.give_back(self.report.flow.request_done.get());
+            lease.give_back(self.report.flow.request_sent.get());
         }
     }
 
+    /// The limit that has been reached, or a timer that wakes for the next one.
     fn poll_limits(&mut self, cx: &mut Context<'_>) -> Option<BodyError> {
         let limits = self.limits.as_mut()?;
-        if let Some(deadline) = &mut limits.deadline
-            && deadline.as_mut().poll(cx).is_ready()
-        {
-            self.report.flag = Flag::Timeout;
-            return Some(BodyError::Timeout);
+        let flow = &self.report.flow;
+        loop {
+            let timeout = limits
+                .what
+                .timeout
+                .zip(flow.finished())
+                .map(|(t, at)| at + t);
+            let idle = limits.what.idle.map(|idle| flow.touched() + idle);
+            // While the request still comes in, its end sets the timeout going; its frames are looked at once more then.
+            let Some(next) = [timeout, limits.what.end, idle].into_iter().flatten().min() else {
+                flow.wait_for_end(cx);
+                return None;
+            };
+            if next > Instant::now() {
+                limits.timer.as_mut().reset(next);
+                if limits.timer.as_mut().poll(cx).is_pending() {
+                    flow.wait_for_end(cx);
+                    return None;
+                }
+                continue;
+            }
+            let (flag, error) = match () {
+                () if timeout == Some(next) => (Flag::Timeout, BodyError::Timeout),
+                () if idle == Some(next) => (Flag::Idle, BodyError::Idle),
+                () => (Flag::MaxStreamDuration, BodyError::Timeout),
+            };
+            self.report.flags.add(flag);
+            return Some(error);
         }
-        if let Some((_, idle)) = &mut limits.idle
-            && idle.as_mut().poll(cx).is_ready()
-        {
-            self.report.flag = Flag::Idle;
-            return Some(BodyError::Idle);
-        }
-        None
     }
 
     fn note(&mut self, frame: &Frame<Bytes>) {
@@ -227,12 +203,8 @@ impl UpstreamBody {
         {
             self.report.grpc = grpc_status(trailers).or(self.report.grpc);
         }
-        if let Some(Limits {
-            idle: Some((time, sleep)),
-            ..
-        }) = &mut self.limits
-        {
-            sleep.as_mut().reset(Instant::now() + *time);
+        if self.limits.is_some() {
+            self.report.flow.touch();
         }
     }
 }
@@ -244,8 +216,8 @@ pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
 
 impl Drop for UpstreamBody {
     fn drop(&mut self) {
-        if !self.ended && self.report.flag == Flag::None {
-            self.report.flag = Flag::ClientGone;
+        if !self.ended && self.report.flags.is_empty() {
+            self.report.flags.add(Flag::ClientGone);
         }
     }
 }
@@ -280,7 +252,7 @@ impl Body for ResponseBody {
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => {
-                body.report.flag = Flag::UpstreamClosed;
+                body.report.flags.add(Flag::UpstreamClosed);
                 Poll::Ready(Some(Err(error.into())))
             }
             Poll::Ready(None) => {

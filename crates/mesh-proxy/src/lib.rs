@@ -14,6 +14,7 @@ pub mod body;
 pub mod clock;
 pub mod control;
 pub mod exec;
+mod framing;
 pub mod http;
 pub mod listener;
 pub mod message;

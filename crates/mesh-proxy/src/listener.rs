@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use tokio::net::TcpStream;
 
 use crate::clock;
 use crate::exec::LocalExec;
+use crate::framing::HeadScan;
 use crate::sniff::{self, Protocol};
 use crate::worker::Worker;
 use crate::{http as http_path, tcp};
@@ -63,6 +64,10 @@ struct Activity {
     in_flight: AtomicU32,
     /// Second in which the first byte after the last request was read; 0 before.
     head_since: AtomicU32,
+    /// A head with two kinds of length was read since then.
+    two_lengths: AtomicBool,
+    /// The last request had a body.
+    had_body: AtomicBool,
 }
 
 impl Activity {
@@ -70,10 +75,13 @@ impl Activity {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    fn note_read(&self) {
-        if self.in_flight() == 0 && self.head_since.load(Ordering::Relaxed) == 0 {
+    /// Bytes have come. True if they begin a new exchange.
+    fn note_read(&self) -> bool {
+        let begins = self.in_flight() == 0 && self.head_since.load(Ordering::Relaxed) == 0;
+        if begins {
             self.head_since.store(clock::now(), Ordering::Relaxed);
         }
+        begins
     }
 }
 
@@ -247,14 +255,16 @@ async fn serve_http(
             }
         }
     };
-    if !prefix.is_empty() {
-        connection.activity.note_read();
-    }
-    let io = TokioIo::new(Prefixed {
+    let scan = (!http2).then(HeadScan::default);
+    let mut io = Prefixed {
         prefix: prefix.freeze(),
         stream,
         activity: connection.activity.clone(),
-    });
+        scan,
+    };
+    let prefix = io.prefix.clone();
+    io.look_at(&prefix);
+    let io = TokioIo::new(io);
     let result = if http2 {
         serve_http2(connection, manager, io).await
     } else {
@@ -350,7 +360,8 @@ async fn serve_http2(
 
 impl Downstream {
     /// A request has begun; true if it is to be the last one of the connection.
-    pub fn begin(&self, manager: &HttpManager) -> bool {
+    pub fn begin(&self, manager: &HttpManager, has_body: bool) -> bool {
+        self.activity.had_body.store(has_body, Ordering::Relaxed);
         self.activity.in_flight.fetch_add(1, Ordering::Relaxed);
         self.activity.head_since.store(0, Ordering::Relaxed);
         self.requests.set(self.requests.get() + 1);
@@ -363,6 +374,11 @@ impl Downstream {
             .max_requests_per_connection
             .is_some_and(|most| self.requests.get() >= most);
         last || self.worker.shared.draining.load(Ordering::Relaxed)
+    }
+
+    /// Has the client sent a head with two kinds of length? (The codec takes one of them away.)
+    pub fn sent_two_lengths(&self) -> bool {
+        self.activity.two_lengths.load(Ordering::Relaxed)
     }
 
     /// A request has its response.
@@ -422,6 +438,28 @@ struct Prefixed {
     prefix: Bytes,
     stream: TcpStream,
     activity: Arc<Activity>,
+    scan: Option<HeadScan>,
+}
+
+impl Prefixed {
+    fn look_at(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let begins = self.activity.note_read();
+        if let Some(scan) = &mut self.scan {
+            if begins {
+                self.activity.two_lengths.store(false, Ordering::Relaxed);
+                if self.activity.had_body.load(Ordering::Relaxed) {
+                    // What looked like a header may have been a line of the body.
+                    scan.forget();
+                }
+            }
+            if scan.read(bytes) {
+                self.activity.two_lengths.store(true, Ordering::Relaxed);
+            }
+        }
+    }
 }
 
 impl AsyncRead for Prefixed {
@@ -439,9 +477,7 @@ impl AsyncRead for Prefixed {
         }
         let before = buf.filled().len();
         let done = Pin::new(&mut this.stream).poll_read(cx, buf);
-        if buf.filled().len() > before {
-            this.activity.note_read();
-        }
+        this.look_at(buf.filled().get(before..).unwrap_or_default());
         done
     }
 }

@@ -28,13 +28,15 @@ impl Refusal {
     const BAD: Self = Self::Status(StatusCode::BAD_REQUEST);
 }
 
-/// Checks a request and brings it into one canonical form; the answer is its authority.
+/// Checks a request and brings it into one canonical form; the answer is its authority. `two_lengths`: the bytes of the connection had
+/// both kinds of length ([`crate::framing`]), of which the codec leaves only the transfer coding.
 pub fn canonicalize(
     parts: &mut request::Parts,
     manager: &HttpManager,
+    two_lengths: bool,
 ) -> Result<HeaderValue, Refusal> {
     check_version(parts, manager)?;
-    check_framing(&parts.headers, parts.version)?;
+    check_framing(&parts.headers, parts.version, two_lengths)?;
     check_names(&mut parts.headers, manager)?;
     let authority = authority(parts, manager)?;
     normalize(parts, manager)?;
@@ -54,11 +56,11 @@ fn check_version(parts: &request::Parts, manager: &HttpManager) -> Result<(), Re
 }
 
 /// What the codec lets through and RFC 9112 section 6 forbids: any transfer coding but one `chunked`, and both kinds of length.
-fn check_framing(headers: &HeaderMap, version: Version) -> Result<(), Refusal> {
+fn check_framing(headers: &HeaderMap, version: Version, two_lengths: bool) -> Result<(), Refusal> {
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     if let Some(coding) = codings.next() {
         let plain = coding.as_bytes().eq_ignore_ascii_case(b"chunked") && codings.next().is_none();
-        if !plain || version >= Version::HTTP_2 || headers.contains_key(CONTENT_LENGTH) {
+        if !plain || version >= Version::HTTP_2 || two_lengths {
             return Err(Refusal::BAD);
         }
     }

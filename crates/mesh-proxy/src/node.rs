@@ -34,6 +34,8 @@ pub struct Identity {
     pub metadata_header: HeaderValue,
     /// As the control plane knows it.
     pub node: Node,
+    /// Of the machine or pod; empty where unknown.
+    pub hostname: String,
 }
 
 impl Identity {
@@ -61,6 +63,10 @@ impl Identity {
                 user_agent_name: "mesh".to_owned(),
                 ..Node::default()
             },
+            hostname: std::fs::read_to_string("/proc/sys/kernel/hostname")
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
         }
     }
 }

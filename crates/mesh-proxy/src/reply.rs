@@ -5,7 +5,7 @@ use http::header::{CONTENT_TYPE, LOCATION};
 use http::{HeaderValue, Response, StatusCode};
 
 use crate::body::ResponseBody;
-use crate::report::{Flag, Report};
+use crate::report::{Flag, Flags, Report};
 
 /// Body where no endpoint is usable.
 pub const NO_HEALTHY: &str = "no healthy upstream";
@@ -14,21 +14,33 @@ pub const TIMEOUT: &str = "upstream request timeout";
 /// Body where a stream was silent too long.
 pub const STREAM_TIMEOUT: &str = "stream timeout";
 
+/// Body where the request did not arrive in time.
+pub const REQUEST_TIMEOUT: &str = "request timeout";
+/// Body where an exchange lasted too long.
+pub const DURATION_TIMEOUT: &str = "downstream duration timeout";
+
 /// Body where connecting failed, or the connection broke before response headers.
-pub fn disconnect(reason: &str) -> String {
-    format!("upstream connect error or disconnect/reset before headers. reset reason: {reason}")
+pub fn disconnect(reason: &str, retried: bool) -> String {
+    let latest = if retried {
+        "retried and the latest "
+    } else {
+        ""
+    };
+    format!(
+        "upstream connect error or disconnect/reset before headers. {latest}reset reason: {reason}"
+    )
 }
 
 /// A local reply; its report is recorded when it has been sent.
 pub fn local(
     status: StatusCode,
     body: impl Into<Bytes>,
-    flag: Flag,
+    flags: impl Into<Flags>,
     mut report: Box<Report>,
 ) -> Response<ResponseBody> {
     let body: Bytes = body.into();
     report.code = status.as_u16();
-    report.flag = flag;
+    report.flags.add(flags);
     report.response_bytes = body.len() as u64;
     if report.is_grpc {
         return grpc(status, &body, report);
@@ -71,7 +83,7 @@ fn grpc(status: StatusCode, body: &Bytes, mut report: Box<Report>) -> Response<R
 pub fn redirect(status: StatusCode, location: &str, report: Box<Report>) -> Response<ResponseBody> {
     match HeaderValue::from_str(location) {
         Ok(value) => {
-            let mut response = local(status, Bytes::new(), Flag::None, report);
+            let mut response = local(status, Bytes::new(), Flags::NONE, report);
             response.headers_mut().insert(LOCATION, value);
             response
         }

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Waker};
 use std::time::Instant;
 
 use http::HeaderValue;
@@ -22,52 +23,160 @@ const MOST_PEERS: usize = 4096;
 /// Label sets that a cluster remembers; beyond, the code is reported as 0.
 const MOST_HANDLES: usize = 4096;
 
-/// Envoy's response flags, as far as this proxy sets them.
+/// Envoy's response flags, as far as this proxy sets them, in the order in which Envoy writes several of them
+/// (`envoy/stream_info/stream_info.h`, `CoreResponseFlag`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
 pub enum Flag {
-    /// Nothing special.
-    None,
-    /// No route.
-    NoRoute,
-    /// No cluster.
-    NoCluster,
     /// No healthy endpoint.
     NoHealthy,
+    /// The route's timeout, or that of a try.
+    Timeout,
+    /// We reset the stream.
+    LocalReset,
+    /// The endpoint reset the stream.
+    UpstreamReset,
     /// Connecting failed.
     ConnectFailure,
     /// The endpoint closed the connection.
     UpstreamClosed,
-    /// The endpoint reset the stream.
-    UpstreamReset,
-    /// The route's timeout.
-    Timeout,
-    /// Retries were used up.
-    RetryLimit,
+    /// A circuit breaker is open.
+    Overflow,
+    /// No route.
+    NoRoute,
+    /// A delay was injected.
+    DelayInjected,
+    /// An abort was injected.
+    FaultInjected,
+    /// A local rate limit.
+    RateLimited,
+    /// Refused by an external authorization service.
+    Unauthorized,
+    /// The rate limit service failed.
+    RateLimitService,
     /// The client went away.
     ClientGone,
-    /// The client broke the protocol.
-    BadRequest,
+    /// Retries were used up.
+    RetryLimit,
     /// The stream was silent too long.
     Idle,
+    /// The client broke the protocol.
+    BadRequest,
+    /// The stream lasted longer than it may.
+    MaxStreamDuration,
+    /// The connection lasted longer than it may.
+    Duration,
+    /// The endpoint broke the protocol.
+    UpstreamProtocol,
+    /// No cluster.
+    NoCluster,
+    /// The name of the endpoint could not be resolved.
+    Dns,
 }
 
 impl Flag {
+    /// All of them in Envoy's order.
+    const ALL: [Self; 22] = [
+        Self::NoHealthy,
+        Self::Timeout,
+        Self::LocalReset,
+        Self::UpstreamReset,
+        Self::ConnectFailure,
+        Self::UpstreamClosed,
+        Self::Overflow,
+        Self::NoRoute,
+        Self::DelayInjected,
+        Self::FaultInjected,
+        Self::RateLimited,
+        Self::Unauthorized,
+        Self::RateLimitService,
+        Self::ClientGone,
+        Self::RetryLimit,
+        Self::Idle,
+        Self::BadRequest,
+        Self::MaxStreamDuration,
+        Self::Duration,
+        Self::UpstreamProtocol,
+        Self::NoCluster,
+        Self::Dns,
+    ];
+
     /// As Envoy writes it.
     pub fn name(self) -> &'static str {
         match self {
-            Self::None => "-",
-            Self::NoRoute => "NR",
-            Self::NoCluster => "NC",
             Self::NoHealthy => "UH",
+            Self::Timeout => "UT",
+            Self::LocalReset => "LR",
+            Self::UpstreamReset => "UR",
             Self::ConnectFailure => "UF",
             Self::UpstreamClosed => "UC",
-            Self::UpstreamReset => "UR",
-            Self::Timeout => "UT",
-            Self::RetryLimit => "URX",
+            Self::Overflow => "UO",
+            Self::NoRoute => "NR",
+            Self::DelayInjected => "DI",
+            Self::FaultInjected => "FI",
+            Self::RateLimited => "RL",
+            Self::Unauthorized => "UAEX",
+            Self::RateLimitService => "RLSE",
             Self::ClientGone => "DC",
-            Self::BadRequest => "DPE",
+            Self::RetryLimit => "URX",
             Self::Idle => "SI",
+            Self::BadRequest => "DPE",
+            Self::MaxStreamDuration => "UMSDR",
+            Self::Duration => "DT",
+            Self::UpstreamProtocol => "UPE",
+            Self::NoCluster => "NC",
+            Self::Dns => "DF",
         }
+    }
+}
+
+/// A set of [`Flag`]s.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Flags(u32);
+
+impl Flags {
+    /// Nothing special.
+    pub const NONE: Self = Self(0);
+
+    /// Adds one.
+    pub fn add(&mut self, flag: impl Into<Flags>) {
+        self.0 |= flag.into().0;
+    }
+
+    /// Is none set?
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Is this one set?
+    pub fn contains(self, flag: Flag) -> bool {
+        self.0 & (1 << flag as u8) != 0
+    }
+
+    /// As Envoy writes them: names joined by commas, `-` for none. Texts of several flags are made once for each combination and thread.
+    pub fn name(self) -> &'static str {
+        thread_local! {
+            static JOINED: RefCell<Map<u32, &'static str>> = RefCell::default();
+        }
+        let mut set = Flag::ALL.into_iter().filter(|flag| self.contains(*flag));
+        match (set.next(), set.next()) {
+            (None, _) => "-",
+            (Some(only), None) => only.name(),
+            // Few combinations ever occur, so what is leaked here is bounded by a few hundred bytes.
+            _ => JOINED.with_borrow_mut(|known| {
+                *known.entry(self.0).or_insert_with(|| {
+                    let set = Flag::ALL.into_iter().filter(|flag| self.contains(*flag));
+                    let names: Vec<_> = set.map(Flag::name).collect();
+                    Box::leak(names.join(",").into_boxed_str())
+                })
+            }),
+        }
+    }
+}
+
+impl From<Flag> for Flags {
+    fn from(flag: Flag) -> Self {
+        Self(1 << flag as u8)
     }
 }
 
@@ -137,7 +246,7 @@ struct Key {
     inbound: bool,
     code: u16,
     grpc: Option<u16>,
-    flag: Flag,
+    flags: Flags,
     is_grpc: bool,
 }
 
@@ -178,7 +287,7 @@ impl Reports {
         }
     }
 
-    fn labels(&self, peer: &Arc<Peer>, inbound: bool, flag: Flag) -> Labels {
+    fn labels(&self, peer: &Arc<Peer>, inbound: bool, flags: Flags) -> Labels {
         let (source, destination) = if inbound {
             (peer, &self.us)
         } else {
@@ -198,7 +307,7 @@ impl Reports {
             service_namespace,
             protocol: "tcp",
             response: None,
-            flags: flag.name(),
+            flags: flags.name(),
             security: if inbound { "none" } else { UNKNOWN },
         }
     }
@@ -219,7 +328,7 @@ impl Reports {
                 code,
                 grpc: key.grpc,
             }),
-            ..self.labels(peer, key.inbound, key.flag)
+            ..self.labels(peer, key.inbound, key.flags)
         };
         let made = Rc::new(Recorded {
             handles: self.metrics.requests(&labels),
@@ -232,9 +341,9 @@ impl Reports {
     }
 
     /// The handles for a connection.
-    pub fn tcp(&self, peer: &Arc<Peer>, direction: Direction, flag: Flag) -> TcpHandles {
+    pub fn tcp(&self, peer: &Arc<Peer>, direction: Direction, flags: Flags) -> TcpHandles {
         self.metrics
-            .tcp(&self.labels(peer, direction == Direction::Inbound, flag))
+            .tcp(&self.labels(peer, direction == Direction::Inbound, flags))
     }
 }
 
@@ -256,8 +365,8 @@ pub struct Report {
     pub grpc: Option<u16>,
     /// gRPC?
     pub is_grpc: bool,
-    /// Envoy's flag.
-    pub flag: Flag,
+    /// Envoy's flags.
+    pub flags: Flags,
     /// Bytes of the response so far.
     pub response_bytes: u64,
     /// Shared with the request's body.
@@ -269,18 +378,84 @@ pub struct Report {
 pub struct Flow {
     /// Bytes of the request so far.
     pub request_bytes: Cell<u64>,
-    /// The request was sent whole.
-    pub request_done: Cell<bool>,
+    /// The present try has sent the request whole.
+    pub request_sent: Cell<bool>,
+    /// When the client had sent it whole.
+    finished: Cell<Option<tokio::time::Instant>>,
+    request_done: Cell<bool>,
+    /// The last frame in either direction; only kept where a timeout asks for it.
+    touched: Cell<Option<tokio::time::Instant>>,
+    watched: Cell<bool>,
+    waiting: RefCell<Option<Waker>>,
+}
+
+impl Flow {
+    /// The client has sent the request whole.
+    pub fn finish_request(&self) {
+        if !self.request_done.replace(true)
+            && let Some(waker) = self.waiting.borrow_mut().take()
+        {
+            waker.wake();
+        }
+        if self.watched.get() && self.finished.get().is_none() {
+            self.finished.set(Some(tokio::time::Instant::now()));
+        }
+    }
+
+    /// Has the client sent the request whole?
+    pub fn is_request_done(&self) -> bool {
+        self.request_done.get()
+    }
+
+    /// Times are kept from now on.
+    pub fn watch(&self) {
+        if self.watched.replace(true) {
+            return;
+        }
+        let now = tokio::time::Instant::now();
+        self.touched.set(Some(now));
+        if self.request_done.get() {
+            self.finished.set(Some(now));
+        }
+    }
+
+    /// Something has passed.
+    pub fn touch(&self) {
+        if self.watched.get() {
+            self.touched.set(Some(tokio::time::Instant::now()));
+        }
+    }
+
+    /// When something last passed; call [`Flow::watch`] before.
+    pub fn touched(&self) -> tokio::time::Instant {
+        self.touched.get().unwrap_or_else(tokio::time::Instant::now)
+    }
+
+    /// When the client had sent the request whole, if it has; call [`Flow::watch`] before.
+    pub fn finished(&self) -> Option<tokio::time::Instant> {
+        self.finished.get()
+    }
+
+    /// Wakes the task when the client has sent the request whole.
+    pub fn wait_for_end(&self, cx: &Context<'_>) {
+        if !self.request_done.get() {
+            self.waiting.replace(Some(cx.waker().clone()));
+        }
+    }
 }
 
 impl Drop for Report {
     fn drop(&mut self) {
+        if self.code == 0 && self.flags.is_empty() {
+            // Nobody waited for the answer.
+            self.flags.add(Flag::ClientGone);
+        }
         let key = Key {
             peer: Arc::as_ptr(&self.peer) as usize,
             inbound: self.direction == Direction::Inbound,
             code: self.code,
             grpc: self.grpc,
-            flag: self.flag,
+            flags: self.flags,
             is_grpc: self.is_grpc,
         };
         let recorded = self.reports.requests(key, &self.peer);

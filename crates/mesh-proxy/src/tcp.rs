@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 
 use crate::listener::Downstream;
 use crate::pool::{Host, dial};
-use crate::report::Flag;
+use crate::report::{Flag, Flags};
 
 /// How often byte counters of open connections reach the metrics (Istio's `reportingInterval` is 15 s; ours costs next to nothing).
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -67,7 +67,7 @@ pub async fn serve(
         refused(connection, &reports, flag);
         return;
     };
-    let handles = reports.tcp(&host.peer, connection.direction, Flag::None);
+    let handles = reports.tcp(&host.peer, connection.direction, Flags::NONE);
     relay(
         &host,
         &handles,
@@ -115,11 +115,11 @@ async fn relay(
 }
 
 /// A connection that found no endpoint counts as opened and closed, with the flag that says why.
-fn refused(connection: &Downstream, reports: &crate::report::Reports, flag: Flag) {
+fn refused(connection: &Downstream, reports: &crate::report::Reports, flags: impl Into<Flags>) {
     let handles = reports.tcp(
         connection.worker.peers.unknown(),
         connection.direction,
-        flag,
+        flags.into(),
     );
     handles.opened.inc();
     handles.closed.inc();

@@ -65,7 +65,7 @@ impl Asked {
                     }
                 }
                 Err(error) => {
-                    report.flag = Flag::UpstreamClosed;
+                    report.flags.add(Flag::UpstreamClosed);
                     tracing::debug!(%error, "upgrading");
                 }
             }

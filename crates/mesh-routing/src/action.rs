@@ -1,6 +1,5 @@
 //! What a matched route does: forward, redirect, answer.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,28 +7,28 @@ use bytes::Bytes;
 use envoy_types::pb::envoy::config::core::v3::DataSource;
 use envoy_types::pb::envoy::config::core::v3::data_source::Specifier;
 use envoy_types::pb::envoy::config::route::v3 as pb;
-use envoy_types::pb::envoy::config::route::v3::redirect_action::{
-    PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier,
-};
 use envoy_types::pb::envoy::config::route::v3::route_action::{
-    ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier,
+    ClusterNotFoundResponseCode, ClusterSpecifier,
 };
 use envoy_types::pb::envoy::config::route::v3::weighted_cluster::cluster_weight;
-use envoy_types::pb::envoy::r#type::matcher::v3::RegexMatchAndSubstitute;
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use regex::Regex;
 
-use crate::error::{
-    CompileError, Result, Within, duration, every_field, nonzero_duration, timeout,
-};
+use crate::error::{CompileError, Result, Within, duration, every_field, timeout};
 use crate::headers::HeaderOps;
-use crate::matcher::{anywhere_regex, whole_regex};
+use crate::matcher::whole_regex;
+use crate::retry::RetryPolicy;
+use crate::rewrite::{Rewrite, host_value, split_query};
 use crate::route::RequestView;
+use crate::template::Template;
+
+pub use crate::rewrite::{HostRewrite, Redirect};
 
 /// Envoy's route timeout where the field is absent (`RouteAction.timeout`).
 const DEFAULT_ROUTE_TIMEOUT: Duration = Duration::from_secs(15);
-/// Envoy's base interval of retries.
-const DEFAULT_RETRY_BASE: Duration = Duration::from_millis(25);
+
+/// Envoy's buffer of a stream (`per_connection_buffer_limit_bytes`).
+const DEFAULT_BUFFER_LIMIT: usize = 1 << 20;
 
 /// The action of a route.
 #[derive(Debug)]
@@ -64,12 +63,76 @@ pub struct Forward {
     pub append_forwarded_host: bool,
     /// From the end of the request to the end of the response; `None` is unlimited.
     pub timeout: Option<Duration>,
-    /// Longest silence on the stream; `None` leaves it to the connection manager's default.
-    pub idle_timeout: Option<Duration>,
+    /// Longest silence on the stream (`Some(None)`: unlimited); `None` leaves it to the connection manager.
+    pub idle_timeout: Option<Option<Duration>>,
+    /// For gRPC requests the `grpc-timeout` header rules instead of the timeout, within this.
+    pub grpc_timeout: Option<GrpcLimit>,
+    /// Limit for the whole exchange, where the route has its own.
+    pub stream_duration: Option<StreamLimit>,
     /// Retries, if any.
     pub retry: Option<RetryPolicy>,
+    /// Bytes of a request's body that are remembered for another try.
+    pub buffer_limit: usize,
     /// Status where the cluster does not exist.
     pub cluster_not_found: StatusCode,
+}
+
+/// What becomes of a `grpc-timeout` header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GrpcLimit {
+    /// The longest time; `None` takes any.
+    max: Option<Duration>,
+    /// Taken off, so that the proxy answers before the client gives up.
+    offset: Duration,
+    /// What remains may be nothing (else an offset that is too large is left out).
+    may_vanish: bool,
+}
+
+impl GrpcLimit {
+    /// The limit for a request with this header; `None` is unlimited, and so is a header of zero.
+    pub fn apply(self, wanted: Option<Duration>) -> Option<Duration> {
+        let wanted = wanted.filter(|wanted| !wanted.is_zero());
+        let wanted = wanted.map(|wanted| match wanted.checked_sub(self.offset) {
+            Some(left) if !left.is_zero() || self.may_vanish => left,
+            _ if self.may_vanish => Duration::ZERO,
+            _ => wanted,
+        });
+        match (wanted, self.max) {
+            (Some(wanted), Some(max)) => Some(wanted.min(max)),
+            (wanted, max) => wanted.or(max),
+        }
+    }
+}
+
+/// Limit for a whole exchange (`RouteAction.MaxStreamDuration`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamLimit {
+    /// In general (`Some(None)`: unlimited); `None` leaves it to the connection manager.
+    pub max: Option<Option<Duration>>,
+    /// For gRPC requests that have a timeout themselves.
+    pub grpc: Option<GrpcLimit>,
+}
+
+impl StreamLimit {
+    fn compile(m: &pb::route_action::MaxStreamDuration) -> Result<Self> {
+        let nonzero = |d: Duration| Some(d).filter(|d| !d.is_zero());
+        let offset = duration(
+            "grpc_timeout_header_offset",
+            m.grpc_timeout_header_offset.as_ref(),
+        )?;
+        let grpc = duration(
+            "grpc_timeout_header_max",
+            m.grpc_timeout_header_max.as_ref(),
+        )?;
+        Ok(Self {
+            max: duration("max_stream_duration", m.max_stream_duration.as_ref())?.map(nonzero),
+            grpc: grpc.map(|max| GrpcLimit {
+                max: nonzero(max),
+                offset: offset.unwrap_or_default(),
+                may_vanish: true,
+            }),
+        })
+    }
 }
 
 /// One entry of the split.
@@ -85,17 +148,6 @@ pub struct WeightedCluster {
     host_rewrite: Option<HeaderValue>,
 }
 
-/// How the authority is replaced.
-#[derive(Debug, Clone)]
-pub enum HostRewrite {
-    /// By this text.
-    Literal(HeaderValue),
-    /// By the endpoint's host name, where it has one.
-    Endpoint,
-    /// By the value of a request header, where present.
-    Header(HeaderName),
-}
-
 /// The cluster that a request goes to.
 #[derive(Debug)]
 pub enum ClusterTarget<'a> {
@@ -108,22 +160,20 @@ pub enum ClusterTarget<'a> {
 }
 
 impl Forward {
-    pub(crate) fn compile(m: &pb::RouteAction) -> Result<Self> {
+    /// `template`: the path condition of the route, where it has variables.
+    pub(crate) fn compile(m: &pb::RouteAction, template: Option<&Template>) -> Result<Self> {
         every_field!(m, pb::RouteAction,
         used {
             cluster_not_found_response_code, prefix_rewrite, regex_rewrite, append_x_forwarded_host, timeout, idle_timeout,
-            retry_policy, cluster_specifier, host_rewrite_specifier, upgrade_configs,
+            retry_policy, cluster_specifier, host_rewrite_specifier, upgrade_configs, max_grpc_timeout, grpc_timeout_offset,
+            max_stream_duration, path_rewrite_policy,
         }
-        // priority: there are no per-priority circuit breakers. grpc timeouts: caller and server keep the deadline themselves.
-        // flush_timeout, early_data_policy: concern codecs that are not here. include_vh_rate_limits, max_internal_redirects:
-        // nothing without the fields they modify, which are refused.
-        irrelevant {
-            priority, max_grpc_timeout, grpc_timeout_offset, flush_timeout, early_data_policy, include_vh_rate_limits,
-            max_internal_redirects,
-        }
+        // priority: there are no per-priority circuit breakers. flush_timeout, early_data_policy: concern codecs that are not here.
+        // include_vh_rate_limits, max_internal_redirects: nothing without the fields they modify, which are refused.
+        irrelevant { priority, flush_timeout, early_data_policy, include_vh_rate_limits, max_internal_redirects }
         refused {
-            metadata_match, path_rewrite_policy, path_rewrite, retry_policy_typed_config, request_mirror_policies, rate_limits,
-            hash_policy, cors, internal_redirect_policy, internal_redirect_action, hedge_policy, max_stream_duration,
+            metadata_match, path_rewrite, retry_policy_typed_config, request_mirror_policies, rate_limits,
+            hash_policy, cors, internal_redirect_policy, internal_redirect_action, hedge_policy,
         });
         for upgrade in &m.upgrade_configs {
             refuse_connect(&upgrade.upgrade_type).within("upgrade_configs")?;
@@ -140,18 +190,35 @@ impl Forward {
             total_weight,
             clusters,
             cluster_header,
-            rewrite: Rewrite::compile(&m.prefix_rewrite, m.regex_rewrite.as_ref())?,
-            host_rewrite: compile_host_rewrite(m.host_rewrite_specifier.as_ref())?,
+            rewrite: compile_rewrite(m, template)?,
+            host_rewrite: HostRewrite::compile(m.host_rewrite_specifier.as_ref())?,
             append_forwarded_host: m.append_x_forwarded_host,
             timeout: timeout("timeout", m.timeout.as_ref(), DEFAULT_ROUTE_TIMEOUT)?,
-            idle_timeout: nonzero_duration("idle_timeout", m.idle_timeout.as_ref())?,
+            idle_timeout: duration("idle_timeout", m.idle_timeout.as_ref())?
+                .map(|idle| Some(idle).filter(|idle| !idle.is_zero())),
+            grpc_timeout: duration("max_grpc_timeout", m.max_grpc_timeout.as_ref())?
+                .map(|max| {
+                    let offset = duration("grpc_timeout_offset", m.grpc_timeout_offset.as_ref())?;
+                    Ok(GrpcLimit {
+                        max: Some(max).filter(|max| !max.is_zero()),
+                        offset: offset.unwrap_or_default(),
+                        may_vanish: false,
+                    })
+                })
+                .transpose()?,
+            stream_duration: m
+                .max_stream_duration
+                .as_ref()
+                .map(StreamLimit::compile)
+                .transpose()
+                .within("max_stream_duration")?,
+            buffer_limit: DEFAULT_BUFFER_LIMIT,
             retry: m
                 .retry_policy
                 .as_ref()
                 .map(RetryPolicy::compile)
                 .transpose()
-                .within("retry_policy")?
-                .flatten(),
+                .within("retry_policy")?,
             cluster_not_found: match ClusterNotFoundResponseCode::try_from(
                 m.cluster_not_found_response_code,
             ) {
@@ -192,18 +259,28 @@ impl Forward {
             .map(|rewrite| rewrite.apply(path_and_query, matched))
     }
 
-    /// The authority for the entry, where it is rewritten to a fixed text.
-    pub fn host_literal<'a>(&'a self, target: &'a ClusterTarget<'_>) -> Option<&'a HeaderValue> {
+    /// The authority to send, where it is rewritten to something that does not depend on the endpoint. An entry's own beats the route's.
+    pub fn rewritten_host(
+        &self,
+        target: &ClusterTarget<'_>,
+        headers: &HeaderMap,
+        path_and_query: &str,
+    ) -> Option<HeaderValue> {
         if let ClusterTarget::Entry(WeightedCluster {
             host_rewrite: Some(host),
             ..
         }) = target
         {
-            return Some(host);
+            return Some(host.clone());
         }
-        match &self.host_rewrite {
-            Some(HostRewrite::Literal(host)) => Some(host),
-            _ => None,
+        match self.host_rewrite.as_ref()? {
+            HostRewrite::Literal(host) => Some(host.clone()),
+            HostRewrite::Endpoint => None,
+            HostRewrite::Header(name) => headers.get(name).cloned(),
+            HostRewrite::Path(substitution) => {
+                let host = substitution.apply(split_query(path_and_query).0);
+                HeaderValue::from_str(&host).ok()
+            }
         }
     }
 
@@ -220,6 +297,25 @@ pub(crate) fn refuse_connect(upgrade_type: &str) -> Result<()> {
         other => Err(CompileError::new(
             "upgrade_type",
             format!("{other:?} is not implemented (websocket is)"),
+        )),
+    }
+}
+
+fn compile_rewrite(m: &pb::RouteAction, template: Option<&Template>) -> Result<Option<Rewrite>> {
+    let other = Rewrite::compile(&m.prefix_rewrite, m.regex_rewrite.as_ref())?;
+    match (&m.path_rewrite_policy, template, other) {
+        (None, _, other) => Ok(other),
+        (Some(policy), Some(template), None) => template
+            .rewrite(policy)
+            .within("path_rewrite_policy")
+            .map(|rewrite| Some(Rewrite::Template(rewrite))),
+        (Some(_), None, _) => Err(CompileError::new(
+            "path_rewrite_policy",
+            "needs a path_match_policy in the route's match",
+        )),
+        (Some(_), _, Some(_)) => Err(CompileError::new(
+            "path_rewrite_policy",
+            "cannot be combined with another path rewrite",
         )),
     }
 }
@@ -303,198 +399,6 @@ impl WeightedCluster {
     }
 }
 
-fn host_value(host: &str) -> Result<HeaderValue> {
-    HeaderValue::from_str(host)
-        .map_err(|_| CompileError::new("host_rewrite_literal", "is not a header value"))
-}
-
-fn compile_host_rewrite(specifier: Option<&HostRewriteSpecifier>) -> Result<Option<HostRewrite>> {
-    Ok(match specifier {
-        None => None,
-        Some(HostRewriteSpecifier::HostRewriteLiteral(host)) => {
-            Some(HostRewrite::Literal(host_value(host)?))
-        }
-        Some(HostRewriteSpecifier::AutoHostRewrite(on)) => {
-            on.value.then_some(HostRewrite::Endpoint)
-        }
-        Some(HostRewriteSpecifier::HostRewriteHeader(name)) => {
-            Some(HostRewrite::Header(name.parse().map_err(|_| {
-                CompileError::new("host_rewrite_header", "is not a header name")
-            })?))
-        }
-        Some(HostRewriteSpecifier::HostRewritePathRegex(_)) => {
-            return Err(CompileError::unsupported("host_rewrite_path_regex"));
-        }
-        Some(HostRewriteSpecifier::HostRewrite(_)) => {
-            return Err(CompileError::unsupported("host_rewrite"));
-        }
-    })
-}
-
-/// A path rewrite; the query stays.
-#[derive(Debug)]
-enum Rewrite {
-    Prefix(String),
-    Regex(Regex, String),
-}
-
-impl Rewrite {
-    fn compile(prefix: &str, regex: Option<&RegexMatchAndSubstitute>) -> Result<Option<Self>> {
-        match (prefix, regex) {
-            ("", None) => Ok(None),
-            ("", Some(regex)) => Self::regex(regex).within("regex_rewrite").map(Some),
-            (prefix, None) => Ok(Some(Self::Prefix(prefix.to_owned()))),
-            _ => Err(CompileError::new(
-                "prefix_rewrite",
-                "cannot be combined with regex_rewrite",
-            )),
-        }
-    }
-
-    fn regex(message: &RegexMatchAndSubstitute) -> Result<Self> {
-        let pattern = message
-            .pattern
-            .as_ref()
-            .ok_or_else(|| CompileError::new("pattern", "is missing"))?;
-        Ok(Self::Regex(
-            anywhere_regex(pattern)?,
-            substitution(&message.substitution),
-        ))
-    }
-
-    fn apply(&self, path_and_query: &str, matched: usize) -> String {
-        let (path, query) = split_query(path_and_query);
-        let mut out = match self {
-            Self::Prefix(new) => format!("{new}{}", path.get(matched..).unwrap_or("")),
-            Self::Regex(regex, new) => regex.replace_all(path, new.as_str()).into_owned(),
-        };
-        out.push_str(query);
-        if !out.starts_with('/') {
-            out.insert(0, '/');
-        }
-        out
-    }
-}
-
-/// RE2's `\1` to this crate's `${1}`.
-fn substitution(re2: &str) -> String {
-    let mut out = String::with_capacity(re2.len() + 8);
-    let mut chars = re2.chars();
-    while let Some(c) = chars.next() {
-        match (c, if c == '\\' { chars.next() } else { None }) {
-            ('\\', Some(d)) if d.is_ascii_digit() => out.push_str(&format!("${{{d}}}")),
-            ('\\', Some(other)) => out.push(other),
-            ('$', _) => out.push_str("$$"),
-            (other, _) => out.push(other),
-        }
-    }
-    out
-}
-
-/// Path and the rest beginning at `?` (or empty).
-pub(crate) fn split_query(path_and_query: &str) -> (&str, &str) {
-    path_and_query.split_at(path_and_query.find('?').unwrap_or(path_and_query.len()))
-}
-
-/// A redirect answer.
-#[derive(Debug)]
-pub struct Redirect {
-    /// 301, 302, 303, 307 or 308.
-    pub status: StatusCode,
-    scheme: Option<String>,
-    host: Option<String>,
-    port: Option<u32>,
-    path: Option<RedirectPath>,
-    strip_query: bool,
-}
-
-#[derive(Debug)]
-enum RedirectPath {
-    Whole(String),
-    Rewrite(Rewrite),
-}
-
-impl Redirect {
-    pub(crate) fn compile(m: &pb::RedirectAction) -> Result<Self> {
-        let text = |s: &str| (!s.is_empty()).then(|| s.to_owned());
-        Ok(Self {
-            status: match RedirectResponseCode::try_from(m.response_code) {
-                Ok(RedirectResponseCode::MovedPermanently) => StatusCode::MOVED_PERMANENTLY,
-                Ok(RedirectResponseCode::Found) => StatusCode::FOUND,
-                Ok(RedirectResponseCode::SeeOther) => StatusCode::SEE_OTHER,
-                Ok(RedirectResponseCode::TemporaryRedirect) => StatusCode::TEMPORARY_REDIRECT,
-                Ok(RedirectResponseCode::PermanentRedirect) => StatusCode::PERMANENT_REDIRECT,
-                Err(_) => return Err(CompileError::new("response_code", "is unknown")),
-            },
-            scheme: match &m.scheme_rewrite_specifier {
-                Some(SchemeRewriteSpecifier::HttpsRedirect(true)) => Some("https".to_owned()),
-                Some(SchemeRewriteSpecifier::SchemeRedirect(scheme)) => text(scheme),
-                _ => None,
-            },
-            host: text(&m.host_redirect),
-            port: (m.port_redirect != 0).then_some(m.port_redirect),
-            path: match &m.path_rewrite_specifier {
-                None => None,
-                Some(PathRewriteSpecifier::PathRedirect(path)) => {
-                    text(path).map(RedirectPath::Whole)
-                }
-                Some(PathRewriteSpecifier::PrefixRewrite(p)) => {
-                    text(p).map(|p| RedirectPath::Rewrite(Rewrite::Prefix(p)))
-                }
-                Some(PathRewriteSpecifier::RegexRewrite(r)) => Some(RedirectPath::Rewrite(
-                    Rewrite::regex(r).within("regex_rewrite")?,
-                )),
-                Some(PathRewriteSpecifier::PathRewrite(_)) => {
-                    return Err(CompileError::unsupported("path_rewrite"));
-                }
-            },
-            strip_query: m.strip_query,
-        })
-    }
-
-    /// The `location` of the answer. The port of the request is kept only where scheme and port stay, as Envoy does.
-    pub fn location(&self, request: &RequestView<'_>, matched: usize) -> String {
-        let scheme = self.scheme.as_deref().unwrap_or(request.scheme);
-        let (host, request_port) = split_port(request.host);
-        let port = match self.port {
-            Some(port) => Some(port.to_string()),
-            None if self.scheme.is_some() && scheme != request.scheme => None,
-            None if self.host.is_some() => None,
-            None => request_port.map(str::to_owned),
-        };
-        let port =
-            port.filter(|p| !matches!((scheme, p.as_str()), ("http", "80") | ("https", "443")));
-        let port = port.map(|p| format!(":{p}")).unwrap_or_default();
-        let host = self.host.as_deref().unwrap_or(host);
-        let (old_path, query) = split_query(request.path_and_query);
-        let path = match &self.path {
-            None => Cow::Borrowed(old_path),
-            Some(RedirectPath::Whole(path)) => Cow::Borrowed(path.as_str()),
-            Some(RedirectPath::Rewrite(rewrite)) => Cow::Owned(rewrite.apply(old_path, matched)),
-        };
-        let query = if self.strip_query || path.contains('?') {
-            ""
-        } else {
-            query
-        };
-        format!("{scheme}://{host}{port}{path}{query}")
-    }
-}
-
-/// `host:port` apart; brackets of IPv6 stay with the host.
-pub(crate) fn split_port(host: &str) -> (&str, Option<&str>) {
-    match host.rsplit_once(':') {
-        Some((name, port)) if !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => {
-            if name.contains(':') && !name.ends_with(']') {
-                (host, None)
-            } else {
-                (name, Some(port))
-            }
-        }
-        _ => (host, None),
-    }
-}
-
 impl Direct {
     pub(crate) fn compile(m: &pb::DirectResponseAction) -> Result<Self> {
         every_field!(m, pb::DirectResponseAction, used { status, body } irrelevant {} refused { body_format });
@@ -531,170 +435,6 @@ fn inline_data(m: &DataSource) -> Result<Bytes> {
     }
 }
 
-/// When and how often a request is tried again.
-#[derive(Debug, Clone, Default)]
-pub struct RetryPolicy {
-    /// Tries after the first one.
-    pub retries: u32,
-    /// Limit of each try.
-    pub per_try_timeout: Option<Duration>,
-    /// Conditions.
-    pub on: RetryOn,
-    /// Statuses for [`RetryOn::statuses`].
-    pub statuses: Vec<u16>,
-    /// First back-off; doubled with every try, randomised from zero up.
-    pub base_interval: Duration,
-    /// Cap of the back-off.
-    pub max_interval: Duration,
-    /// How often an endpoint that was tried already may be passed over; 0 turns that off.
-    pub avoid_previous_hosts: u32,
-}
-
-/// Conditions of a retry (`x-envoy-retry-on` and `x-envoy-retry-grpc-on`).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RetryOn {
-    /// No connection could be made.
-    pub connect_failure: bool,
-    /// HTTP/2 REFUSED_STREAM.
-    pub refused_stream: bool,
-    /// The connection ended before response headers.
-    pub reset: bool,
-    /// It ended before the request was sent.
-    pub reset_before_request: bool,
-    /// Any 5xx, or no answer at all.
-    pub server_error: bool,
-    /// 502, 503, 504.
-    pub gateway_error: bool,
-    /// 409.
-    pub retriable_4xx: bool,
-    /// The statuses listed in the policy.
-    pub statuses: bool,
-    /// gRPC statuses, one bit for each code.
-    pub grpc: u32,
-}
-
-impl RetryPolicy {
-    fn compile(m: &pb::RetryPolicy) -> Result<Option<Self>> {
-        every_field!(m, pb::RetryPolicy,
-        used {
-            retry_on, num_retries, per_try_timeout, retry_host_predicate, host_selection_retry_max_attempts,
-            retriable_status_codes, retry_back_off,
-        }
-        // refresh_cluster_on_retry: needs a cluster specifier plugin, which is refused.
-        irrelevant { refresh_cluster_on_retry }
-        refused {
-            per_try_idle_timeout, retry_priority, retry_options_predicates, rate_limited_retry_back_off, retriable_headers,
-            retriable_request_headers,
-        });
-        let mut previous_hosts = false;
-        for predicate in &m.retry_host_predicate {
-            match predicate.name.as_str() {
-                "envoy.retry_host_predicates.previous_hosts" => previous_hosts = true,
-                other => {
-                    return Err(CompileError::unsupported(format!(
-                        "retry_host_predicate {other}"
-                    )));
-                }
-            }
-        }
-        let mut base = DEFAULT_RETRY_BASE;
-        let mut max = None;
-        if let Some(back_off) = &m.retry_back_off {
-            base =
-                nonzero_duration("base_interval", back_off.base_interval.as_ref())?.unwrap_or(base);
-            max = duration("max_interval", back_off.max_interval.as_ref())?;
-        }
-        let on = RetryOn::parse(&m.retry_on)?;
-        let attempts = u32::try_from(m.host_selection_retry_max_attempts)
-            .unwrap_or(0)
-            .max(1);
-        if on == RetryOn::default() {
-            return Ok(None);
-        }
-        Ok(Some(Self {
-            retries: m.num_retries.map_or(1, |n| n.value),
-            per_try_timeout: nonzero_duration("per_try_timeout", m.per_try_timeout.as_ref())?,
-            on,
-            statuses: m
-                .retriable_status_codes
-                .iter()
-                .filter_map(|c| u16::try_from(*c).ok())
-                .collect(),
-            base_interval: base,
-            max_interval: max.unwrap_or(base * 10),
-            avoid_previous_hosts: if previous_hosts { attempts } else { 0 },
-        }))
-    }
-}
-
-impl RetryOn {
-    fn parse(list: &str) -> Result<Self> {
-        let mut on = Self::default();
-        for token in list.split(',').map(str::trim).filter(|t| !t.is_empty()) {
-            match token {
-                "connect-failure" => on.connect_failure = true,
-                "refused-stream" => on.refused_stream = true,
-                "reset" => on.reset = true,
-                "reset-before-request" => on.reset_before_request = true,
-                "5xx" => on.server_error = true,
-                "gateway-error" => on.gateway_error = true,
-                "retriable-4xx" => on.retriable_4xx = true,
-                "retriable-status-codes" => on.statuses = true,
-                "cancelled" => on.grpc |= 1 << 1,
-                "deadline-exceeded" => on.grpc |= 1 << 4,
-                "resource-exhausted" => on.grpc |= 1 << 8,
-                "internal" => on.grpc |= 1 << 13,
-                "unavailable" => on.grpc |= 1 << 14,
-                // Without retriable_headers (refused) and without HTTP/3 these two can never apply; Istio lists them.
-                "retriable-headers" | "http3-post-connect-failure" | "envoy-ratelimited" => {}
-                other => {
-                    return Err(CompileError::new(
-                        "retry_on",
-                        format!("{other:?} is not a condition that is known here"),
-                    ));
-                }
-            }
-        }
-        Ok(on)
-    }
-}
-
-impl RetryPolicy {
-    /// Does this final status ask for another try?
-    pub fn wants_status(&self, status: u16) -> bool {
-        let on = self.on;
-        (on.server_error && (500..600).contains(&status))
-            || (on.gateway_error && (502..=504).contains(&status))
-            || (on.retriable_4xx && status == 409)
-            || (on.statuses && self.statuses.contains(&status))
-    }
-
-    /// Does this gRPC status in a headers-only response ask for another try?
-    pub fn wants_grpc_status(&self, code: u32) -> bool {
-        code < 32 && self.on.grpc & (1 << code) != 0
-    }
-
-    /// Can any response at all be retried under this policy?
-    pub fn may_judge_responses(&self, grpc: bool) -> bool {
-        let on = self.on;
-        on.server_error
-            || on.gateway_error
-            || on.retriable_4xx
-            || (on.statuses && !self.statuses.is_empty())
-            || (grpc && on.grpc != 0)
-    }
-
-    /// The wait before try number `attempt` (1 = first retry): random up to base × 2^(n-1), capped.
-    pub fn back_off(&self, attempt: u32, random: u64) -> Duration {
-        let ceiling = self
-            .base_interval
-            .saturating_mul(1 << attempt.saturating_sub(1).min(16))
-            .min(self.max_interval);
-        let nanos = u64::try_from(ceiling.as_nanos()).unwrap_or(u64::MAX).max(1);
-        Duration::from_nanos(random % nanos)
-    }
-}
-
 /// Path conditions of a route.
 #[derive(Debug, Clone)]
 pub(crate) enum PathMatch {
@@ -702,6 +442,9 @@ pub(crate) enum PathMatch {
     Exact(Box<str>),
     Segments(Box<str>),
     Regex(Regex),
+    Template(Template),
+    /// Any CONNECT request, and nothing else.
+    Connect,
 }
 
 impl PathMatch {
@@ -714,11 +457,9 @@ impl PathMatch {
             Some(PathSpecifier::SafeRegex(r)) => {
                 Self::Regex(whole_regex(r, ignore_case).within("safe_regex")?)
             }
-            Some(PathSpecifier::ConnectMatcher(_)) => {
-                return Err(CompileError::unsupported("connect_matcher"));
-            }
-            Some(PathSpecifier::PathMatchPolicy(_)) => {
-                return Err(CompileError::unsupported("path_match_policy"));
+            Some(PathSpecifier::ConnectMatcher(_)) => Self::Connect,
+            Some(PathSpecifier::PathMatchPolicy(m)) => {
+                Self::Template(Template::compile(m).within("path_match_policy")?)
             }
             None => return Err(CompileError::new("path_specifier", "is missing")),
         })

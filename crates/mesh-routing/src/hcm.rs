@@ -53,6 +53,8 @@ pub struct HttpManager {
     pub idle_timeout: Option<Duration>,
     /// Silent streams are ended after this.
     pub stream_idle_timeout: Option<Duration>,
+    /// Limit for a whole exchange.
+    pub max_stream_duration: Option<Duration>,
     /// Limit for a whole request to arrive.
     pub request_timeout: Option<Duration>,
     /// Limit for the request headers to arrive.
@@ -197,6 +199,10 @@ impl HttpManager {
                 m.stream_idle_timeout.as_ref(),
                 DEFAULT_STREAM_IDLE_TIMEOUT,
             )?,
+            max_stream_duration: nonzero_duration(
+                "max_stream_duration",
+                common.max_stream_duration.as_ref(),
+            )?,
             request_timeout: nonzero_duration("request_timeout", m.request_timeout.as_ref())?,
             headers_timeout: nonzero_duration(
                 "request_headers_timeout",
@@ -301,9 +307,9 @@ fn check_http1(m: &Http1ProtocolOptions) -> Result<()> {
 
 fn check_common(m: &HttpProtocolOptions) -> Result<()> {
     every_field!(m, HttpProtocolOptions,
-        used { idle_timeout, max_headers_count, headers_with_underscores_action, max_requests_per_connection }
+        used { idle_timeout, max_headers_count, headers_with_underscores_action, max_requests_per_connection, max_stream_duration }
         irrelevant { max_connection_duration_jitter, max_response_headers_kb }
-        refused { max_connection_duration, max_stream_duration });
+        refused { max_connection_duration });
     Ok(())
 }
 

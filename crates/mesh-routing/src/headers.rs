@@ -2,10 +2,10 @@
 
 use envoy_types::pb::envoy::config::core::v3::HeaderValueOption;
 use envoy_types::pb::envoy::config::core::v3::header_value_option::HeaderAppendAction;
-use http::header::Entry;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::{CompileError, Result, Within};
+use crate::format::{Facts, Format};
 
 /// A list of mutations in the order in which they are made.
 #[derive(Debug, Clone, Default)]
@@ -14,22 +14,50 @@ pub struct HeaderOps(Vec<Op>);
 #[derive(Debug, Clone)]
 enum Op {
     Remove(HeaderName),
-    Append(HeaderName, HeaderValue),
-    AddIfAbsent(HeaderName, HeaderValue),
-    Set(HeaderName, HeaderValue),
-    SetIfPresent(HeaderName, HeaderValue),
+    Append(HeaderName, Value),
+    AddIfAbsent(HeaderName, Value),
+    Set(HeaderName, Value),
+    SetIfPresent(HeaderName, Value),
+}
+
+#[derive(Debug, Clone)]
+enum Value {
+    Fixed(HeaderValue),
+    /// Made for every message; a header without a value is left out unless it is to be kept.
+    Made(Format, bool),
+}
+
+impl Value {
+    fn make(&self, facts: &Facts<'_>) -> Option<HeaderValue> {
+        match self {
+            Self::Fixed(value) => Some(value.clone()),
+            Self::Made(format, keep_empty) => {
+                let text = format.render(facts, "");
+                // What a peer has sent can hold bytes that a header must not have.
+                (*keep_empty || !text.is_empty())
+                    .then(|| HeaderValue::try_from(text).ok())
+                    .flatten()
+            }
+        }
+    }
 }
 
 impl HeaderOps {
-    /// Removals come before additions, as in Envoy's header parser.
+    /// Removals come first, then what overwrites, then what adds, as in Envoy's header parser.
     pub(crate) fn compile(add: &[HeaderValueOption], remove: &[String]) -> Result<Self> {
         let mut ops = Vec::with_capacity(add.len() + remove.len());
         for name in remove {
             ops.push(Op::Remove(header_name(name).within("headers_to_remove")?));
         }
+        let mut adding = Vec::new();
         for (i, option) in add.iter().enumerate() {
-            ops.push(Op::compile(option).within(format_args!("headers_to_add[{i}]"))?);
+            let op = Op::compile(option).within(format_args!("headers_to_add[{i}]"))?;
+            match op {
+                Op::Append(..) | Op::AddIfAbsent(..) => adding.push(op),
+                op => ops.push(op),
+            }
         }
+        ops.append(&mut adding);
         Ok(Self(ops))
     }
 
@@ -44,48 +72,104 @@ impl HeaderOps {
         self.0.is_empty()
     }
 
-    /// Makes the mutations in place.
-    pub fn apply(&self, headers: &mut HeaderMap) {
-        for op in &self.0 {
-            match op {
-                Op::Remove(name) => {
-                    headers.remove(name);
-                }
-                Op::Append(name, value) => {
-                    headers.append(name, value.clone());
-                }
-                Op::AddIfAbsent(name, value) => {
-                    headers.entry(name).or_insert_with(|| value.clone());
-                }
-                Op::Set(name, value) => {
-                    headers.insert(name, value.clone());
-                }
-                Op::SetIfPresent(name, value) => {
-                    if let Entry::Occupied(mut entry) = headers.entry(name) {
-                        entry.insert(value.clone());
-                    }
-                }
+    /// Do values look at the request's headers? (Mutations of a response that do need a copy of them.)
+    pub fn reads_request(&self) -> bool {
+        self.0.iter().any(|op| match op {
+            Op::Remove(_) => false,
+            Op::Append(_, value)
+            | Op::AddIfAbsent(_, value)
+            | Op::Set(_, value)
+            | Op::SetIfPresent(_, value) => {
+                matches!(value, Value::Made(format, _) if format.reads_request())
             }
+        })
+    }
+
+    /// Makes the mutations of a request in place; the facts' request headers are those that are changed.
+    pub fn apply_to_request(&self, headers: &mut HeaderMap, facts: &Facts<'_>) {
+        for op in &self.0 {
+            let value = |headers: &HeaderMap, value: &Value| {
+                value.make(&Facts {
+                    request: Some(headers),
+                    ..*facts
+                })
+            };
+            op.apply(headers, value);
+        }
+    }
+
+    /// Makes the mutations of a response in place; the facts' response headers are those that are changed.
+    pub fn apply_to_response(&self, headers: &mut HeaderMap, facts: &Facts<'_>) {
+        for op in &self.0 {
+            let value = |headers: &HeaderMap, value: &Value| {
+                value.make(&Facts {
+                    response: Some(headers),
+                    ..*facts
+                })
+            };
+            op.apply(headers, value);
         }
     }
 }
 
 impl Op {
+    fn apply(
+        &self,
+        headers: &mut HeaderMap,
+        make: impl Fn(&HeaderMap, &Value) -> Option<HeaderValue>,
+    ) {
+        match self {
+            Self::Remove(name) => {
+                headers.remove(name);
+            }
+            Self::Append(name, value) => {
+                if let Some(value) = make(headers, value) {
+                    headers.append(name, value);
+                }
+            }
+            Self::AddIfAbsent(name, value) => {
+                if !headers.contains_key(name)
+                    && let Some(value) = make(headers, value)
+                {
+                    headers.insert(name, value);
+                }
+            }
+            Self::Set(name, value) => {
+                if let Some(value) = make(headers, value) {
+                    headers.insert(name, value);
+                }
+            }
+            Self::SetIfPresent(name, value) => {
+                if headers.contains_key(name)
+                    && let Some(value) = make(headers, value)
+                {
+                    headers.insert(name, value);
+                }
+            }
+        }
+    }
+
     fn compile(option: &HeaderValueOption) -> Result<Self> {
-        // `keep_empty_value` only matters for values made from variables, which are refused below.
         let header = option
             .header
             .as_ref()
             .ok_or_else(|| CompileError::new("header", "is missing"))?;
         let name = header_name(&header.key).within("key")?;
-        let value = if header.raw_value.is_empty() {
-            HeaderValue::from_str(&literal(&header.value)?)
+        let fixed = if header.raw_value.is_empty() {
+            let format = Format::compile(&header.value).within("value")?;
+            match format.literal() {
+                Some(text) => Ok(HeaderValue::from_str(text)),
+                None => Err(Value::Made(format, option.keep_empty_value)),
+            }
         } else {
-            HeaderValue::from_bytes(&header.raw_value)
+            Ok(HeaderValue::from_bytes(&header.raw_value))
         };
-        let value = value.map_err(|_| {
-            CompileError::new("value", "contains bytes that a header value must not have")
-        })?;
+        let value = match fixed {
+            Err(made) => made,
+            Ok(value) => Value::Fixed(value.map_err(|_| {
+                CompileError::new("value", "contains bytes that a header value must not have")
+            })?),
+        };
         if let Some(append) = &option.append {
             // The older field: true (its default) appends, false overwrites.
             return Ok(if append.value {
@@ -113,16 +197,4 @@ fn header_name(name: &str) -> Result<HeaderName> {
     }
     name.parse()
         .map_err(|_| CompileError::new(name, "is not a header name"))
-}
-
-/// `%%` stands for one percent sign; any other `%...%` is a variable of Envoy's format language.
-fn literal(text: &str) -> Result<String> {
-    let unescaped = text.replace("%%", "\u{0}");
-    match unescaped.contains('%') {
-        true => Err(CompileError::new(
-            "value",
-            format!("{text:?} uses a variable (%...%), which is not implemented"),
-        )),
-        false => Ok(unescaped.replace('\u{0}', "%")),
-    }
 }

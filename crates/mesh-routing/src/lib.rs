@@ -18,14 +18,18 @@ pub mod cluster;
 pub mod compile;
 pub mod endpoint;
 mod error;
+pub mod format;
 pub mod hcm;
 pub mod headers;
 pub mod lb;
 pub mod listener;
 pub mod matcher;
 mod metadata;
+pub mod retry;
+pub mod rewrite;
 pub mod route;
 pub mod tcp;
+mod template;
 
 pub use compile::{Rejection, Snapshot, XdsState, compile};
 pub use error::CompileError;

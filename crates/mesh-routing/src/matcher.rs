@@ -9,7 +9,7 @@ use envoy_types::pb::envoy::config::route::v3::query_parameter_matcher::QueryPar
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
 use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, StatusCode};
 use regex::{Regex, RegexBuilder};
 
 use crate::error::{CompileError, Result, Within};
@@ -98,7 +98,7 @@ pub(crate) fn anywhere_regex(message: &RegexMatcher) -> Result<Regex> {
     build_regex(&message.regex, false)
 }
 
-fn build_regex(pattern: &str, ignore_case: bool) -> Result<Regex> {
+pub(crate) fn build_regex(pattern: &str, ignore_case: bool) -> Result<Regex> {
     RegexBuilder::new(pattern)
         .case_insensitive(ignore_case)
         .size_limit(REGEX_SIZE_LIMIT)
@@ -126,6 +126,7 @@ enum HeaderSource {
     Authority,
     Path,
     Scheme,
+    Status,
     Field(HeaderName),
 }
 
@@ -144,6 +145,7 @@ impl HeaderMatch {
             ":authority" | "host" => HeaderSource::Authority,
             ":path" => HeaderSource::Path,
             ":scheme" => HeaderSource::Scheme,
+            ":status" => HeaderSource::Status,
             name => HeaderSource::Field(name.parse().map_err(|_| {
                 CompileError::new("name", format!("{name:?} is not a header name"))
             })?),
@@ -179,6 +181,25 @@ impl HeaderMatch {
         })
     }
 
+    /// Asks for nothing but the presence of a header.
+    pub(crate) fn present(name: HeaderName) -> Self {
+        Self {
+            source: HeaderSource::Field(name),
+            test: HeaderTest::Present(true),
+            invert: false,
+            missing_is_empty: false,
+        }
+    }
+
+    /// The same rules for a response, which has `:status` and no other pseudo header.
+    pub(crate) fn matches_response(&self, status: StatusCode, headers: &HeaderMap) -> bool {
+        self.judge(match &self.source {
+            HeaderSource::Status => Some(Cow::Borrowed(status.as_str())),
+            HeaderSource::Field(name) => joined(headers, name),
+            _ => None,
+        })
+    }
+
     /// Envoy's rules: several values are joined by commas; a missing header matches nothing (inverted or not) unless it is to be
     /// treated as empty, or its presence is what is asked for.
     pub fn matches(&self, request: &RequestView<'_>) -> bool {
@@ -187,8 +208,13 @@ impl HeaderMatch {
             HeaderSource::Authority => Some(Cow::Borrowed(request.host)),
             HeaderSource::Path => Some(Cow::Borrowed(request.path_and_query)),
             HeaderSource::Scheme => Some(Cow::Borrowed(request.scheme)),
+            HeaderSource::Status => None,
             HeaderSource::Field(name) => joined(request.headers, name),
         };
+        self.judge(value)
+    }
+
+    fn judge(&self, value: Option<Cow<'_, str>>) -> bool {
         if let HeaderTest::Present(wanted) = self.test {
             return (value.is_some() == wanted) != self.invert;
         }

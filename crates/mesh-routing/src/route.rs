@@ -6,12 +6,16 @@ use std::sync::Arc;
 use envoy_types::pb::envoy::config::route::v3 as pb;
 use envoy_types::pb::envoy::config::route::v3::route::Action as PbAction;
 use envoy_types::pb::envoy::config::route::v3::virtual_host::TlsRequirementType;
+use envoy_types::pb::google::protobuf::{UInt32Value, UInt64Value};
 use http::HeaderMap;
 
-use crate::action::{Action, Direct, Forward, PathMatch, Redirect, split_port, split_query};
+use crate::action::{Action, Direct, Forward, PathMatch, Redirect};
 use crate::error::{CompileError, Result, Within, every_field, flag};
 use crate::headers::HeaderOps;
 use crate::matcher::{Fraction, HeaderMatch, QueryMatch, equal};
+use crate::retry::RetryPolicy;
+use crate::rewrite::{split_port, split_query};
+use crate::template::Template;
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
@@ -58,6 +62,8 @@ pub struct VirtualHost {
     pub request_attempt_count: bool,
     /// Send it downstream.
     pub response_attempt_count: bool,
+    /// Tell the endpoint when a try follows one that timed out (`x-envoy-is-timeout-retry`).
+    pub tell_timeouts: bool,
 }
 
 /// A route.
@@ -278,18 +284,42 @@ impl Ops {
     }
 }
 
+/// What routes take from their virtual host where they say nothing themselves.
+struct Inherited {
+    retry: Option<RetryPolicy>,
+    buffer_limit: Option<usize>,
+}
+
+impl Inherited {
+    fn pass_to(&self, forward: &mut Forward, own_limit: Option<usize>) {
+        if forward.retry.is_none() {
+            forward.retry.clone_from(&self.retry);
+        }
+        if let Some(limit) = own_limit.or(self.buffer_limit) {
+            forward.buffer_limit = limit;
+        }
+    }
+}
+
+/// The newer field beats the older one.
+fn buffer_limit(older: Option<UInt32Value>, newer: Option<UInt64Value>) -> Option<usize> {
+    let newer = newer.map(|limit| usize::try_from(limit.value).unwrap_or(usize::MAX));
+    newer.or(older.map(|limit| limit.value as usize))
+}
+
 impl VirtualHost {
     fn compile(m: &pb::VirtualHost, table: &Ops) -> Result<Self> {
         every_field!(m, pb::VirtualHost,
         used {
             name, domains, routes, require_tls, request_headers_to_add, request_headers_to_remove, response_headers_to_add,
             response_headers_to_remove, include_request_attempt_count, include_attempt_count_in_response,
+            include_is_timeout_retry_header, retry_policy, per_request_buffer_limit_bytes, request_body_buffer_limit,
         }
-        // Buffer limits: bodies are streamed. virtual_clusters: statistics that are not kept. metadata: for people.
-        irrelevant { virtual_clusters, per_request_buffer_limit_bytes, request_body_buffer_limit, metadata }
+        // virtual_clusters: statistics that are not kept. metadata: for people.
+        irrelevant { virtual_clusters, metadata }
         refused {
-            matcher, rate_limits, cors, typed_per_filter_config, retry_policy, retry_policy_typed_config, hedge_policy,
-            include_is_timeout_retry_header, request_mirror_policies, route_specifiers,
+            matcher, rate_limits, cors, typed_per_filter_config, retry_policy_typed_config, hedge_policy,
+            request_mirror_policies, route_specifiers,
         });
         let ops = table.around(
             HeaderOps::compile(&m.request_headers_to_add, &m.request_headers_to_remove)
@@ -297,10 +327,23 @@ impl VirtualHost {
             HeaderOps::compile(&m.response_headers_to_add, &m.response_headers_to_remove)
                 .within("response")?,
         );
+        let inherited = Inherited {
+            retry: m
+                .retry_policy
+                .as_ref()
+                .map(RetryPolicy::compile)
+                .transpose()
+                .within("retry_policy")?,
+            buffer_limit: buffer_limit(
+                m.per_request_buffer_limit_bytes,
+                m.request_body_buffer_limit,
+            ),
+        };
         let mut routes = Vec::with_capacity(m.routes.len());
         for (i, route) in m.routes.iter().enumerate() {
             routes.push(
-                Route::compile(route, &ops).within(format_args!("routes[{i}] {:?}", route.name))?,
+                Route::compile(route, &ops, &inherited)
+                    .within(format_args!("routes[{i}] {:?}", route.name))?,
             );
         }
         Ok(Self {
@@ -313,6 +356,7 @@ impl VirtualHost {
             },
             request_attempt_count: m.include_request_attempt_count,
             response_attempt_count: m.include_attempt_count_in_response,
+            tell_timeouts: m.include_is_timeout_retry_header,
         })
     }
 
@@ -328,14 +372,14 @@ impl VirtualHost {
 }
 
 impl Route {
-    fn compile(m: &pb::Route, host: &Ops) -> Result<Self> {
+    fn compile(m: &pb::Route, host: &Ops, inherited: &Inherited) -> Result<Self> {
         every_field!(m, pb::Route,
             used {
                 name, r#match, action, request_headers_to_add, request_headers_to_remove, response_headers_to_add,
-                response_headers_to_remove,
+                response_headers_to_remove, per_request_buffer_limit_bytes, request_body_buffer_limit,
             }
-            // decorator and tracing name spans: tracing is refused in the connection manager. Buffer limits: bodies are streamed.
-            irrelevant { metadata, decorator, tracing, per_request_buffer_limit_bytes, request_body_buffer_limit, stat_prefix }
+            // decorator and tracing name spans: tracing is refused in the connection manager.
+            irrelevant { metadata, decorator, tracing, stat_prefix }
             refused { typed_per_filter_config, route_specifiers });
         let conditions = m
             .r#match
@@ -349,7 +393,18 @@ impl Route {
         );
         let mut route = Self::compile_match(conditions).within("match")?;
         route.name = m.name.as_str().into();
-        route.action = compile_action(m.action.as_ref())?;
+        let template = match &route.path {
+            PathMatch::Template(template) => Some(template),
+            _ => None,
+        };
+        route.action = compile_action(m.action.as_ref(), template)?;
+        if let Action::Forward(forward) = &mut route.action {
+            let own = buffer_limit(
+                m.per_request_buffer_limit_bytes,
+                m.request_body_buffer_limit,
+            );
+            inherited.pass_to(forward, own);
+        }
         route.request_ops = ops.request;
         route.response_ops = ops.response;
         Ok(route)
@@ -394,9 +449,19 @@ impl Route {
         })
     }
 
+    /// Does anything that makes its answers look at the request?
+    pub fn answers_read_request(&self) -> bool {
+        self.response_ops.reads_request()
+    }
+
     /// The length of the matched part of the path, if all conditions hold.
     fn matches(&self, request: &RequestView<'_>, path: &str, query: &str) -> Option<usize> {
-        let len = self.matches_path(path)?;
+        let len = match (request.method == "CONNECT", &self.path) {
+            (true, PathMatch::Connect) => 0,
+            // A CONNECT request has no path.
+            (true, _) => return None,
+            (false, _) => self.matches_path(path)?,
+        };
         let all = self.headers.iter().all(|header| header.matches(request))
             && self.query.iter().all(|parameter| parameter.matches(query))
             && self
@@ -418,6 +483,8 @@ impl Route {
                 && matches!(p.get(prefix.len()), None | Some(b'/')))
             .then_some(prefix.len()),
             PathMatch::Regex(regex) => regex.is_match(path).then_some(p.len()),
+            PathMatch::Template(template) => template.matches(path).then_some(p.len()),
+            PathMatch::Connect => None,
         }
     }
 }
@@ -430,9 +497,9 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+' | b';'))
 }
 
-fn compile_action(action: Option<&PbAction>) -> Result<Action> {
+fn compile_action(action: Option<&PbAction>, template: Option<&Template>) -> Result<Action> {
     match action {
-        Some(PbAction::Route(m)) => Forward::compile(m)
+        Some(PbAction::Route(m)) => Forward::compile(m, template)
             .within("route")
             .map(|f| Action::Forward(Box::new(f))),
         Some(PbAction::Redirect(m)) => Redirect::compile(m)

@@ -499,7 +499,10 @@ fn the_most_specific_mutations_come_first() {
     let Decision::Matched(matched) = table.decide(&request("h", "/", &headers)) else {
         panic!("no route")
     };
-    matched.route.request_ops.apply(&mut headers);
+    matched
+        .route
+        .request_ops
+        .apply_to_request(&mut headers, &mesh_routing::format::Facts::default());
     assert_eq!(headers["x"], "host", "outer levels come later and win");
     assert_eq!(headers["percent"], "100%");
     assert!(!headers.contains_key("gone"));
