@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use nix::unistd::Uid;
 
 use crate::e2e::Cluster;
-use crate::run;
+use crate::{differential, run};
 
 mod envoy;
 pub(crate) mod install;
@@ -20,6 +20,9 @@ pub struct Args {
     /// Only the judges whose name contains this text.
     #[arg(long)]
     only: Option<String>,
+    /// The binary under test; `cargo build --release` makes it when it is not given.
+    #[arg(long)]
+    binary: Option<PathBuf>,
 }
 
 type Judge = fn(&Path) -> anyhow::Result<()>;
@@ -33,6 +36,7 @@ const JUDGES: &[(&str, Judge)] = &[
         kubectl(mesh, install::kubectl("v36")?)
     }),
     ("stock-envoy", envoy::run),
+    ("differential", differential::judge_all),
 ];
 
 /// Hears the judges one after the other; every one must agree.
@@ -42,8 +46,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             "the judges run as root: they install Debian packages and run the local cluster with mapped uids"
         );
     }
-    run::check(run::cargo().args(["build", "--release", "--quiet", "--package", "mesh"]))?;
-    let mesh = run::target().join("release/mesh");
+    let mesh = match &args.binary {
+        Some(binary) => binary.clone(),
+        None => {
+            run::check(run::cargo().args(["build", "--release", "--quiet", "--package", "mesh"]))?;
+            run::target().join("release/mesh")
+        }
+    };
     let mut heard = 0;
     for (name, judge) in JUDGES {
         if args

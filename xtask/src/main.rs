@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod bench;
+mod differential;
 mod e2e;
 mod judges;
 mod run;
@@ -27,6 +28,8 @@ enum Task {
     E2e(e2e::Args),
     /// Run the checks that need other programs (kubectl, Envoy), installing them where that is possible.
     Judges(judges::Args),
+    /// Send the same requests through a stock Envoy and our proxy with the same xDS, and compare everything.
+    Differential(differential::Args),
     /// Measure the proxy beside its peers on this machine.
     Bench(bench::Args),
 }
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::E2e(args) => e2e::run(&args),
         Task::Judges(args) => judges::run(&args),
+        Task::Differential(args) => differential::run(&args),
         Task::Bench(args) => bench::run(&args),
     };
     match outcome {
