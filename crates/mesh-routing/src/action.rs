@@ -15,12 +15,16 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use regex::Regex;
 
 use crate::error::{CompileError, Result, Within, duration, every_field, timeout};
+use crate::filter::{RouteFilters, Scope};
+use crate::hash::HashPolicy;
 use crate::headers::HeaderOps;
 use crate::matcher::whole_regex;
+use crate::mirror::Mirror;
 use crate::retry::RetryPolicy;
 use crate::rewrite::{Rewrite, host_value, split_query};
 use crate::route::RequestView;
 use crate::template::Template;
+use crate::upgrade::Upgrades;
 
 pub use crate::rewrite::{HostRewrite, Redirect};
 
@@ -75,6 +79,10 @@ pub struct Forward {
     pub buffer_limit: usize,
     /// Status where the cluster does not exist.
     pub cluster_not_found: StatusCode,
+    /// What to hash for balancers that send what is alike to the same endpoint.
+    pub hash: Option<HashPolicy>,
+    /// Clusters that get copies.
+    pub mirrors: Arc<[Mirror]>,
 }
 
 /// What becomes of a `grpc-timeout` header.
@@ -146,6 +154,8 @@ pub struct WeightedCluster {
     /// The same for the response.
     pub response_ops: HeaderOps,
     host_rewrite: Option<HeaderValue>,
+    /// What the entry and the route say about filters, where the entry says anything.
+    pub filters: Option<Box<RouteFilters>>,
 }
 
 /// The cluster that a request goes to.
@@ -161,24 +171,25 @@ pub enum ClusterTarget<'a> {
 
 impl Forward {
     /// `template`: the path condition of the route, where it has variables.
-    pub(crate) fn compile(m: &pb::RouteAction, template: Option<&Template>) -> Result<Self> {
+    pub(crate) fn compile(
+        m: &pb::RouteAction,
+        template: Option<&Template>,
+        scope: &Scope,
+    ) -> Result<Self> {
         every_field!(m, pb::RouteAction,
         used {
             cluster_not_found_response_code, prefix_rewrite, regex_rewrite, append_x_forwarded_host, timeout, idle_timeout,
             retry_policy, cluster_specifier, host_rewrite_specifier, upgrade_configs, max_grpc_timeout, grpc_timeout_offset,
-            max_stream_duration, path_rewrite_policy,
+            max_stream_duration, path_rewrite_policy, hash_policy, request_mirror_policies, rate_limits, include_vh_rate_limits,
+            cors,
         }
         // priority: there are no per-priority circuit breakers. flush_timeout, early_data_policy: concern codecs that are not here.
-        // include_vh_rate_limits, max_internal_redirects: nothing without the fields they modify, which are refused.
-        irrelevant { priority, flush_timeout, early_data_policy, include_vh_rate_limits, max_internal_redirects }
+        // max_internal_redirects: nothing without the field that it modifies, which is refused.
+        irrelevant { priority, flush_timeout, early_data_policy, max_internal_redirects }
         refused {
-            metadata_match, path_rewrite, retry_policy_typed_config, request_mirror_policies, rate_limits,
-            hash_policy, cors, internal_redirect_policy, internal_redirect_action, hedge_policy,
+            metadata_match, path_rewrite, retry_policy_typed_config, internal_redirect_policy, internal_redirect_action, hedge_policy,
         });
-        for upgrade in &m.upgrade_configs {
-            refuse_connect(&upgrade.upgrade_type).within("upgrade_configs")?;
-        }
-        let (clusters, cluster_header) = compile_clusters(m.cluster_specifier.as_ref())?;
+        let (clusters, cluster_header) = compile_clusters(m.cluster_specifier.as_ref(), scope)?;
         let total_weight = clusters.iter().map(|c| c.weight).sum();
         if total_weight == 0 && cluster_header.is_none() {
             return Err(CompileError::new(
@@ -213,6 +224,7 @@ impl Forward {
                 .transpose()
                 .within("max_stream_duration")?,
             buffer_limit: DEFAULT_BUFFER_LIMIT,
+            upgrades: Upgrades::of_route(&m.upgrade_configs)?,
             retry: m
                 .retry_policy
                 .as_ref()
@@ -228,6 +240,8 @@ impl Forward {
                 }
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             },
+            hash: HashPolicy::compile(&m.hash_policy)?,
+            mirrors: scope.mirrors(),
         })
     }
 
@@ -284,20 +298,14 @@ impl Forward {
         }
     }
 
+    /// Does an entry of the split say anything about filters?
+    pub(crate) fn entries_have_filters(&self) -> bool {
+        self.clusters.iter().any(|c| c.filters.is_some())
+    }
+
     /// The clusters that the route may use.
     pub fn cluster_names(&self) -> impl Iterator<Item = &str> {
         self.clusters.iter().map(|c| &*c.name)
-    }
-}
-
-/// Upgrades other than WebSocket-like ones need tunnels that this proxy does not open.
-pub(crate) fn refuse_connect(upgrade_type: &str) -> Result<()> {
-    match upgrade_type.to_ascii_lowercase().as_str() {
-        "websocket" => Ok(()),
-        other => Err(CompileError::new(
-            "upgrade_type",
-            format!("{other:?} is not implemented (websocket is)"),
-        )),
     }
 }
 
@@ -322,7 +330,7 @@ fn compile_rewrite(m: &pb::RouteAction, template: Option<&Template>) -> Result<O
 
 type Clusters = (Vec<WeightedCluster>, Option<HeaderName>);
 
-fn compile_clusters(specifier: Option<&ClusterSpecifier>) -> Result<Clusters> {
+fn compile_clusters(specifier: Option<&ClusterSpecifier>, scope: &Scope) -> Result<Clusters> {
     match specifier {
         Some(ClusterSpecifier::Cluster(name)) => Ok((vec![WeightedCluster::whole(name)], None)),
         Some(ClusterSpecifier::ClusterHeader(name)) => {
@@ -332,7 +340,7 @@ fn compile_clusters(specifier: Option<&ClusterSpecifier>) -> Result<Clusters> {
             Ok((Vec::new(), Some(name)))
         }
         Some(ClusterSpecifier::WeightedClusters(m)) => {
-            compile_weighted(m).within("weighted_clusters")
+            compile_weighted(m, scope).within("weighted_clusters")
         }
         Some(ClusterSpecifier::ClusterSpecifierPlugin(_)) => {
             Err(CompileError::unsupported("cluster_specifier_plugin"))
@@ -344,7 +352,7 @@ fn compile_clusters(specifier: Option<&ClusterSpecifier>) -> Result<Clusters> {
     }
 }
 
-fn compile_weighted(m: &pb::WeightedCluster) -> Result<Clusters> {
+fn compile_weighted(m: &pb::WeightedCluster, scope: &Scope) -> Result<Clusters> {
     every_field!(m, pb::WeightedCluster,
         used { clusters }
         // total_weight is deprecated: the sum counts. runtime_key_prefix: there are no runtime files.
@@ -352,7 +360,8 @@ fn compile_weighted(m: &pb::WeightedCluster) -> Result<Clusters> {
         refused { random_value_specifier });
     let mut clusters = Vec::with_capacity(m.clusters.len());
     for (i, entry) in m.clusters.iter().enumerate() {
-        clusters.push(WeightedCluster::compile(entry).within(format_args!("clusters[{i}]"))?);
+        clusters
+            .push(WeightedCluster::compile(entry, scope).within(format_args!("clusters[{i}]"))?);
     }
     Ok((clusters, None))
 }
@@ -365,17 +374,18 @@ impl WeightedCluster {
             request_ops: HeaderOps::default(),
             response_ops: HeaderOps::default(),
             host_rewrite: None,
+            filters: None,
         }
     }
 
-    fn compile(m: &pb::weighted_cluster::ClusterWeight) -> Result<Self> {
+    fn compile(m: &pb::weighted_cluster::ClusterWeight, scope: &Scope) -> Result<Self> {
         every_field!(m, pb::weighted_cluster::ClusterWeight,
             used {
                 name, weight, request_headers_to_add, request_headers_to_remove, response_headers_to_add,
-                response_headers_to_remove, host_rewrite_specifier,
+                response_headers_to_remove, host_rewrite_specifier, typed_per_filter_config,
             }
             irrelevant {}
-            refused { cluster_header, metadata_match, typed_per_filter_config });
+            refused { cluster_header, metadata_match });
         Ok(Self {
             name: m.name.as_str().into(),
             weight: m.weight.map_or(0, |w| u64::from(w.value)),
@@ -394,6 +404,10 @@ impl WeightedCluster {
                     Some(host_value(host)?)
                 }
                 None => None,
+            },
+            filters: match m.typed_per_filter_config.is_empty() {
+                true => None,
+                false => scope.inner(&m.typed_per_filter_config)?.finish(),
             },
         })
     }

@@ -8,10 +8,12 @@ use envoy_types::pb::envoy::config::listener::v3 as pb;
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType;
 use envoy_types::pb::envoy::config::listener::v3::filter_chain_match::ConnectionSourceType;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
+use envoy_types::pb::envoy::extensions::filters::network::local_ratelimit::v3::LocalRateLimit;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy as PbTcpProxy;
 use prost::Message;
 
 use crate::error::{CompileError, Result, Within, every_field, flag};
+use crate::filter::local_rate_limit::ConnectionLimit;
 use crate::hcm::HttpManager;
 use crate::tcp::TcpProxy;
 
@@ -20,6 +22,8 @@ use crate::tcp::TcpProxy;
 pub struct FilterChain {
     /// Its name.
     pub name: Arc<str>,
+    /// Limits for new connections, in order.
+    pub limits: Vec<Arc<ConnectionLimit>>,
     /// What it does with a connection.
     pub filter: NetworkFilter,
 }
@@ -169,15 +173,21 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
         return Err(CompileError::unsupported("transport_socket"));
     }
     let mut terminal = None;
+    let mut limits = Vec::new();
     for (i, filter) in m.filters.iter().enumerate() {
         let at = format!("filters[{i}] {}", filter.name);
         if terminal.is_some() {
             return Err(CompileError::new(at, "stands behind a terminal filter"));
         }
-        terminal = compile_filter(filter).within(at)?;
+        match compile_filter(filter).within(at)? {
+            Compiled::Terminal(filter) => terminal = Some(filter),
+            Compiled::Limit(limit) => limits.push(Arc::new(limit)),
+            Compiled::BuiltIn => {}
+        }
     }
     Ok(Arc::new(FilterChain {
         name: m.name.as_str().into(),
+        limits,
         filter: terminal.ok_or_else(|| {
             CompileError::new(
                 "filters",
@@ -187,8 +197,13 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
     }))
 }
 
-/// `None` for filters that are built in.
-fn compile_filter(m: &pb::Filter) -> Result<Option<NetworkFilter>> {
+enum Compiled {
+    Terminal(NetworkFilter),
+    Limit(ConnectionLimit),
+    BuiltIn,
+}
+
+fn compile_filter(m: &pb::Filter) -> Result<Compiled> {
     let any = match &m.config_type {
         Some(ConfigType::TypedConfig(any)) => any,
         Some(ConfigType::ConfigDiscovery(_)) => {
@@ -200,18 +215,23 @@ fn compile_filter(m: &pb::Filter) -> Result<Option<NetworkFilter>> {
     match any.type_url.rsplit('/').next().unwrap_or("") {
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager" => {
             let manager = HttpConnectionManager::decode(any.value.as_slice()).map_err(broken)?;
-            Ok(Some(NetworkFilter::Http(Arc::new(HttpManager::compile(
-                &manager,
-            )?))))
+            let manager = Arc::new(HttpManager::compile(&manager)?);
+            Ok(Compiled::Terminal(NetworkFilter::Http(manager)))
         }
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy" => {
             let proxy = PbTcpProxy::decode(any.value.as_slice()).map_err(broken)?;
-            Ok(Some(NetworkFilter::Tcp(Arc::new(TcpProxy::compile(
-                &proxy,
-            )?))))
+            let proxy = Arc::new(TcpProxy::compile(&proxy)?);
+            Ok(Compiled::Terminal(NetworkFilter::Tcp(proxy)))
+        }
+        "envoy.extensions.filters.network.local_ratelimit.v3.LocalRateLimit" => {
+            let limit = LocalRateLimit::decode(any.value.as_slice()).map_err(broken)?;
+            let limit = ConnectionLimit::compile(&limit)?;
+            Ok(limit.map_or(Compiled::BuiltIn, Compiled::Limit))
         }
         // Statistics and metadata exchange are built in.
-        "stats.PluginConfig" | "envoy.tcp.metadataexchange.config.MetadataExchange" => Ok(None),
+        "stats.PluginConfig" | "envoy.tcp.metadataexchange.config.MetadataExchange" => {
+            Ok(Compiled::BuiltIn)
+        }
         other => Err(CompileError::unsupported(other)),
     }
 }

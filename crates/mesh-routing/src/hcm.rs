@@ -9,13 +9,13 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
     CodecType, ForwardClientCertDetails, PathWithEscapedSlashesAction, RouteSpecifier, ServerHeaderTransformation, StripPortMode,
 };
-use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_filter::ConfigType;
 use http::HeaderValue;
 
-use crate::action::refuse_connect;
 use crate::cluster::Http2Limits;
 use crate::error::{CompileError, Result, Within, every_field, flag, nonzero_duration, timeout};
+use crate::filter::HttpFilters;
 use crate::route::RouteTable;
+use crate::upgrade::Upgrades;
 
 /// Envoy's defaults.
 const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -23,20 +23,11 @@ const DEFAULT_STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 const DEFAULT_MAX_HEADERS_KB: u32 = 60;
 const DEFAULT_MAX_HEADERS: u32 = 100;
 
-/// HTTP filters that need nothing of us: the router is the request function itself; cors and fault do nothing without per-route
-/// configuration, which is refused; the rest are statistics and metadata exchange, which are built in.
-const HTTP_FILTERS: &[&str] = &[
-    "envoy.extensions.filters.http.router.v3.Router",
-    "envoy.extensions.filters.http.cors.v3.Cors",
-    "envoy.extensions.filters.http.fault.v3.HTTPFault",
-    "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
-    "io.istio.http.peer_metadata.Config",
-    "stats.PluginConfig",
-];
-
 /// A compiled `HttpConnectionManager`.
 #[derive(Debug)]
 pub struct HttpManager {
+    /// The filters that act on requests.
+    pub filters: HttpFilters,
     /// Where the routes come from.
     pub routes: RouteSource,
     /// Which HTTP versions are spoken.
@@ -79,8 +70,8 @@ pub struct HttpManager {
     pub strip_port: bool,
     /// Cut the final dot off the authority.
     pub strip_dot: bool,
-    /// `upgrade: websocket` may pass.
-    pub websocket: bool,
+    /// Upgrades that may pass.
+    pub upgrades: Upgrades,
     /// HTTP/1.0 is accepted.
     pub http10: bool,
     /// Header names with underscores.
@@ -151,8 +142,9 @@ impl HttpManager {
         refuse_others(m)?;
         let common = m.common_http_protocol_options.unwrap_or_default();
         check_common(&common).within("common_http_protocol_options")?;
-        let websocket = websocket(m)?;
+        let upgrades = Upgrades::of_manager(&m.upgrade_configs)?;
         Ok(Self {
+            filters: HttpFilters::compile(&m.http_filters)?,
             routes: match &m.route_specifier {
                 Some(RouteSpecifier::Rds(rds)) => {
                     RouteSource::Rds(rds.route_config_name.as_str().into())
@@ -228,7 +220,7 @@ impl HttpManager {
                 Some(StripPortMode::StripAnyHostPort(true))
             ) || m.strip_matching_host_port,
             strip_dot: m.strip_trailing_host_dot,
-            websocket,
+            upgrades,
             http10: m
                 .http_protocol_options
                 .as_ref()
@@ -289,7 +281,6 @@ fn refuse_others(m: &pb::HttpConnectionManager) -> Result<()> {
             "forward_client_cert_details ALWAYS_FORWARD_ONLY",
         ));
     }
-    check_filters(&m.http_filters)?;
     if let Some(options) = &m.http_protocol_options {
         check_http1(options).within("http_protocol_options")?;
     }
@@ -311,40 +302,4 @@ fn check_common(m: &HttpProtocolOptions) -> Result<()> {
         irrelevant { max_connection_duration_jitter, max_response_headers_kb }
         refused { max_connection_duration });
     Ok(())
-}
-
-fn check_filters(filters: &[pb::HttpFilter]) -> Result<()> {
-    for (i, filter) in filters.iter().enumerate().filter(|(_, f)| !f.disabled) {
-        let type_name = match &filter.config_type {
-            Some(ConfigType::TypedConfig(any)) => any.type_url.rsplit('/').next().unwrap_or(""),
-            Some(ConfigType::ConfigDiscovery(_)) => {
-                return Err(CompileError::unsupported(format!(
-                    "http_filters[{i}].config_discovery"
-                )));
-            }
-            None => "",
-        };
-        let known = HTTP_FILTERS.contains(&type_name)
-            || (type_name.is_empty() && filter.name == "envoy.filters.http.router");
-        // Envoy, too, leaves out optional filters of a type that it does not know.
-        if !known && !filter.is_optional {
-            return Err(CompileError::unsupported(format!(
-                "http_filters[{i}] {} ({type_name})",
-                filter.name
-            )));
-        }
-    }
-    Ok(())
-}
-
-fn websocket(m: &pb::HttpConnectionManager) -> Result<bool> {
-    let mut allowed = false;
-    for upgrade in &m.upgrade_configs {
-        refuse_connect(&upgrade.upgrade_type).within("upgrade_configs")?;
-        if !upgrade.filters.is_empty() {
-            return Err(CompileError::unsupported("upgrade_configs.filters"));
-        }
-        allowed |= flag(upgrade.enabled.as_ref(), true);
-    }
-    Ok(allowed)
 }

@@ -11,6 +11,7 @@ use http::HeaderMap;
 
 use crate::action::{Action, Direct, Forward, PathMatch, Redirect};
 use crate::error::{CompileError, Result, Within, every_field, flag};
+use crate::filter::{RouteFilters, Scope};
 use crate::headers::HeaderOps;
 use crate::matcher::{Fraction, HeaderMatch, QueryMatch, equal};
 use crate::retry::RetryPolicy;
@@ -77,6 +78,8 @@ pub struct Route {
     query: Vec<QueryMatch>,
     fraction: Option<Fraction>,
     grpc_only: bool,
+    /// What it says about filters, if anything.
+    pub filters: Option<Box<RouteFilters>>,
     /// What it does.
     pub action: Action,
     /// Mutations of the request by route, virtual host and table, in Envoy's order.
@@ -113,15 +116,15 @@ impl RouteTable {
         every_field!(m, pb::RouteConfiguration,
         used {
             name, virtual_hosts, response_headers_to_add, response_headers_to_remove, request_headers_to_add,
-            request_headers_to_remove, most_specific_header_mutations_wins, ignore_port_in_host_matching,
+            request_headers_to_remove, most_specific_header_mutations_wins, ignore_port_in_host_matching, typed_per_filter_config,
+            request_mirror_policies,
         }
         // internal_only_headers: only where remote addresses are judged, and then they are cut by the connection manager.
         // validate_clusters: an unknown cluster is answered at request time, so tables and clusters may arrive in any order.
         // max_direct_response_body_size_bytes: bodies are in memory already. metadata: for people.
         irrelevant { internal_only_headers, validate_clusters, max_direct_response_body_size_bytes, metadata }
         refused {
-            vhds, cluster_specifier_plugins, request_mirror_policies, vhost_header, ignore_path_parameters_in_path_matching,
-            typed_per_filter_config, route_specifiers,
+            vhds, cluster_specifier_plugins, vhost_header, ignore_path_parameters_in_path_matching, route_specifiers,
         });
         let table_ops = Ops {
             request: HeaderOps::compile(&m.request_headers_to_add, &m.request_headers_to_remove)
@@ -130,6 +133,9 @@ impl RouteTable {
                 .within("response")?,
             outermost_first: m.most_specific_header_mutations_wins,
         };
+        let scope = Scope::default()
+            .inner(&m.typed_per_filter_config)?
+            .with_mirrors(&m.request_mirror_policies)?;
         let mut table = Self {
             name: m.name.as_str().into(),
             hosts: Vec::with_capacity(m.virtual_hosts.len()),
@@ -143,7 +149,7 @@ impl RouteTable {
             let at = format!("virtual_hosts[{i}] {:?}", host.name);
             table
                 .hosts
-                .push(VirtualHost::compile(host, &table_ops).within(&at)?);
+                .push(VirtualHost::compile(host, &table_ops, &scope).within(&at)?);
             for domain in &host.domains {
                 table.add_domain(domain, i as u32).within(&at)?;
             }
@@ -286,6 +292,7 @@ impl Ops {
 
 /// What routes take from their virtual host where they say nothing themselves.
 struct Inherited {
+    scope: Scope,
     retry: Option<RetryPolicy>,
     buffer_limit: Option<usize>,
 }
@@ -308,18 +315,18 @@ fn buffer_limit(older: Option<UInt32Value>, newer: Option<UInt64Value>) -> Optio
 }
 
 impl VirtualHost {
-    fn compile(m: &pb::VirtualHost, table: &Ops) -> Result<Self> {
+    fn compile(m: &pb::VirtualHost, table: &Ops, outer: &Scope) -> Result<Self> {
         every_field!(m, pb::VirtualHost,
         used {
             name, domains, routes, require_tls, request_headers_to_add, request_headers_to_remove, response_headers_to_add,
             response_headers_to_remove, include_request_attempt_count, include_attempt_count_in_response,
-            include_is_timeout_retry_header, retry_policy, per_request_buffer_limit_bytes, request_body_buffer_limit,
+            include_is_timeout_retry_header, retry_policy, per_request_buffer_limit_bytes, request_body_buffer_limit, rate_limits,
+            cors, typed_per_filter_config, request_mirror_policies,
         }
         // virtual_clusters: statistics that are not kept. metadata: for people.
         irrelevant { virtual_clusters, metadata }
         refused {
-            matcher, rate_limits, cors, typed_per_filter_config, retry_policy_typed_config, hedge_policy,
-            request_mirror_policies, route_specifiers,
+            matcher, retry_policy_typed_config, hedge_policy, route_specifiers,
         });
         let ops = table.around(
             HeaderOps::compile(&m.request_headers_to_add, &m.request_headers_to_remove)
@@ -328,6 +335,11 @@ impl VirtualHost {
                 .within("response")?,
         );
         let inherited = Inherited {
+            scope: outer
+                .inner(&m.typed_per_filter_config)?
+                .with_cors(m.cors.as_ref())?
+                .with_host_limits(&m.rate_limits)?
+                .with_mirrors(&m.request_mirror_policies)?,
             retry: m
                 .retry_policy
                 .as_ref()
@@ -377,10 +389,11 @@ impl Route {
             used {
                 name, r#match, action, request_headers_to_add, request_headers_to_remove, response_headers_to_add,
                 response_headers_to_remove, per_request_buffer_limit_bytes, request_body_buffer_limit,
+                typed_per_filter_config,
             }
             // decorator and tracing name spans: tracing is refused in the connection manager.
             irrelevant { metadata, decorator, tracing, stat_prefix }
-            refused { typed_per_filter_config, route_specifiers });
+            refused { route_specifiers });
         let conditions = m
             .r#match
             .as_ref()
@@ -397,8 +410,17 @@ impl Route {
             PathMatch::Template(template) => Some(template),
             _ => None,
         };
-        route.action = compile_action(m.action.as_ref(), template)?;
+        let mut scope = inherited.scope.inner(&m.typed_per_filter_config)?;
+        if let Some(PbAction::Route(action)) = &m.action {
+            scope = scope.with_action(action).within("route")?;
+        }
+        route.action = compile_action(m.action.as_ref(), template, &scope)?;
+        route.filters = scope.finish();
         if let Action::Forward(forward) = &mut route.action {
+            if forward.entries_have_filters() {
+                // Requests of this route must come to the filters, whatever the entry.
+                route.filters.get_or_insert_default();
+            }
             let own = buffer_limit(
                 m.per_request_buffer_limit_bytes,
                 m.request_body_buffer_limit,
@@ -440,6 +462,7 @@ impl Route {
                 .transpose()
                 .within("runtime_fraction")?,
             grpc_only: m.grpc.is_some(),
+            filters: None,
             action: Action::Direct(Direct {
                 status: http::StatusCode::NOT_FOUND,
                 body: bytes::Bytes::new(),
@@ -497,9 +520,13 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+' | b';'))
 }
 
-fn compile_action(action: Option<&PbAction>, template: Option<&Template>) -> Result<Action> {
+fn compile_action(
+    action: Option<&PbAction>,
+    template: Option<&Template>,
+    scope: &Scope,
+) -> Result<Action> {
     match action {
-        Some(PbAction::Route(m)) => Forward::compile(m, template)
+        Some(PbAction::Route(m)) => Forward::compile(m, template, scope)
             .within("route")
             .map(|f| Action::Forward(Box::new(f))),
         Some(PbAction::Redirect(m)) => Redirect::compile(m)

@@ -1,12 +1,14 @@
 //! The `tcp_proxy` filter.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as pb;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::ClusterSpecifier;
 
-use crate::error::{CompileError, Result, every_field, timeout};
+use crate::error::{CompileError, Result, Within, every_field, timeout};
+use crate::hash;
 
 /// Envoy's idle timeout of proxied TCP connections.
 const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -19,12 +21,13 @@ pub struct TcpProxy {
     pub idle_timeout: Option<Duration>,
     /// Connections tried before giving up, at least 1.
     pub max_connect_attempts: u32,
+    hash_by_source: bool,
 }
 
 impl TcpProxy {
     pub(crate) fn compile(m: &pb::TcpProxy) -> Result<Self> {
         every_field!(m, pb::TcpProxy,
-        used { idle_timeout, max_connect_attempts, cluster_specifier }
+        used { idle_timeout, max_connect_attempts, cluster_specifier, hash_policy }
         // Statistics and log settings: access logs are refused. on_demand: clusters are not discovered one by one.
         irrelevant {
             stat_prefix, on_demand, access_log_flush_interval, flush_access_log_on_connected, access_log_options, check_drain_close,
@@ -32,7 +35,7 @@ impl TcpProxy {
             max_downstream_connection_duration_jitter_percentage,
         }
         refused {
-            metadata_match, access_log, hash_policy, tunneling_config, max_downstream_connection_duration, proxy_protocol_tlvs,
+            metadata_match, access_log, tunneling_config, max_downstream_connection_duration, proxy_protocol_tlvs,
             proxy_protocol_tlv_merge_policy, upstream_connect_mode,
         });
         let clusters = match &m.cluster_specifier {
@@ -58,7 +61,13 @@ impl TcpProxy {
                 DEFAULT_IDLE_TIMEOUT,
             )?,
             max_connect_attempts: m.max_connect_attempts.map_or(1, |n| n.value.max(1)),
+            hash_by_source: hash::compile_tcp(&m.hash_policy).within("hash_policy")?,
         })
+    }
+
+    /// The hash of a connection from this address, where the configuration asks for one.
+    pub fn hash(&self, source: IpAddr) -> Option<u64> {
+        self.hash_by_source.then(|| hash::of_ip(source))
     }
 
     /// The cluster for a connection.

@@ -5,5 +5,6 @@
 
 mod balancing;
 mod chains;
+mod filters;
 mod routes;
 mod snapshots;

@@ -524,7 +524,7 @@ fn what_is_not_implemented_is_refused_by_name() {
     let error =
         refused(&|r| r.typed_per_filter_config = [("x".to_owned(), Default::default())].into());
     assert!(
-        error.starts_with("virtual_hosts[0] \"h\".routes[0] \"r\".typed_per_filter_config: "),
+        error.starts_with("virtual_hosts[0] \"h\".routes[0] \"r\".typed_per_filter_config[\"x\"]"),
         "{error}"
     );
     let error = refused(&|r| {
@@ -538,7 +538,7 @@ fn what_is_not_implemented_is_refused_by_name() {
     let error = refused(&|r| {
         let value = PbValue {
             key: "x".to_owned(),
-            value: "%REQ(x)%".to_owned(),
+            value: "%NO_SUCH_OPERATOR%".to_owned(),
             ..Default::default()
         };
         r.request_headers_to_add.push(HeaderValueOption {
