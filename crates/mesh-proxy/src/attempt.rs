@@ -23,7 +23,7 @@ use crate::http::{
 use crate::node::{PEER_ID, PEER_METADATA};
 use crate::pool::{ConnectError, Host, Lease, Sent, Version as Upstream};
 use crate::report::{Flag, Flags};
-use crate::upstream::ClusterState;
+use crate::upstream::{ClusterState, Wish};
 
 const TIMEOUT_RETRY: HeaderName = HeaderName::from_static("x-envoy-is-timeout-retry");
 
@@ -185,14 +185,13 @@ impl<'a> Plan<'a> {
     fn pick(&self, tried: &[SocketAddr]) -> Option<Rc<Host>> {
         let worker = &self.exchange.connection.worker;
         let avoid = self.policy.map_or(0, |policy| policy.avoid_previous_hosts);
-        self.state.pick(
-            self.cluster,
-            original_destination(self.exchange),
-            &worker.peers,
-            || worker.random(),
+        let wish = Wish {
+            destination: original_destination(self.exchange),
             tried,
             avoid,
-        )
+            ..Wish::default()
+        };
+        self.state.pick(&wish, &worker.peers, || worker.random())
     }
 
     /// Can what was sent of the body be sent again?

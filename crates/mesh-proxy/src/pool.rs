@@ -1,31 +1,36 @@
 //! Connections to endpoints, one pool for each worker, cluster and endpoint.
 
+mod connect;
+mod lease;
+
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
 
-use http::{Request, Response};
-use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use mesh_net::sockets::{ConnectOptions, connect};
 use mesh_routing::cluster::ClusterConfig;
 use mesh_telemetry::Peer;
-use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::body::RequestBody;
 use crate::clock;
 use crate::exec::LocalExec;
 use crate::shared::Shared;
+use crate::upstream::common::EndpointState;
+use crate::upstream::counters::{Counter, HostShard};
+use crate::upstream::{Core, host_counters};
+
+pub use connect::{ConnectError, TcpUpstream};
+pub use lease::{Lease, Sent};
+
+use lease::Sender;
 
 /// Unused connections that an endpoint keeps open at most.
 const MOST_IDLE: usize = 1024;
-/// Idle time before TCP asks whether the other side is still there.
-const KEEPALIVE: Duration = Duration::from_secs(60);
 /// A connection that was idle for longer than this many seconds may be about to be closed by the endpoint.
 const SUSPECT_AFTER: u32 = 1;
 
@@ -40,17 +45,51 @@ pub struct Host {
     pub active: Cell<u32>,
     /// Who runs there.
     pub peer: Arc<Peer>,
+    /// As all workers see it.
+    pub endpoint: Arc<EndpointState>,
+    pub(crate) core: Rc<Core>,
+    pub(crate) counters: Arc<HostShard>,
+    hostname: RefCell<Arc<str>>,
+    priority: Cell<u32>,
     idle: RefCell<Vec<Idle>>,
-    http2: RefCell<Option<Http2>>,
-    /// One connection attempt at a time for HTTP/2, since one connection serves all.
+    http2: RefCell<Vec<Rc<Multiplexed>>>,
+    /// One connection attempt at a time for HTTP/2, since one connection serves many.
     connecting: Semaphore,
+    /// Connections of this worker that are open or being opened.
+    open: Cell<u32>,
+    waiting: RefCell<VecDeque<oneshot::Sender<Option<Idle>>>>,
+    /// Goes up when connections made until now are not to be used any more.
+    generation: Cell<u32>,
 }
 
+/// An HTTP/1 connection without a request.
 struct Idle {
     sender: Http1,
     /// Second of the worker's clock at which it fell idle.
     since: u32,
+    history: History,
+}
+
+/// What a connection has behind it.
+#[derive(Debug, Clone, Copy)]
+struct History {
+    /// Second of the worker's clock at which it was opened.
+    born: u32,
+    /// Requests it was lent for.
     requests: u32,
+    /// Of the host when it was opened.
+    generation: u32,
+}
+
+/// An HTTP/2 connection.
+struct Multiplexed {
+    sender: Http2,
+    /// Streams that the endpoint allows at once.
+    room: Rc<Cell<u32>>,
+    streams: Cell<u32>,
+    /// Second at which the last stream ended.
+    since: Cell<u32>,
+    history: Cell<History>,
 }
 
 /// Which HTTP version to speak.
@@ -62,31 +101,44 @@ pub enum Version {
     Http2,
 }
 
-/// Why no connection could be had.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// The kernel said so.
-    #[error("{0}")]
-    Io(#[from] std::io::Error),
-    /// The cluster's connect timeout.
-    #[error("no connection within the connect timeout")]
-    Timeout,
-    /// The HTTP handshake failed.
-    #[error("{0}")]
-    Http(#[from] hyper::Error),
-}
-
 impl Host {
-    /// An endpoint without connections.
-    pub fn new(address: SocketAddr, peer: Arc<Peer>) -> Self {
+    /// An endpoint without connections. `renewed`: it is another one than what was at this address before.
+    pub fn new(core: &Rc<Core>, address: SocketAddr, peer: Arc<Peer>, renewed: bool) -> Self {
+        let (endpoint, counters) = host_counters(core, address, renewed);
         Self {
             address,
             active: Cell::new(0),
             peer,
+            endpoint,
+            core: core.clone(),
+            counters,
+            hostname: RefCell::new("".into()),
+            priority: Cell::new(0),
             idle: RefCell::default(),
             http2: RefCell::default(),
             connecting: Semaphore::new(1),
+            open: Cell::new(0),
+            waiting: RefCell::default(),
+            generation: Cell::new(0),
         }
+    }
+
+    /// What the configuration says about it.
+    pub fn describe(&self, hostname: &Arc<str>, priority: u32) {
+        if *self.hostname.borrow() != *hostname {
+            self.hostname.replace(hostname.clone());
+        }
+        self.priority.set(priority);
+    }
+
+    /// Its host name, empty where it has none.
+    pub fn hostname(&self) -> Arc<str> {
+        self.hostname.borrow().clone()
+    }
+
+    /// Its priority.
+    pub fn priority(&self) -> u32 {
+        self.priority.get()
     }
 
     /// A connection that is ready to send. `fresh` does not take one that was used before.
@@ -109,36 +161,93 @@ impl Host {
         config: &ClusterConfig,
         fresh: bool,
     ) -> Result<Lease, ConnectError> {
-        while !fresh && let Some(mut idle) = self.take_idle() {
-            if !idle.sender.is_closed() && idle.sender.ready().await.is_ok() {
-                let suspect = clock::now().saturating_sub(idle.since) > SUSPECT_AFTER;
-                let lease = Lease::new(self, Sender::Http1(idle.sender), config);
-                return Ok(lease.used_before(suspect, idle.requests));
+        while !fresh && let Some(idle) = self.take_idle() {
+            if let Some(lease) = self.reuse(idle, config).await? {
+                return Ok(lease);
             }
         }
-        let stream = dial(shared, config, self.address).await?;
-        let (mut sender, connection) = http1::Builder::new()
-            .handshake(TokioIo::new(stream))
-            .await?;
-        tokio::task::spawn_local(async move {
-            if let Err(error) = connection.with_upgrades().await {
-                tracing::trace!(%error, "upstream connection");
-            }
-        });
-        sender.ready().await?;
-        Ok(Lease::new(self, Sender::Http1(sender), config))
+        let _pending = self.core.begin_pending().ok_or(ConnectError::Overflow)?;
+        loop {
+            // Above the limit of connections one of this endpoint's own is waited for, as in Envoy.
+            let Some(held) = self.core.begin_connection(self.open.get() == 0) else {
+                if let Some(idle) = self.wait().await
+                    && let Some(lease) = self.reuse(idle, config).await?
+                {
+                    return Ok(lease);
+                }
+                continue;
+            };
+            let (stream, open) = self.dial(shared, config, held).await?;
+            let (mut sender, connection) = http1::Builder::new()
+                .handshake(TokioIo::new(stream))
+                .await?;
+            self.core.counters.inc(Counter::CxHttp1Total);
+            tokio::task::spawn_local(async move {
+                if let Err(error) = connection.with_upgrades().await {
+                    tracing::trace!(%error, "upstream connection");
+                }
+                drop(open);
+            });
+            sender.ready().await?;
+            return Lease::new(self, Sender::Http1(sender), config, self.begin_history());
+        }
+    }
+
+    async fn reuse(
+        self: &Rc<Self>,
+        mut idle: Idle,
+        config: &ClusterConfig,
+    ) -> Result<Option<Lease>, ConnectError> {
+        if idle.sender.is_closed() || idle.sender.ready().await.is_err() {
+            return Ok(None);
+        }
+        let suspect = clock::now().saturating_sub(idle.since) > SUSPECT_AFTER;
+        let lease = Lease::new(self, Sender::Http1(idle.sender), config, idle.history)?;
+        Ok(Some(lease.used_before(suspect)))
+    }
+
+    fn begin_history(&self) -> History {
+        History {
+            born: clock::now(),
+            requests: 0,
+            generation: self.generation.get(),
+        }
     }
 
     fn take_idle(&self) -> Option<Idle> {
         self.idle.borrow_mut().pop()
     }
 
-    fn open_http2(&self) -> Option<Http2> {
-        self.http2
-            .borrow()
-            .as_ref()
-            .filter(|sender| !sender.is_closed())
-            .cloned()
+    /// Waits for a connection that is given back (`None`: for one that is closed, so that another may be opened).
+    async fn wait(&self) -> Option<Idle> {
+        let (give, take) = oneshot::channel();
+        self.waiting.borrow_mut().push_back(give);
+        take.await.ok().flatten()
+    }
+
+    /// Gives a connection, or the news of a place for one, to who has waited longest; the connection comes back where nobody waits.
+    fn hand_over(&self, mut idle: Option<Idle>) -> Option<Idle> {
+        loop {
+            let waiting = self.waiting.borrow_mut().pop_front();
+            match waiting.map(|waiting| waiting.send(idle.take())) {
+                None => return idle,
+                Some(Ok(())) => return None,
+                // Gone meanwhile; the next one.
+                Some(Err(back)) => idle = back,
+            }
+        }
+    }
+
+    /// An HTTP/2 connection with room for another stream.
+    fn open_http2(&self, config: &ClusterConfig) -> Option<Rc<Multiplexed>> {
+        let mut all = self.http2.borrow_mut();
+        let old =
+            |m: &Rc<Multiplexed>| m.sender.is_closed() || self.is_spent(m.history.get(), config);
+        // What runs on a spent one goes on; it closes with its last stream.
+        all.retain(|m| !old(m));
+        let own = config.http2.max_concurrent_streams.unwrap_or(u32::MAX);
+        let room = |m: &&Rc<Multiplexed>| m.streams.get() < own.min(m.room.get()).max(1);
+        all.iter().find(room).cloned()
     }
 
     async fn lease_http2(
@@ -146,173 +255,141 @@ impl Host {
         shared: &Shared,
         config: &ClusterConfig,
     ) -> Result<Lease, ConnectError> {
-        if let Some(mut sender) = self.open_http2()
-            && sender.ready().await.is_ok()
-        {
-            return Ok(Lease::new(self, Sender::Http2(sender), config).used_before(false, 0));
+        if let Some(lease) = self.join_http2(config)? {
+            return Ok(lease);
         }
+        let _pending = self.core.begin_pending().ok_or(ConnectError::Overflow)?;
         let _permit = self.connecting.acquire().await;
-        // Somebody else may have connected while this request waited.
-        if let Some(mut sender) = self.open_http2()
-            && sender.ready().await.is_ok()
-        {
-            return Ok(Lease::new(self, Sender::Http2(sender), config).used_before(false, 0));
-        }
-        let stream = dial(shared, config, self.address).await?;
-        let mut builder = http2::Builder::new(LocalExec);
-        builder.timer(TokioTimer::new());
-        if let Some(window) = config.http2.stream_window {
-            builder.initial_stream_window_size(window);
-        }
-        if let Some(window) = config.http2.connection_window {
-            builder.initial_connection_window_size(window);
-        }
-        let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await?;
-        tokio::task::spawn_local(async move {
-            if let Err(error) = connection.await {
-                tracing::trace!(%error, "upstream connection");
+        loop {
+            // Somebody else may have connected while this request waited.
+            if let Some(lease) = self.join_http2(config)? {
+                return Ok(lease);
             }
-        });
-        sender.ready().await?;
-        *self.http2.borrow_mut() = Some(sender.clone());
-        Ok(Lease::new(self, Sender::Http2(sender), config))
+            let Some(held) = self.core.begin_connection(self.open.get() == 0) else {
+                self.wait().await;
+                continue;
+            };
+            let (stream, open) = self.dial(shared, config, held).await?;
+            let (mut sender, mut connection) = http2_builder(config)
+                .handshake(TokioIo::new(stream))
+                .await?;
+            self.core.counters.inc(Counter::CxHttp2Total);
+            let room = Rc::new(Cell::new(u32::MAX));
+            let told = room.clone();
+            tokio::task::spawn_local(async move {
+                let running = std::future::poll_fn(|cx| {
+                    let done = Pin::new(&mut connection).poll(cx);
+                    let streams = connection.current_max_send_streams();
+                    told.set(u32::try_from(streams).unwrap_or(u32::MAX));
+                    done
+                });
+                if let Err(error) = running.await {
+                    tracing::trace!(%error, "upstream connection");
+                }
+                drop(open);
+            });
+            sender.ready().await?;
+            let made = Rc::new(Multiplexed {
+                sender,
+                room,
+                streams: Cell::new(0),
+                since: Cell::new(clock::now()),
+                history: Cell::new(self.begin_history()),
+            });
+            self.http2.borrow_mut().push(made.clone());
+            return Lease::new(
+                self,
+                Sender::Http2(made.clone()),
+                config,
+                made.history.get(),
+            );
+        }
     }
 
-    /// Closes connections that have been idle for longer than `limit` seconds.
-    pub fn sweep(&self, limit: Option<Duration>) {
+    fn join_http2(self: &Rc<Self>, config: &ClusterConfig) -> Result<Option<Lease>, ConnectError> {
+        let Some(shared) = self.open_http2(config) else {
+            return Ok(None);
+        };
+        let history = shared.history.get();
+        let lease = Lease::new(self, Sender::Http2(shared), config, history)?;
+        Ok(Some(lease.used_before(false)))
+    }
+
+    /// Has it had its requests, or its time?
+    fn is_spent(&self, history: History, config: &ClusterConfig) -> bool {
+        let counters = &self.core.counters;
+        if history.generation != self.generation.get() {
+            return true;
+        }
+        if config
+            .max_requests_per_connection
+            .is_some_and(|most| history.requests >= most)
+        {
+            counters.inc(Counter::CxMaxRequests);
+            return true;
+        }
+        let age = clock::now().saturating_sub(history.born);
+        let old = config
+            .max_connection_duration
+            .is_some_and(|most| u64::from(age) >= most.as_secs().max(1));
+        if old {
+            counters.inc(Counter::CxMaxDuration);
+        }
+        old
+    }
+
+    /// Closes connections that have been unused for too long, or are old enough.
+    pub fn sweep(&self, config: &ClusterConfig) {
         let now = clock::now();
-        let limit = limit.map_or(u64::MAX, |l| l.as_secs());
-        self.idle.borrow_mut().retain(|idle| {
-            !idle.sender.is_closed() && u64::from(now.saturating_sub(idle.since)) <= limit
+        let limit = config.idle_timeout.map_or(u64::MAX, |l| l.as_secs());
+        let expired = |since: u32| {
+            let over = u64::from(now.saturating_sub(since)) > limit;
+            if over {
+                self.core.counters.inc(Counter::CxIdleTimeout);
+            }
+            over
+        };
+        let mut idle = self.idle.borrow_mut();
+        idle.retain(|idle| {
+            !idle.sender.is_closed() && !expired(idle.since) && !self.is_spent(idle.history, config)
         });
-        self.http2.borrow_mut().take_if(|sender| sender.is_closed());
+        if idle.is_empty() {
+            idle.shrink_to(0);
+        }
+        drop(idle);
+        self.http2.borrow_mut().retain(|m| {
+            let unused = m.streams.get() == 0 && expired(m.since.get());
+            !m.sender.is_closed() && !unused && !self.is_spent(m.history.get(), config)
+        });
+    }
+
+    /// Closes unused connections; those in use are closed when they are given back.
+    pub fn retire_connections(&self) {
+        self.generation.set(self.generation.get().wrapping_add(1));
+        self.idle.borrow_mut().clear();
+        self.http2.borrow_mut().clear();
     }
 
     /// Has it neither connections nor requests?
     pub fn is_unused(&self) -> bool {
-        self.active.get() == 0 && self.idle.borrow().is_empty() && self.http2.borrow().is_none()
+        self.active.get() == 0 && self.open.get() == 0
     }
 }
 
-/// A TCP connection to an endpoint, with the cluster's source address and the mark that exempts it from capture.
-pub async fn dial(
-    shared: &Shared,
-    config: &ClusterConfig,
-    address: SocketAddr,
-) -> Result<TcpStream, ConnectError> {
-    let source = config
-        .bind_source
-        .filter(|source| source.is_ipv4() == address.is_ipv4());
-    let options = ConnectOptions {
-        source: source.map(|ip| SocketAddr::new(ip, 0)),
-        mark: shared.mark,
-        keepalive: Some(KEEPALIVE),
-    };
-    shared
-        .totals
-        .upstream_connections
-        .fetch_add(1, Ordering::Relaxed);
-    let done = tokio::time::timeout(config.connect_timeout, connect(address, options)).await;
-    let done = done
-        .map_err(|_| ConnectError::Timeout)
-        .and_then(|stream| Ok(stream?));
-    if done.is_err() {
-        shared
-            .totals
-            .upstream_failures
-            .fetch_add(1, Ordering::Relaxed);
+fn http2_builder(config: &ClusterConfig) -> http2::Builder<LocalExec> {
+    let mut builder = http2::Builder::new(LocalExec);
+    builder.timer(TokioTimer::new());
+    if let Some(window) = config.http2.stream_window {
+        builder.initial_stream_window_size(window);
     }
-    done
-}
-
-enum Sender {
-    Http1(Http1),
-    Http2(Http2),
-}
-
-/// A connection lent to one request. Dropping it without [`Lease::give_back`] closes it (HTTP/1) or resets the stream (HTTP/2).
-pub struct Lease {
-    host: Rc<Host>,
-    sender: Option<Sender>,
-    /// Was it used before? (Then the endpoint may close it at the very moment it is used again.)
-    pub reused: bool,
-    /// Was it unused for so long that this is likely?
-    pub suspect: bool,
-    requests: u32,
-    limit: Option<u32>,
-}
-
-/// What became of a try.
-pub enum Sent {
-    /// There is a response.
-    Response(Response<Incoming>),
-    /// Nothing was written; here is the request again.
-    Unsent(Box<Request<RequestBody>>, hyper::Error),
-    /// It may have been received.
-    Lost(hyper::Error),
-}
-
-impl Lease {
-    fn new(host: &Rc<Host>, sender: Sender, config: &ClusterConfig) -> Self {
-        host.active.set(host.active.get() + 1);
-        Self {
-            host: host.clone(),
-            sender: Some(sender),
-            reused: false,
-            suspect: false,
-            requests: 1,
-            limit: config.max_requests_per_connection,
-        }
+    if let Some(window) = config.http2.connection_window {
+        builder.initial_connection_window_size(window);
     }
-
-    fn used_before(mut self, suspect: bool, requests: u32) -> Self {
-        self.reused = true;
-        self.suspect = suspect;
-        self.requests = requests + 1;
-        self
+    if let Some((interval, wait)) = config.http2.keepalive {
+        builder
+            .keep_alive_interval(interval)
+            .keep_alive_timeout(wait)
+            .keep_alive_while_idle(true);
     }
-
-    /// The endpoint.
-    pub fn host(&self) -> &Rc<Host> {
-        &self.host
-    }
-
-    /// Sends a request.
-    pub async fn send(&mut self, request: Request<RequestBody>) -> Option<Sent> {
-        let done = match self.sender.as_mut()? {
-            Sender::Http1(sender) => sender.try_send_request(request).await,
-            Sender::Http2(sender) => sender.try_send_request(request).await,
-        };
-        Some(match done {
-            Ok(response) => Sent::Response(response),
-            Err(mut error) => match error.take_message() {
-                Some(request) => Sent::Unsent(Box::new(request), error.into_error()),
-                None => Sent::Lost(error.into_error()),
-            },
-        })
-    }
-
-    /// Back to the pool after the whole response; an HTTP/1 connection whose request was not sent whole is closed instead.
-    pub fn give_back(mut self, request_done: bool) {
-        let full = self.limit.is_some_and(|limit| self.requests >= limit);
-        if let Some(Sender::Http1(sender)) = self.sender.take()
-            && request_done
-            && !full
-        {
-            let mut idle = self.host.idle.borrow_mut();
-            if idle.len() < MOST_IDLE {
-                idle.push(Idle {
-                    sender,
-                    since: clock::now(),
-                    requests: self.requests,
-                });
-            }
-        }
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.host.active.set(self.host.active.get() - 1);
-    }
+    builder
 }

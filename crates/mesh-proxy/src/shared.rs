@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::node::Identity;
 use crate::options::ProxyOptions;
+use crate::upstream::common::Upstreams;
 
 /// Counters that the admin interface shows.
 #[derive(Debug, Default)]
@@ -45,6 +46,8 @@ pub struct Shared {
     pub registry: Registry,
     /// Counters.
     pub totals: Totals,
+    /// What workers know together about clusters.
+    pub upstreams: Upstreams,
     /// Set while connections are drained.
     pub draining: AtomicBool,
     /// Set by `POST /healthcheck/fail`.
@@ -73,6 +76,7 @@ impl Shared {
             metrics,
             registry,
             totals: Totals::default(),
+            upstreams: Upstreams::default(),
             draining: AtomicBool::new(false),
             failing: AtomicBool::new(false),
             configured: AtomicBool::new(false),

@@ -13,8 +13,9 @@ use mesh_telemetry::TcpHandles;
 use tokio::net::TcpStream;
 
 use crate::listener::Downstream;
-use crate::pool::{Host, dial};
+use crate::pool::Host;
 use crate::report::{Flag, Flags};
+use crate::upstream::Wish;
 
 /// How often byte counters of open connections reach the metrics (Istio's `reportingInterval` is 15 s; ours costs next to nothing).
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -40,17 +41,16 @@ pub async fn serve(
     let mut upstream = None;
     let mut flag = Flag::NoHealthy;
     for _ in 0..proxy.max_connect_attempts {
-        let Some(host) = state.pick(
-            cluster,
+        let wish = Wish {
             destination,
-            &worker.peers,
-            || worker.random(),
-            &tried,
-            5,
-        ) else {
+            tried: &tried,
+            avoid: 5,
+            ..Wish::default()
+        };
+        let Some(host) = state.pick(&wish, &worker.peers, || worker.random()) else {
             break;
         };
-        match dial(&worker.shared, &cluster.config, host.address).await {
+        match host.connect(&worker.shared, &cluster.config).await {
             Ok(opened) => {
                 upstream = Some((host, opened));
                 break;
@@ -72,7 +72,7 @@ pub async fn serve(
         &host,
         &handles,
         &mut stream,
-        &mut upstream,
+        &mut upstream.stream,
         &prefix,
         proxy.idle_timeout,
     )

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use mesh_net::sockets::{ListenOptions, listen};
 use mesh_routing::Snapshot;
-use mesh_routing::cluster::Cluster;
+use mesh_routing::cluster::{Cluster, Discovery};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -74,7 +74,11 @@ impl Worker {
         if let Some(state) = self.clusters.borrow().get(&cluster.config.name) {
             return state.clone();
         }
-        let state = Rc::new(ClusterState::new(cluster, &self.shared));
+        // The newest version, also for a request that began on an older snapshot: the state lives on.
+        let snapshot = self.snapshot();
+        let newest = snapshot.cluster(&cluster.config.name).unwrap_or(cluster);
+        let state = ClusterState::new(newest, &self.shared, &self.peers, self.random());
+        let state = Rc::new(state);
         self.clusters
             .borrow_mut()
             .insert(cluster.config.name.clone(), state.clone());
@@ -85,6 +89,7 @@ impl Worker {
     pub async fn run(self: Rc<Self>, mut changes: watch::Receiver<u64>) {
         let mut second = tokio::time::interval(Duration::from_secs(1));
         second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        self.take_snapshot();
         let mut failed = self.sync_listeners();
         self.shared
             .serving
@@ -129,7 +134,12 @@ impl Worker {
             }
         }
         drop(clusters);
-        self.snapshot.replace(snapshot);
+        self.snapshot.replace(snapshot.clone());
+        // Names are looked up before the first request.
+        let named = |c: &&Cluster| matches!(c.config.discovery, Discovery::Dns(_));
+        for cluster in snapshot.clusters().filter(named) {
+            self.cluster_state(cluster);
+        }
     }
 
     /// Opens and closes sockets so that they are those of the snapshot. Connections stay. True if one could not be opened.

@@ -115,14 +115,13 @@ pub fn compile(state: &XdsState, previous: Option<&Snapshot>) -> (Snapshot, Vec<
         ),
         ..Snapshot::default()
     };
-    let panic_percents = snapshot.panic_percents();
     snapshot.endpoints = compile_all(
         ENDPOINTS,
         &state.endpoints,
         &old.endpoints,
         &mut rejections,
-        |name| panic_percents.get(name).copied().unwrap_or(50),
-        EndpointSet::compile,
+        |_| 0,
+        |m, _| EndpointSet::compile(m),
     );
     snapshot.warm(old);
     snapshot.index();
@@ -172,17 +171,6 @@ fn compile_all<T, R>(
 }
 
 impl Snapshot {
-    fn panic_percents(&self) -> BTreeMap<String, u32> {
-        let eds = |c: &ClusterConfig| match &c.discovery {
-            Discovery::Eds(service) => Some((service.to_string(), c.panic_percent)),
-            _ => None,
-        };
-        self.configs
-            .values()
-            .filter_map(|entry| eds(&entry.compiled))
-            .collect()
-    }
-
     /// Listeners whose route tables have not arrived stay as they were, or out, until they have (Envoy's warming): LDS comes before RDS.
     fn warm(&mut self, old: &Snapshot) {
         let waits = |entry: &Entry<Listener, PbListener>, routes: &BTreeMap<String, _>| {
@@ -233,7 +221,7 @@ impl Snapshot {
                     .get(&**service)
                     .map_or_else(|| none.clone(), |e| e.compiled.clone()),
                 Discovery::Static(set) => set.clone(),
-                Discovery::OriginalDestination(_) => none.clone(),
+                Discovery::OriginalDestination(_) | Discovery::Dns(_) => none.clone(),
             };
             self.clusters
                 .insert(config.name.clone(), Cluster { config, endpoints });

@@ -1,6 +1,7 @@
-//! Endpoints of a cluster, arranged for picking.
+//! Endpoints of a cluster.
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::core::v3::address::Address as PbAddress;
@@ -12,8 +13,8 @@ use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use crate::error::{CompileError, Result, Within, every_field};
 use crate::metadata;
 
-/// Schedules longer than this are coarsened.
-const LONGEST_SCHEDULE: u64 = 4096;
+/// Highest priority that Envoy accepts.
+const MOST_PRIORITY: u32 = 128;
 
 /// One endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +22,8 @@ pub struct Endpoint {
     /// Where to connect.
     pub address: SocketAddr,
     /// Its host name, where it has one.
-    pub hostname: Box<str>,
+    pub hostname: Arc<str>,
+    key: Option<Box<str>>,
     /// Relative weight, at least 1.
     pub weight: u32,
     /// Its health as the control plane sees it.
@@ -30,8 +32,21 @@ pub struct Endpoint {
     pub workload: Workload,
     /// `region/zone/subzone`, empty where unknown.
     pub locality: Arc<str>,
+    /// Its locality in [`EndpointSet::localities`].
+    pub locality_index: u32,
     /// 0 is preferred.
     pub priority: u32,
+}
+
+impl Endpoint {
+    /// What consistent hashing hashes.
+    pub(crate) fn hash_key(&self, by_name: bool) -> std::borrow::Cow<'_, str> {
+        match &self.key {
+            Some(key) => (&**key).into(),
+            None if by_name && !self.hostname.is_empty() => (&*self.hostname).into(),
+            None => self.address.to_string().into(),
+        }
+    }
 }
 
 /// Health of an endpoint.
@@ -75,44 +90,56 @@ impl Workload {
     }
 }
 
-/// All endpoints of a cluster, with what picking needs.
-#[derive(Debug, Default)]
-pub struct EndpointSet {
-    endpoints: Vec<Endpoint>,
-    tiers: Vec<Tier>,
+/// A group of endpoints in one place and of one priority.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Locality {
+    /// `region/zone/subzone`, empty where unknown.
+    pub name: Arc<str>,
+    /// 0 is preferred.
+    pub priority: u32,
+    /// Its share, where localities have weights; 0 takes nothing then.
+    pub weight: u32,
 }
 
-/// The usable endpoints of one priority.
-#[derive(Debug)]
-pub(crate) struct Tier {
-    /// Upper bound of its share, in percent, cumulative.
-    pub(crate) until: u32,
-    /// Indexes into the endpoints.
-    pub(crate) members: Vec<u32>,
-    /// Indexes in the order of weighted round robin; for equal weights the members themselves.
-    pub(crate) schedule: Vec<u32>,
+/// All endpoints of a cluster.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct EndpointSet {
+    endpoints: Vec<Endpoint>,
+    localities: Vec<Locality>,
+    overprovisioning: u32,
 }
 
 impl EndpointSet {
-    /// Compiles the message. `panic_percent`: below this share of healthy endpoints health is ignored (0 turns that off).
-    pub fn compile(m: &pb::ClusterLoadAssignment, panic_percent: u32) -> Result<Self> {
-        every_field!(m, pb::ClusterLoadAssignment, used { endpoints, policy }
-            irrelevant { cluster_name, named_endpoints } refused {});
-        let mut overprovisioning = 140;
-        if let Some(policy) = &m.policy {
-            every_field!(policy, pb::cluster_load_assignment::Policy, used { overprovisioning_factor }
-                // endpoint_stale_after: the stream tells; weighted_priority_health: weights of one priority are alike in health.
-                irrelevant { endpoint_stale_after, weighted_priority_health } refused { drop_overloads });
-            overprovisioning = policy
-                .overprovisioning_factor
-                .map_or(140, |f| f.value.max(100));
+    /// Compiles the message.
+    pub fn compile(m: &pb::ClusterLoadAssignment) -> Result<Self> {
+        let draft = Draft::compile(m)?;
+        let endpoint = |(target, endpoint): (Target, Endpoint)| match target {
+            Target::Address(address) => Ok(Endpoint {
+                address,
+                ..endpoint
+            }),
+            Target::Name(name, _) => Err(CompileError::new(
+                "address",
+                format!("{name:?} is not an IP address (names need a DNS cluster)"),
+            )),
+        };
+        let endpoints = draft.endpoints.into_iter().map(endpoint);
+        Ok(Self::of(
+            endpoints.collect::<Result<_>>()?,
+            draft.localities,
+            draft.overprovisioning,
+        ))
+    }
+
+    /// Of several endpoints with one address the first one counts, as in Envoy.
+    fn of(mut endpoints: Vec<Endpoint>, localities: Vec<Locality>, overprovisioning: u32) -> Self {
+        let mut seen = HashSet::with_capacity(endpoints.len());
+        endpoints.retain(|endpoint| seen.insert(endpoint.address));
+        Self {
+            endpoints,
+            localities,
+            overprovisioning,
         }
-        let mut endpoints = Vec::new();
-        for (i, group) in m.endpoints.iter().enumerate() {
-            compile_group(group, &mut endpoints).within(format_args!("endpoints[{i}]"))?;
-        }
-        let tiers = arrange(&endpoints, panic_percent, overprovisioning);
-        Ok(Self { endpoints, tiers })
     }
 
     /// All endpoints, also unhealthy ones.
@@ -120,34 +147,152 @@ impl EndpointSet {
         &self.endpoints
     }
 
-    pub(crate) fn tier(&self, random: u64) -> Option<&Tier> {
-        let point = (random % 100) as u32;
-        self.tiers
+    /// The localities that endpoints point to.
+    pub fn localities(&self) -> &[Locality] {
+        &self.localities
+    }
+
+    /// How far a priority may lose endpoints before load spills to the next, in percent of what is needed.
+    pub(crate) fn overprovisioning(&self) -> u32 {
+        self.overprovisioning
+    }
+}
+
+/// Endpoints whose addresses come from DNS.
+#[derive(Debug)]
+pub struct NamedEndpoints(Draft);
+
+impl NamedEndpoints {
+    /// Compiles the `load_assignment` of a DNS cluster.
+    pub(crate) fn compile(m: &pb::ClusterLoadAssignment) -> Result<Self> {
+        Draft::compile(m).map(Self)
+    }
+
+    /// The names to look up, without repetition.
+    pub fn names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for (target, _) in &self.0.endpoints {
+            if let Target::Name(name, _) = target
+                && !names.contains(&&**name)
+            {
+                names.push(name);
+            }
+        }
+        names
+    }
+
+    /// The endpoints once the names are known: one for each address (`first_only`: for the first address, as LOGICAL_DNS wants it).
+    pub fn resolve(
+        &self,
+        addresses: impl Fn(&str) -> Vec<IpAddr>,
+        first_only: bool,
+    ) -> EndpointSet {
+        let mut endpoints = Vec::new();
+        for (target, template) in &self.0.endpoints {
+            let found = match target {
+                Target::Address(address) => vec![*address],
+                Target::Name(name, port) => addresses(name)
+                    .into_iter()
+                    .take(if first_only { 1 } else { usize::MAX })
+                    .map(|ip| SocketAddr::new(ip, *port))
+                    .collect(),
+            };
+            let hostname = match target {
+                Target::Name(name, _) if template.hostname.is_empty() => name,
+                _ => &template.hostname,
+            };
+            endpoints.extend(found.into_iter().map(|address| Endpoint {
+                address,
+                hostname: hostname.clone(),
+                ..template.clone()
+            }));
+        }
+        EndpointSet::of(
+            endpoints,
+            self.0.localities.clone(),
+            self.0.overprovisioning,
+        )
+    }
+}
+
+/// Where an endpoint says that it is.
+#[derive(Debug)]
+enum Target {
+    Address(SocketAddr),
+    Name(Arc<str>, u16),
+}
+
+/// A message on its way to a set; the addresses in the endpoints are filled in later.
+#[derive(Debug)]
+struct Draft {
+    endpoints: Vec<(Target, Endpoint)>,
+    localities: Vec<Locality>,
+    overprovisioning: u32,
+}
+
+impl Draft {
+    fn compile(m: &pb::ClusterLoadAssignment) -> Result<Self> {
+        every_field!(m, pb::ClusterLoadAssignment, used { endpoints, policy }
+            irrelevant { cluster_name, named_endpoints } refused {});
+        let mut draft = Self {
+            endpoints: Vec::new(),
+            localities: Vec::new(),
+            overprovisioning: 140,
+        };
+        if let Some(policy) = &m.policy {
+            every_field!(policy, pb::cluster_load_assignment::Policy, used { overprovisioning_factor }
+                // endpoint_stale_after: the stream tells.
+                irrelevant { endpoint_stale_after } refused { drop_overloads, weighted_priority_health });
+            draft.overprovisioning = policy
+                .overprovisioning_factor
+                .map_or(140, |f| f.value.max(1));
+        }
+        for (i, group) in m.endpoints.iter().enumerate() {
+            draft.group(group).within(format_args!("endpoints[{i}]"))?;
+        }
+        Ok(draft)
+    }
+
+    fn group(&mut self, m: &pb::LocalityLbEndpoints) -> Result<()> {
+        every_field!(m, pb::LocalityLbEndpoints, used { locality, lb_endpoints, priority, load_balancing_weight }
+            // proximity: Envoy does not use it either.
+            irrelevant { metadata, proximity } refused { lb_config });
+        if m.priority > MOST_PRIORITY {
+            let reason = format!("{} is more than {MOST_PRIORITY}", m.priority);
+            return Err(CompileError::new("priority", reason));
+        }
+        let name: Arc<str> = match &m.locality {
+            Some(l) => [l.region.as_str(), &l.zone, &l.sub_zone]
+                .join("/")
+                .trim_end_matches('/')
+                .into(),
+            None => "".into(),
+        };
+        let known = self
+            .localities
             .iter()
-            .find(|tier| point < tier.until)
-            .or(self.tiers.last())
+            .position(|l| l.name == name && l.priority == m.priority);
+        let index = known.unwrap_or(self.localities.len());
+        if known.is_none() {
+            self.localities.push(Locality {
+                name: name.clone(),
+                priority: m.priority,
+                weight: m.load_balancing_weight.map_or(0, |w| w.value),
+            });
+        }
+        for (i, endpoint) in m.lb_endpoints.iter().enumerate() {
+            let (target, mut endpoint) =
+                compile_endpoint(endpoint).within(format_args!("lb_endpoints[{i}]"))?;
+            endpoint.locality = name.clone();
+            endpoint.locality_index = index as u32;
+            endpoint.priority = m.priority;
+            self.endpoints.push((target, endpoint));
+        }
+        Ok(())
     }
 }
 
-fn compile_group(m: &pb::LocalityLbEndpoints, out: &mut Vec<Endpoint>) -> Result<()> {
-    every_field!(m, pb::LocalityLbEndpoints, used { locality, lb_endpoints, priority }
-        // load_balancing_weight and proximity count only with locality weighting, which clusters are refused for.
-        irrelevant { metadata, load_balancing_weight, proximity } refused { lb_config });
-    let locality: Arc<str> = match &m.locality {
-        Some(l) => [l.region.as_str(), &l.zone, &l.sub_zone]
-            .join("/")
-            .trim_end_matches('/')
-            .into(),
-        None => "".into(),
-    };
-    for (i, endpoint) in m.lb_endpoints.iter().enumerate() {
-        let endpoint = compile_endpoint(endpoint, &locality, m.priority);
-        out.push(endpoint.within(format_args!("lb_endpoints[{i}]"))?);
-    }
-    Ok(())
-}
-
-fn compile_endpoint(m: &pb::LbEndpoint, locality: &Arc<str>, priority: u32) -> Result<Endpoint> {
+fn compile_endpoint(m: &pb::LbEndpoint) -> Result<(Target, Endpoint)> {
     let endpoint = match &m.host_identifier {
         Some(HostIdentifier::Endpoint(endpoint)) => endpoint,
         Some(HostIdentifier::EndpointName(_)) => {
@@ -157,22 +302,50 @@ fn compile_endpoint(m: &pb::LbEndpoint, locality: &Arc<str>, priority: u32) -> R
     };
     // health_check_config: there is no active health checking. observability_name: for statistics. additional_addresses: other families of
     // the same endpoint; the first address is the one to use.
-    let address = socket_address(endpoint.address.as_ref()).within("endpoint.address")?;
+    let target = target(endpoint.address.as_ref()).within("endpoint.address")?;
     let workload =
         metadata::istio(m.metadata.as_ref()).and_then(|istio| metadata::text(istio, "workload"));
-    Ok(Endpoint {
-        address,
+    let endpoint = Endpoint {
+        address: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
         hostname: endpoint.hostname.as_str().into(),
+        key: hash_key(m),
         weight: m.load_balancing_weight.map_or(1, |w| w.value.max(1)),
         health: match HealthStatus::try_from(m.health_status) {
             Ok(HealthStatus::Unknown | HealthStatus::Healthy) => Health::Healthy,
             Ok(HealthStatus::Degraded) => Health::Degraded,
+            // DRAINING, TIMEOUT and what may come take no new requests.
             _ => Health::Unhealthy,
         },
         workload: workload.map(Workload::parse).unwrap_or_default(),
-        locality: locality.clone(),
-        priority,
-    })
+        locality: "".into(),
+        locality_index: 0,
+        priority: 0,
+    };
+    Ok((target, endpoint))
+}
+
+/// `filter_metadata["envoy.lb"].hash_key`, which stands for the address in consistent hashing.
+fn hash_key(m: &pb::LbEndpoint) -> Option<Box<str>> {
+    let lb = m.metadata.as_ref()?.filter_metadata.get("envoy.lb")?;
+    metadata::text(lb, "hash_key").map(Box::from)
+}
+
+fn target(m: Option<&Address>) -> Result<Target> {
+    if let Some(PbAddress::SocketAddress(socket)) = m.and_then(|m| m.address.as_ref())
+        && socket.address.parse::<IpAddr>().is_err()
+        && is_host_name(&socket.address)
+    {
+        let mut with_address = socket.clone();
+        with_address.address = "0.0.0.0".to_owned();
+        let port = ip_socket(&with_address)?.port();
+        return Ok(Target::Name(socket.address.as_str().into(), port));
+    }
+    socket_address(m).map(Target::Address)
+}
+
+fn is_host_name(text: &str) -> bool {
+    let fits = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.');
+    !text.is_empty() && text.len() <= 253 && text.bytes().all(fits)
 }
 
 /// An IP address and port; names and pipes are refused.
@@ -194,13 +367,7 @@ pub(crate) fn ip_socket(m: &SocketAddress) -> Result<SocketAddr> {
         return Err(CompileError::new("protocol", "UDP is not implemented"));
     }
     let ip: IpAddr = m.address.parse().map_err(|_| {
-        CompileError::new(
-            "address",
-            format!(
-                "{:?} is not an IP address (names need a DNS cluster, not implemented)",
-                m.address
-            ),
-        )
+        CompileError::new("address", format!("{:?} is not an IP address", m.address))
     })?;
     let port = match &m.port_specifier {
         Some(PortSpecifier::PortValue(port)) => *port,
@@ -210,94 +377,4 @@ pub(crate) fn ip_socket(m: &SocketAddress) -> Result<SocketAddr> {
     let port = u16::try_from(port)
         .map_err(|_| CompileError::new("port_value", format!("{port} is not a port")))?;
     Ok(SocketAddr::new(ip, port))
-}
-
-/// Envoy's priority levels: each takes what its health, times the overprovisioning factor, allows; the rest spills to the next. Where all
-/// together are below the panic threshold, health is ignored.
-fn arrange(endpoints: &[Endpoint], panic_percent: u32, overprovisioning: u32) -> Vec<Tier> {
-    let mut priorities: Vec<u32> = endpoints.iter().map(|e| e.priority).collect();
-    priorities.sort_unstable();
-    priorities.dedup();
-    let of = |priority: u32, health: Health| -> Vec<u32> {
-        let wanted = |e: &&Endpoint| e.priority == priority && e.health == health;
-        (0_u32..)
-            .zip(endpoints)
-            .filter(|(_, e)| wanted(e))
-            .map(|(i, _)| i)
-            .collect()
-    };
-    let (mut tiers, mut left) = (Vec::new(), 100_u32);
-    for &priority in &priorities {
-        let (mut members, degraded) = (
-            of(priority, Health::Healthy),
-            of(priority, Health::Degraded),
-        );
-        let all = endpoints.iter().filter(|e| e.priority == priority).count();
-        if members.is_empty() {
-            members = degraded;
-        }
-        let share = percent(members.len(), all, overprovisioning).min(left);
-        if !members.is_empty() && share > 0 {
-            left -= share;
-            tiers.push((share, members));
-        }
-    }
-    let healthy: usize = tiers.iter().map(|(_, members)| members.len()).sum();
-    if !endpoints.is_empty() && percent(healthy, endpoints.len(), 100) < panic_percent {
-        tiers = vec![(100, (0..endpoints.len() as u32).collect())];
-    }
-    let total: u32 = tiers.iter().map(|(share, _)| share).sum();
-    let mut until = 0;
-    let place = |(share, members): (u32, Vec<u32>)| {
-        until += (share * 100).div_ceil(total.max(1));
-        let schedule = schedule(endpoints, &members);
-        Tier {
-            until,
-            members,
-            schedule,
-        }
-    };
-    tiers.into_iter().map(place).collect()
-}
-
-fn percent(part: usize, whole: usize, factor: u32) -> u32 {
-    if whole == 0 {
-        0
-    } else {
-        (part as u64 * u64::from(factor) / whole as u64).min(100) as u32
-    }
-}
-
-/// Smooth weighted round robin, worked out ahead: in every turn the endpoint furthest behind its weight.
-fn schedule(endpoints: &[Endpoint], members: &[u32]) -> Vec<u32> {
-    let weight = |i: u32| u64::from(endpoints[i as usize].weight);
-    let mut weights: Vec<u64> = members.iter().map(|&i| weight(i)).collect();
-    if weights.windows(2).all(|pair| pair[0] == pair[1]) {
-        return members.to_vec();
-    }
-    let divisor = weights.iter().copied().fold(0, gcd).max(1);
-    let total: u64 = weights.iter().sum::<u64>() / divisor;
-    let coarse = total.div_ceil(LONGEST_SCHEDULE).max(1);
-    weights
-        .iter_mut()
-        .for_each(|w| *w = (*w / divisor / coarse).max(1));
-    let total: u64 = weights.iter().sum();
-    let mut credit = vec![0_i64; weights.len()];
-    let mut order = Vec::with_capacity(total as usize);
-    for _ in 0..total {
-        let mut best = 0;
-        for i in 0..weights.len() {
-            credit[i] += weights[i] as i64;
-            if credit[i] > credit[best] {
-                best = i;
-            }
-        }
-        credit[best] -= total as i64;
-        order.push(members[best]);
-    }
-    order
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use mesh_routing::compile::{CLUSTER, ENDPOINTS, LISTENER, ROUTE};
 use mesh_routing::endpoint::{Endpoint, Health};
-use mesh_routing::lb::LbPolicy;
 use mesh_xds::json::{JsonError, Naming, any_to_json};
 use prost::Message;
 use serde_json::{Value, json};
@@ -146,19 +145,11 @@ pub fn clusters_json(shared: &Shared) -> Value {
         json!({
             "name": &*cluster.config.name,
             "added_via_api": true,
-            "lb_policy": policy(cluster.config.policy),
+            "lb_policy": cluster.config.lb.policy.name(),
             "host_statuses": cluster.endpoints.endpoints().iter().map(host).collect::<Vec<_>>(),
         })
     };
     json!({ "cluster_statuses": clusters.iter().map(one).collect::<Vec<_>>() })
-}
-
-fn policy(policy: LbPolicy) -> &'static str {
-    match policy {
-        LbPolicy::RoundRobin => "ROUND_ROBIN",
-        LbPolicy::Random => "RANDOM",
-        LbPolicy::LeastRequest(_) => "LEAST_REQUEST",
-    }
 }
 
 fn socket(address: std::net::SocketAddr) -> Value {

@@ -39,7 +39,7 @@ fn bad_resources_are_refused_alone_and_their_last_good_version_stays() {
     };
     let broken = Cluster {
         name: "d".to_owned(),
-        outlier_detection: Some(Default::default()),
+        health_checks: vec![Default::default()],
         ..Cluster::default()
     };
     state.clusters = [
@@ -51,7 +51,7 @@ fn bad_resources_are_refused_alone_and_their_last_good_version_stays() {
     let names: Vec<_> = refused.iter().map(|r| r.name.as_str()).collect();
     assert_eq!(names, ["a", "d"]);
     assert!(
-        refused[1].message.contains("outlier_detection"),
+        refused[1].message.contains("health_checks"),
         "{}",
         refused[1].message
     );

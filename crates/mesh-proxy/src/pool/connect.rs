@@ -1,0 +1,170 @@
+//! Opening connections.
+
+use std::net::SocketAddr;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use mesh_net::sockets::{ConnectOptions, connect};
+use mesh_routing::cluster::{ClusterConfig, Keepalive};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+
+use crate::pool::Host;
+use crate::shared::Shared;
+use crate::upstream::breaker::Held;
+use crate::upstream::counters::{Counter, HostCounter, HostShard};
+use crate::upstream::{ConnectOutcome, Core};
+
+/// Idle time before TCP asks whether the other side is still there, where nothing is configured.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+
+/// Why no connection could be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The kernel said so.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    /// The cluster's connect timeout.
+    #[error("no connection within the connect timeout")]
+    Timeout,
+    /// The HTTP handshake failed.
+    #[error("{0}")]
+    Http(#[from] hyper::Error),
+    /// A circuit breaker is open.
+    #[error("a limit of the cluster (circuit breaker) is reached")]
+    Overflow,
+}
+
+/// An open connection, for counting; closed when dropped.
+pub(super) struct Open {
+    host: Weak<Host>,
+    core: Rc<Core>,
+    counters: Arc<HostShard>,
+    _held: Held,
+}
+
+impl Open {
+    fn new(host: &Rc<Host>, held: Held) -> Self {
+        host.open.set(host.open.get() + 1);
+        host.core.counters.inc(Counter::CxTotal);
+        host.core.counters.inc(Counter::CxActive);
+        host.counters.inc(HostCounter::CxTotal);
+        host.counters.inc(HostCounter::CxActive);
+        Self {
+            host: Rc::downgrade(host),
+            core: host.core.clone(),
+            counters: host.counters.clone(),
+            _held: held,
+        }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.core.counters.dec(Counter::CxActive);
+        self.counters.dec(HostCounter::CxActive);
+        if let Some(host) = self.host.upgrade() {
+            host.open.set(host.open.get() - 1);
+            // There is a place for another connection.
+            host.hand_over(None);
+        }
+    }
+}
+
+/// A TCP connection for one client.
+pub struct TcpUpstream {
+    /// The connection.
+    pub stream: TcpStream,
+    _open: Open,
+}
+
+impl Host {
+    /// A connection of its own for a TCP client. Above the limit of connections there is none: nobody would give one back.
+    pub async fn connect(
+        self: &Rc<Self>,
+        shared: &Shared,
+        config: &ClusterConfig,
+    ) -> Result<TcpUpstream, ConnectError> {
+        let held = self
+            .core
+            .begin_connection(false)
+            .ok_or(ConnectError::Overflow)?;
+        let (stream, open) = self.dial(shared, config, held).await?;
+        self.observe_connect(ConnectOutcome::ConnectedFinal);
+        Ok(TcpUpstream {
+            stream,
+            _open: open,
+        })
+    }
+
+    /// A connection with the cluster's source address and the mark that exempts it from capture.
+    pub(super) async fn dial(
+        self: &Rc<Self>,
+        shared: &Shared,
+        config: &ClusterConfig,
+        held: Held,
+    ) -> Result<(TcpStream, Open), ConnectError> {
+        let open = Open::new(self, held);
+        let totals = &shared.totals;
+        totals.upstream_connections.fetch_add(1, Ordering::Relaxed);
+        let connecting = open_socket(shared, config, self.address);
+        let done = match tokio::time::timeout(config.connect_timeout, connecting).await {
+            Ok(done) => done.map_err(ConnectError::Io),
+            Err(_) => Err(ConnectError::Timeout),
+        };
+        let outcome = match &done {
+            Ok(_) => ConnectOutcome::Connected,
+            Err(error) => {
+                totals.upstream_failures.fetch_add(1, Ordering::Relaxed);
+                self.core.counters.inc(Counter::CxConnectFail);
+                self.counters.inc(HostCounter::CxConnectFail);
+                self.counters.inc(HostCounter::RqError);
+                match error {
+                    ConnectError::Timeout => {
+                        self.core.counters.inc(Counter::CxConnectTimeout);
+                        ConnectOutcome::TimedOut
+                    }
+                    _ => ConnectOutcome::Failed,
+                }
+            }
+        };
+        self.observe_connect(outcome);
+        done.map(|stream| (stream, open))
+    }
+}
+
+async fn open_socket(
+    shared: &Shared,
+    config: &ClusterConfig,
+    address: SocketAddr,
+) -> std::io::Result<TcpStream> {
+    let source = config
+        .bind_source
+        .filter(|source| source.is_ipv4() == address.is_ipv4());
+    let options = ConnectOptions {
+        source: source.map(|ip| SocketAddr::new(ip, 0)),
+        mark: shared.mark,
+        keepalive: config.keepalive.is_none().then_some(KEEPALIVE),
+    };
+    let stream = connect(address, options).await?;
+    if let Some(keepalive) = &config.keepalive {
+        SockRef::from(&stream).set_tcp_keepalive(&tcp_keepalive(keepalive))?;
+    }
+    Ok(stream)
+}
+
+fn tcp_keepalive(config: &Keepalive) -> TcpKeepalive {
+    let mut keepalive = TcpKeepalive::new();
+    if let Some(time) = config.time {
+        keepalive = keepalive.with_time(time);
+    }
+    if let Some(interval) = config.interval {
+        keepalive = keepalive.with_interval(interval);
+    }
+    if let Some(probes) = config.probes {
+        keepalive = keepalive.with_retries(probes);
+    }
+    keepalive
+}
