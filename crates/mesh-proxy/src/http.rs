@@ -14,17 +14,19 @@ use std::time::Instant;
 use http::header::CONNECTION;
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
+use mesh_routing::Snapshot;
 use mesh_routing::action::{Action, ClusterTarget};
 use mesh_routing::hcm::HttpManager;
 use mesh_routing::listener::Direction;
 use mesh_routing::route::{Decision, Matched};
+use mesh_routing::upgrade::Passage;
 
 use crate::attempt::{self, Failure};
 use crate::body::{BodyLimits, InFlight, RequestBody, ResponseBody, UpstreamBody, grpc_status};
 use crate::listener::Downstream;
 use crate::message;
 use crate::reply;
-use crate::report::{Flag, Flow, Report};
+use crate::report::{Flag, Flags, Flow, Report};
 use crate::upgrade::Asked;
 
 use facts::Origin;
@@ -62,13 +64,16 @@ pub struct Exchange {
 /// Takes a request to its response. Never fails: what goes wrong is an answer, too.
 pub async fn handle(
     connection: Rc<Downstream>,
-    manager: Arc<HttpManager>,
+    accepted: Arc<HttpManager>,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
+    // One snapshot for all of the request.
+    let snapshot = connection.worker.snapshot();
+    let manager = connection.manager(&accepted, &snapshot);
     let last = connection.begin(&manager, !request.body().is_end_stream());
     let guard = InFlight(connection.clone());
     let http1 = request.version() < Version::HTTP_2;
-    let mut response = forward(&connection, &manager, request).await;
+    let mut response = forward(&connection, &manager, &snapshot, request).await;
     if last && http1 {
         response
             .headers_mut()
@@ -83,11 +88,11 @@ pub async fn handle(
 async fn forward(
     connection: &Rc<Downstream>,
     manager: &Arc<HttpManager>,
+    snapshot: &Snapshot,
     request: Request<Incoming>,
 ) -> Response<ResponseBody> {
-    // 1. The request begins: one snapshot for all of it.
+    // 1. The request begins.
     let worker = connection.worker.clone();
-    let snapshot = worker.snapshot();
     let (mut parts, body) = request.into_parts();
     let mut report = begin_report(connection, &parts);
 
@@ -98,11 +103,8 @@ async fn forward(
         Err(refusal) => return refuse(refusal, &parts, manager, report),
     };
     let peer_exchange = exchange_in(connection, &mut parts.headers, &mut report);
-    let upgrade = Asked::take(&mut parts, manager);
+    let upgrade = Asked::take(&mut parts);
     prepare_headers(connection, manager, &mut parts);
-    if let Some(upgrade) = &upgrade {
-        upgrade.announce(&mut parts.headers);
-    }
     let exchange = Exchange {
         connection: connection.clone(),
         flow: report.flow.clone(),
@@ -115,7 +117,7 @@ async fn forward(
     };
 
     // 3. The route is found.
-    let Some(table) = route_table(&snapshot, manager) else {
+    let Some(table) = route_table(snapshot, manager) else {
         return finish_local(
             reply::local(StatusCode::NOT_FOUND, "", Flag::NoRoute, report),
             manager,
@@ -151,15 +153,29 @@ async fn forward(
         }
     };
 
+    if let Some(upgrade) = &upgrade {
+        match upgrade.passage(manager, route) {
+            Passage::Through => upgrade.announce(&mut parts.headers),
+            // Envoy's answer, with no more words.
+            Passage::No | Passage::Terminated => {
+                let response = reply::local(StatusCode::FORBIDDEN, "", Flags::NONE, report);
+                return finish_local(response, manager);
+            }
+        }
+    }
+
     // 4. The cluster is found, the limits too, and the request is rewritten for it.
     let target = route.target(&view(&exchange, &parts));
-    let Some((cluster, state)) = find_cluster(connection, &snapshot, &target) else {
+    let Some((cluster, state)) = find_cluster(connection, snapshot, &target) else {
         return finish_local(
             reply::local(route.cluster_not_found, "", Flag::NoCluster, report),
             manager,
         );
     };
     report.reports = state.reports();
+    if report.reports.follows_host() {
+        report.host = Some(exchange.authority.clone());
+    }
     let (policy, timeouts) = limits(route, manager, &exchange, &mut parts);
     let origin = Origin::keep(&matched, Some(&target), &parts);
     rewrite(&matched, route, &target, &exchange, &mut parts);
@@ -224,8 +240,10 @@ fn pass_on(
     mut report: Box<Report>,
     extras: Extras,
 ) -> Response<ResponseBody> {
-    let switches = done.response.status() == StatusCode::SWITCHING_PROTOCOLS;
-    if switches && extras.upgrade.is_none() {
+    let upgrade = extras
+        .upgrade
+        .filter(|upgrade| upgrade.is_accepted(&done.response));
+    if upgrade.is_none() && done.response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let how = Failed {
             failure: Failure::Protocol,
             attempts: 1,
@@ -253,8 +271,7 @@ fn pass_on(
     if matched.host.response_attempt_count {
         headers.insert(ATTEMPT_COUNT, HeaderValue::from(extras.attempts));
     }
-    if let Some(upgrade) = extras.upgrade.filter(|_| switches) {
-        upgrade.announce(headers);
+    if let Some(upgrade) = upgrade {
         let mut response = done.response;
         upgrade.join(
             &mut response,

@@ -5,8 +5,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_net::sockets::original_destination;
+use mesh_routing::Snapshot;
 use mesh_routing::chain::{ConnectionView, FilterChain, NetworkFilter};
 use mesh_routing::hcm::{Codec, HttpManager};
 use mesh_routing::listener::{Direction, Listener};
@@ -47,6 +48,9 @@ pub struct Downstream {
     pub redirected: bool,
     /// Direction of the listener.
     pub direction: Direction,
+    /// Where its filter chain is found in snapshots to come.
+    place: Place,
+    manager: RefCell<Managed>,
     activity: Arc<Activity>,
     /// Second in which the last request ended, or the connection began.
     idle_since: Cell<u32>,
@@ -55,6 +59,43 @@ pub struct Downstream {
     closing: Cell<Closing>,
     waker: RefCell<Option<Waker>>,
     requests: Cell<u32>,
+}
+
+/// A filter chain by name.
+struct Place {
+    listener: Arc<str>,
+    chain: Arc<str>,
+    /// Which one of those of that name.
+    ordinal: usize,
+}
+
+impl Place {
+    fn of(listener: &Listener, chain: &Arc<FilterChain>) -> Self {
+        let same_name = listener.chains().filter(|c| c.name == chain.name);
+        Self {
+            listener: listener.name.clone(),
+            chain: chain.name.clone(),
+            ordinal: same_name.take_while(|c| !Arc::ptr_eq(c, chain)).count(),
+        }
+    }
+
+    /// The connection manager that has taken the place of the one before.
+    fn manager(&self, snapshot: &Snapshot) -> Option<Arc<HttpManager>> {
+        let listener = snapshot.listener(&self.listener)?;
+        let mut same_name = listener.chains().filter(|c| c.name == self.chain);
+        match &same_name.nth(self.ordinal)?.filter {
+            NetworkFilter::Http(manager) => Some(manager.clone()),
+            NetworkFilter::Tcp(_) => None,
+        }
+    }
+}
+
+/// The connection manager, and the snapshot that it was looked up in.
+#[derive(Default)]
+struct Managed {
+    /// Weak, so that idle connections do not keep old configurations in memory.
+    snapshot: Weak<Snapshot>,
+    manager: Option<Arc<HttpManager>>,
 }
 
 /// What reading has to tell about the connection. Only the worker's thread touches it; the atomics are there since a connection that is
@@ -140,6 +181,8 @@ async fn serve_inner(
         return Ok(());
     };
     let connection = Rc::new(Downstream {
+        place: Place::of(&listener, &chain),
+        manager: RefCell::default(),
         remote,
         destination,
         redirected: original.is_some(),
@@ -336,6 +379,9 @@ async fn serve_http2(
         .max_header_list_size(manager.max_headers_kb.saturating_mul(1024))
         .max_local_error_reset_streams(MAX_RESETS)
         .max_pending_accept_reset_streams(MAX_RESETS);
+    if manager.http2.allow_connect {
+        builder.enable_connect_protocol();
+    }
     if let Some(window) = manager.http2.stream_window {
         builder.initial_stream_window_size(window);
     }
@@ -359,6 +405,27 @@ async fn serve_http2(
 }
 
 impl Downstream {
+    /// The connection manager for a request: routes and settings follow the snapshot also on a connection that was accepted before it.
+    /// Where the filter chain is gone, the connection ends with this request, under the old one.
+    pub fn manager(
+        &self,
+        accepted: &Arc<HttpManager>,
+        snapshot: &Arc<Snapshot>,
+    ) -> Arc<HttpManager> {
+        let mut known = self.manager.borrow_mut();
+        if !std::ptr::eq(known.snapshot.as_ptr(), Arc::as_ptr(snapshot)) {
+            match self.place.manager(snapshot) {
+                Some(manager) => known.manager = Some(manager),
+                None => self.end_gracefully(),
+            }
+            known.snapshot = Arc::downgrade(snapshot);
+        }
+        known
+            .manager
+            .get_or_insert_with(|| accepted.clone())
+            .clone()
+    }
+
     /// A request has begun; true if it is to be the last one of the connection.
     pub fn begin(&self, manager: &HttpManager, has_body: bool) -> bool {
         self.activity.had_body.store(has_body, Ordering::Relaxed);

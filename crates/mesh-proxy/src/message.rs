@@ -48,10 +48,6 @@ fn check_version(parts: &request::Parts, manager: &HttpManager) -> Result<(), Re
     if parts.version < Version::HTTP_11 && !manager.http10 {
         return Err(Refusal::Status(StatusCode::UPGRADE_REQUIRED));
     }
-    // No route can match CONNECT: connect_matcher is refused.
-    if parts.method == Method::CONNECT {
-        return Err(Refusal::Status(StatusCode::NOT_FOUND));
-    }
     Ok(())
 }
 
@@ -153,6 +149,9 @@ fn strip<'a>(host: &'a str, manager: &HttpManager) -> Cow<'a, str> {
 
 fn normalize(parts: &mut request::Parts, manager: &HttpManager) -> Result<(), Refusal> {
     let path = parts.uri.path();
+    if parts.method == Method::CONNECT && path.is_empty() {
+        return Ok(());
+    }
     if !path.starts_with('/') {
         // `*` belongs to OPTIONS (RFC 9110 section 9.3.7); an empty path in absolute form is `/`.
         let ok = path == "*" && parts.method == Method::OPTIONS;

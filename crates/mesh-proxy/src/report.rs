@@ -248,6 +248,7 @@ struct Key {
     grpc: Option<u16>,
     flags: Flags,
     is_grpc: bool,
+    host: Option<HeaderValue>,
 }
 
 /// Handles with the peer that their key points to, so that its address cannot be another one's.
@@ -262,6 +263,8 @@ struct Recorded {
 pub struct Reports {
     metrics: IstioMetrics,
     us: Arc<Peer>,
+    /// The cluster belongs to no service: requests name it themselves.
+    follows_host: bool,
     service: [Arc<str>; 3],
     handles: RefCell<Map<Key, Rc<Recorded>>>,
 }
@@ -282,9 +285,15 @@ impl Reports {
         Self {
             metrics: metrics.clone(),
             us: us.clone(),
+            follows_host: config.is_some_and(|c| c.service.host.is_empty()),
             service,
             handles: RefCell::default(),
         }
+    }
+
+    /// Is the request's authority the service (Istio: passthrough traffic)?
+    pub fn follows_host(&self) -> bool {
+        self.follows_host
     }
 
     fn labels(&self, peer: &Arc<Peer>, inbound: bool, flags: Flags) -> Labels {
@@ -317,24 +326,26 @@ impl Reports {
             return found.clone();
         }
         let mut handles = self.handles.borrow_mut();
-        let code = if handles.len() < MOST_HANDLES {
-            key.code
-        } else {
-            0
-        };
+        let full = handles.len() >= MOST_HANDLES;
+        let code = if full { 0 } else { key.code };
+        let mut base = self.labels(peer, key.inbound, key.flags);
+        let host = key.host.as_ref().filter(|_| !full);
+        if let Some(host) = host.and_then(|host| host.to_str().ok()) {
+            base.service = host.into();
+        }
         let labels = Labels {
             protocol: if key.is_grpc { "grpc" } else { "http" },
             response: Some(ResponseLabels {
                 code,
                 grpc: key.grpc,
             }),
-            ..self.labels(peer, key.inbound, key.flags)
+            ..base
         };
         let made = Rc::new(Recorded {
             handles: self.metrics.requests(&labels),
             _peer: peer.clone(),
         });
-        if handles.len() < MOST_HANDLES {
+        if !full {
             handles.insert(key, made.clone());
         }
         made
@@ -369,6 +380,8 @@ pub struct Report {
     pub flags: Flags,
     /// Bytes of the response so far.
     pub response_bytes: u64,
+    /// The authority, where that stands for the service.
+    pub host: Option<HeaderValue>,
     /// Shared with the request's body.
     pub flow: Rc<Flow>,
 }
@@ -457,6 +470,7 @@ impl Drop for Report {
             grpc: self.grpc,
             flags: self.flags,
             is_grpc: self.is_grpc,
+            host: self.host.take(),
         };
         let recorded = self.reports.requests(key, &self.peer);
         let handles = &recorded.handles;

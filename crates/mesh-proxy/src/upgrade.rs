@@ -1,50 +1,101 @@
-//! Upgraded connections (WebSocket): passed through once the endpoint has answered 101 (RFC 9110 section 7.8), never before.
+//! Connections that change what they speak: upgrades (RFC 9110 section 7.8), their form in HTTP/2 (RFC 8441) and CONNECT. Bytes pass once
+//! the endpoint has agreed, never before.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use http::header::{CONNECTION, UPGRADE};
-use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Version, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, request};
 use hyper::body::Incoming;
+use hyper::ext::Protocol;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use mesh_routing::action::Forward;
 use mesh_routing::hcm::HttpManager;
+use mesh_routing::upgrade::Passage;
 
 use crate::pool::Lease;
 use crate::report::{Flag, Report};
 use crate::shared::Shared;
 
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
 /// An upgrade that the client asks for.
 pub struct Asked {
-    kind: HeaderValue,
+    kind: Kind,
     client: OnUpgrade,
+    /// The client speaks HTTP/2, where success is 200.
+    http2: bool,
+}
+
+enum Kind {
+    /// As in the `upgrade` header.
+    Protocol(HeaderValue),
+    Connect,
 }
 
 impl Asked {
-    /// Takes the wish off a request, where it is one that the manager allows. Call it before hop-by-hop headers are removed.
-    pub fn take(parts: &mut request::Parts, manager: &HttpManager) -> Option<Self> {
+    /// Takes the wish off a request. Call it before hop-by-hop headers are removed. Requests of HTTP/2 (RFC 8441) become what they would
+    /// be in HTTP/1.1, so that routing knows one form.
+    pub fn take(parts: &mut request::Parts) -> Option<Self> {
         let client = parts.extensions.remove::<OnUpgrade>()?;
-        if !manager.websocket || parts.method != Method::GET || parts.version != Version::HTTP_11 {
-            return None;
-        }
-        let kind = parts.headers.get(UPGRADE)?.clone();
-        let named = |value: &HeaderValue| {
-            let text = value.to_str().unwrap_or("");
-            text.split(',')
-                .any(|name| name.trim().eq_ignore_ascii_case("upgrade"))
+        let http2 = parts.version >= Version::HTTP_2;
+        let kind = match parts.extensions.remove::<Protocol>() {
+            Some(protocol) => {
+                parts.method = Method::GET;
+                Kind::Protocol(HeaderValue::from_str(protocol.as_str()).ok()?)
+            }
+            None if parts.method == Method::CONNECT => Kind::Connect,
+            None if parts.version == Version::HTTP_11 && names_upgrade(&parts.headers) => {
+                let kind = parts.headers.get(UPGRADE)?.clone();
+                if kind.as_bytes().eq_ignore_ascii_case(b"h2c") {
+                    // Deprecated by RFC 9113; Envoy, too, takes the wish off and answers in HTTP/1.1.
+                    parts.headers.remove(HTTP2_SETTINGS);
+                    return None;
+                }
+                Kind::Protocol(kind)
+            }
+            None => return None,
         };
-        let asked = kind.as_bytes().eq_ignore_ascii_case(b"websocket")
-            && parts.headers.get_all(CONNECTION).iter().any(named);
-        asked.then_some(Self { kind, client })
+        Some(Self {
+            kind,
+            client,
+            http2,
+        })
     }
 
-    /// Puts the wish on a message again.
+    /// Is it let through? The route's word counts more than the manager's, which counts for all routes that say nothing.
+    pub fn passage(&self, manager: &HttpManager, route: &Forward) -> Passage {
+        let kind = match &self.kind {
+            Kind::Protocol(kind) => kind.to_str().unwrap_or(""),
+            Kind::Connect => "connect",
+        };
+        route
+            .upgrades
+            .find(kind)
+            .or_else(|| manager.upgrades.find(kind))
+            .unwrap_or(Passage::No)
+    }
+
+    /// Puts the wish on a request again.
     pub fn announce(&self, headers: &mut HeaderMap) {
-        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(UPGRADE, self.kind.clone());
+        if let Kind::Protocol(kind) = &self.kind {
+            headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(UPGRADE, kind.clone());
+        }
     }
 
-    /// The endpoint has agreed: both sides are joined once the client has got its 101.
+    /// Has the endpoint agreed?
+    pub fn is_accepted<B>(&self, response: &Response<B>) -> bool {
+        match &self.kind {
+            Kind::Protocol(_) if response.version() < Version::HTTP_2 => {
+                response.status() == StatusCode::SWITCHING_PROTOCOLS
+            }
+            _ => response.status().is_success(),
+        }
+    }
+
+    /// The endpoint has agreed: both sides are joined once the client has been told.
     pub fn join(
         self,
         response: &mut Response<Incoming>,
@@ -52,15 +103,26 @@ impl Asked {
         mut report: Box<Report>,
         shared: Arc<Shared>,
     ) {
-        let endpoint = hyper::upgrade::on(response);
-        report.code = StatusCode::SWITCHING_PROTOCOLS.as_u16();
+        let endpoint = hyper::upgrade::on(&mut *response);
+        let status = match (&self.kind, self.http2) {
+            (Kind::Protocol(_), false) => StatusCode::SWITCHING_PROTOCOLS,
+            _ => StatusCode::OK,
+        };
+        *response.status_mut() = status;
+        if !self.http2 {
+            self.announce(response.headers_mut());
+        }
+        report.code = status.as_u16();
         tokio::task::spawn_local(async move {
             shared.totals.open.fetch_add(1, Ordering::Relaxed);
             match tokio::try_join!(self.client, endpoint) {
                 Ok((client, endpoint)) => {
                     let (mut client, mut endpoint) = (TokioIo::new(client), TokioIo::new(endpoint));
                     match tokio::io::copy_bidirectional(&mut client, &mut endpoint).await {
-                        Ok((_, received)) => report.response_bytes = received,
+                        Ok((sent, received)) => {
+                            report.flow.request_bytes.set(sent);
+                            report.response_bytes = received;
+                        }
                         Err(error) => tracing::debug!(%error, "upgraded connection"),
                     }
                 }
@@ -73,4 +135,13 @@ impl Asked {
             drop((lease, report));
         });
     }
+}
+
+fn names_upgrade(headers: &HeaderMap) -> bool {
+    let named = |value: &HeaderValue| {
+        let text = value.to_str().unwrap_or("");
+        text.split(',')
+            .any(|name| name.trim().eq_ignore_ascii_case("upgrade"))
+    };
+    headers.get_all(CONNECTION).iter().any(named)
 }

@@ -79,6 +79,8 @@ pub struct Forward {
     pub buffer_limit: usize,
     /// Status where the cluster does not exist.
     pub cluster_not_found: StatusCode,
+    /// Upgrades of which the route says more than the connection manager.
+    pub upgrades: Upgrades,
     /// What to hash for balancers that send what is alike to the same endpoint.
     pub hash: Option<HashPolicy>,
     /// Clusters that get copies.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use http::header::{CONNECTION, HOST, UPGRADE};
-use http::uri::Scheme;
+use http::uri::{Authority, Scheme};
 use http::{HeaderName, HeaderValue, Method, Request, Uri, Version, request};
 use hyper::body::Body;
 use mesh_routing::Snapshot;
@@ -138,31 +138,51 @@ pub fn upstream_version(cluster: &Cluster, downstream: Version) -> Upstream {
     }
 }
 
-/// Brings the request's head into the form of the version: origin form and `Host`, or an absolute URI without it.
+/// Brings the request's head into the form of the version: origin form and `Host`, or an absolute URI without it; CONNECT has only an
+/// authority in both.
 pub fn address_head(request: &mut Request<RequestBody>, version: Upstream) {
-    let path = request.uri().path_and_query().cloned();
+    let connect = request.method() == Method::CONNECT;
     match version {
         Upstream::Http1 => {
-            if request.uri().authority().is_some() {
+            if connect {
+                let host = request.headers().get(HOST).map(HeaderValue::as_bytes);
+                if let Some(authority) = host.and_then(|h| Authority::try_from(h).ok()) {
+                    *request.uri_mut() = Uri::from(authority);
+                }
+            } else if request.uri().authority().is_some() {
+                let path = request.uri().path_and_query().cloned();
                 *request.uri_mut() = path.map_or_else(|| Uri::from_static("/"), Uri::from);
             }
             *request.version_mut() = Version::HTTP_11;
         }
         Upstream::Http2 => {
-            let host = request.headers_mut().remove(HOST);
-            let authority = host.and_then(|h| http::uri::Authority::try_from(h.as_bytes()).ok());
-            let mut parts = http::uri::Parts::default();
-            parts.scheme = Some(Scheme::HTTP);
-            parts.authority = authority;
-            parts.path_and_query = path.or(Some(http::uri::PathAndQuery::from_static("/")));
-            if let Ok(uri) = Uri::from_parts(parts) {
-                *request.uri_mut() = uri;
-            }
-            // Connection-specific headers have no place in HTTP/2 (RFC 9113 section 8.2.2).
-            request.headers_mut().remove(CONNECTION);
-            request.headers_mut().remove(UPGRADE);
+            address_http2(request, connect);
             *request.version_mut() = Version::HTTP_2;
         }
+    }
+}
+
+fn address_http2(request: &mut Request<RequestBody>, connect: bool) {
+    let path = request.uri().path_and_query().cloned();
+    let host = request.headers_mut().remove(HOST);
+    let authority = host.and_then(|h| Authority::try_from(h.as_bytes()).ok());
+    // Connection-specific headers have no place in HTTP/2 (RFC 9113 section 8.2.2); an upgrade is a CONNECT with a protocol (RFC 8441).
+    request.headers_mut().remove(CONNECTION);
+    let upgrade = request.headers_mut().remove(UPGRADE);
+    let mut parts = http::uri::Parts::default();
+    if !connect {
+        parts.scheme = Some(Scheme::HTTP);
+        parts.path_and_query = path.or(Some(http::uri::PathAndQuery::from_static("/")));
+    }
+    parts.authority = authority;
+    if let Ok(uri) = Uri::from_parts(parts) {
+        *request.uri_mut() = uri;
+    }
+    if let Some(kind) = upgrade.as_ref().and_then(|kind| kind.to_str().ok()) {
+        *request.method_mut() = Method::CONNECT;
+        request
+            .extensions_mut()
+            .insert(hyper::ext::Protocol::from(kind));
     }
 }
 

@@ -35,6 +35,7 @@ pub(super) fn begin_report(connection: &Downstream, parts: &request::Parts) -> B
         is_grpc,
         flags: Flags::NONE,
         response_bytes: 0,
+        host: None,
         flow: Rc::new(Flow::default()),
     })
 }
