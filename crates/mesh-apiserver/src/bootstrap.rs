@@ -85,7 +85,9 @@ fn ensure(
             Expect::Revision(current.revision)
         }
     };
-    match api.storage().put(storage, key, expect, object) {
+    // The first objects come before the first client: nobody else waits while this thread does.
+    let written = api.storage().put(storage, key, expect, object);
+    match futures::executor::block_on(written) {
         Ok(_) => Ok(()),
         Err(WriteError::Store(error)) => Err(error.into()),
         Err(changed) => Err(OpenError::Bootstrap(format!("{key}: {changed}"))),

@@ -11,7 +11,7 @@ use crate::request::Request;
 use crate::storage::{Expect, Stored, WriteError};
 use crate::strategy::budget;
 use crate::write::{is_finished, now};
-use crate::{ApiServer, convert, respond};
+use crate::{ApiServer, cleanup, convert, respond};
 
 /// Rounds of a deletion that others keep overtaking.
 const ATTEMPTS: usize = 16;
@@ -32,6 +32,8 @@ struct Options {
     uid: Option<String>,
     revision: Option<String>,
     dry_run: bool,
+    /// By the server itself: no webhook is asked.
+    unasked: bool,
 }
 
 impl Options {
@@ -62,6 +64,7 @@ impl Options {
             uid: text(&body["preconditions"]["uid"]),
             revision: text(&body["preconditions"]["resourceVersion"]),
             dry_run: request.dry_run()? || body["dryRun"] == json!(["All"]),
+            unasked: false,
         })
     }
 }
@@ -155,10 +158,28 @@ pub async fn evict(
     let eviction = parse_body(&request.content_type, body)?;
     let options = Options::read(request, &eviction["deleteOptions"])?;
     let pod = crate::read::find(api, request, name)?;
-    budget::take(api, request, &pod.value)?;
+    budget::take(api, request, &pod.value).await?;
     remove(api, request, name, &options, &mut Vec::new()).await?;
     let status = json!({ "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201 });
     respond::send(201, &status, request.yaml)
+}
+
+/// Deletes one object for the server itself, without asking webhooks; finalizers are honoured.
+///
+/// # Errors
+/// 404, 500 from the store.
+pub async fn remove_unasked(
+    api: &ApiServer,
+    request: &Request,
+    name: &str,
+) -> Result<(), ApiError> {
+    let options = Options {
+        unasked: true,
+        ..Options::default()
+    };
+    remove(api, request, name, &options, &mut Vec::new())
+        .await
+        .map(|_| ())
 }
 
 fn options_body(request: &Request, body: &[u8]) -> Result<Value, ApiError> {
@@ -190,30 +211,34 @@ async fn remove(
             return Err(ApiError::not_found(resource, name));
         };
         check_preconditions(request, name, options, &current)?;
-        let shown = convert::to_version(resource, current.value.clone());
-        admission::validate(
-            api,
-            request,
-            Operation::Delete,
-            None,
-            Some(&shown),
-            options.dry_run,
-            warnings,
-        )
-        .await?;
-        let marked = mark(request, options, &current.value);
+        if !options.unasked {
+            let shown = convert::to_version(resource, current.value.clone());
+            admission::validate(
+                api,
+                request,
+                Operation::Delete,
+                None,
+                Some(&shown),
+                options.dry_run,
+                warnings,
+            )
+            .await?;
+        }
+        let mut marked = mark(request, options, &current.value);
+        if resource.storage == cleanup::CRDS {
+            marked = cleanup::mark(api, &current.value, marked);
+        }
         if options.dry_run {
             return Ok(
                 marked.map_or_else(|| Outcome::Gone(current.value.clone()), Outcome::Pending)
             );
         }
         let written = match marked {
-            None => {
-                api.before_delete(resource, &current.value);
-                api.storage()
-                    .delete(&resource.storage, &key, current.revision)
-                    .map(|s| Outcome::Gone(s.value.clone()))
-            }
+            None => api
+                .storage()
+                .delete(&resource.storage, &key, current.revision)
+                .await
+                .map(|s| Outcome::Gone(s.value.clone())),
             Some(marked) if marked == current.value => return Ok(Outcome::Pending(marked)),
             Some(marked) => api
                 .storage()
@@ -223,6 +248,7 @@ async fn remove(
                     Expect::Revision(current.revision),
                     marked,
                 )
+                .await
                 .map(|s| Outcome::Pending(s.value.clone())),
         };
         match written {
@@ -232,7 +258,7 @@ async fn remove(
                 return Ok(outcome);
             }
             Err(WriteError::Changed) => {}
-            Err(WriteError::Store(error)) => return Err(ApiError::internal(error)),
+            Err(error) => return Err(ApiError::internal(error)),
         }
     }
     Err(ApiError::modified(resource, name))

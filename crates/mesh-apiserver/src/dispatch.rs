@@ -66,9 +66,16 @@ async fn serve(
         return connect::connect(api, &request, name, http::Request::from_parts(parts, body)).await;
     }
     let body = read_body(body).await?;
-    // Boxed: the futures of writes are large.
-    let mut answer = Box::pin(verb(api, &request, &parts.method, body)).await?;
-    if let Some(warning) = &request.target.resource.deprecation {
+    let warning = request.target.resource.deprecation.clone();
+    let mut answer = if matches!(parts.method, Method::GET | Method::HEAD) {
+        verb(api, &request, &parts.method, body).await?
+    } else {
+        // A write that has begun is finished, with all that follows from it, also when the client has gone meanwhile.
+        let api = api.clone();
+        let write = async move { verb(&api, &request, &parts.method, body).await };
+        tokio::spawn(write).await.map_err(ApiError::internal)??
+    };
+    if let Some(warning) = &warning {
         respond::add_warning(&mut answer, warning);
     }
     Ok(answer)

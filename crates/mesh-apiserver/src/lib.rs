@@ -12,6 +12,7 @@
 mod admission;
 mod auth;
 mod bootstrap;
+mod cleanup;
 mod connect;
 mod convert;
 pub mod cron;
@@ -43,8 +44,9 @@ mod table;
 mod watch;
 mod write;
 
+use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use futures::future::BoxFuture;
 use serde_json::Value;
@@ -53,9 +55,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use auth::{Auth, Identity};
 use registry::{Registry, Resource};
-use storage::{Storage, WriteError};
-
-const CRDS: &str = "apiextensions.k8s.io/customresourcedefinitions";
+use storage::Storage;
 
 /// How webhooks reach a service: cluster address and port in, connection out.
 pub type ServiceDialer = Arc<
@@ -141,6 +141,8 @@ struct Inner {
     /// Held from the choice of an address to the write that takes it.
     allocation: tokio::sync::Mutex<()>,
     closing: CancellationToken,
+    /// Uids of the definitions whose objects are being deleted.
+    cleaning: Mutex<HashSet<String>>,
 }
 
 impl std::fmt::Debug for ApiServer {
@@ -167,10 +169,14 @@ impl ApiServer {
                 registry: RwLock::default(),
                 allocation: tokio::sync::Mutex::new(()),
                 closing: CancellationToken::new(),
+                cleaning: Mutex::default(),
             }),
         };
         server.rebuild_registry();
         bootstrap::create_first_objects(&server)?;
+        for (_, definition) in server.storage().list(cleanup::CRDS, None).items {
+            cleanup::start(&server, &definition.value);
+        }
         Ok(server)
     }
 
@@ -217,6 +223,11 @@ impl ApiServer {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    pub(crate) fn cleaning(&self) -> MutexGuard<'_, HashSet<String>> {
+        let cleaning = self.inner.cleaning.lock();
+        cleaning.unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) async fn allocation(&self) -> tokio::sync::MutexGuard<'_, ()> {
@@ -274,45 +285,19 @@ impl ApiServer {
 
     /// What follows a write: a definition changes which resources there are.
     pub(crate) fn wrote(&self, resource: &Resource, object: &Value) {
-        if resource.storage != CRDS {
+        if resource.storage != cleanup::CRDS {
             return;
         }
         self.rebuild_registry();
-        if let (Some(group), Some(plural)) = (
-            object["spec"]["group"].as_str(),
-            object["spec"]["names"]["plural"].as_str(),
-        ) && self
-            .storage()
-            .get(CRDS, &format!("/{plural}.{group}"))
-            .is_none()
-        {
-            self.storage().close_watches(&format!("{group}/{plural}"));
-        }
-    }
-
-    /// What precedes a deletion: the objects of a definition go with it.
-    pub(crate) fn before_delete(&self, resource: &Resource, object: &Value) {
-        if resource.storage != CRDS {
-            return;
-        }
-        let (group, plural) = (&object["spec"]["group"], &object["spec"]["names"]["plural"]);
-        let storage = format!(
-            "{}/{}",
-            group.as_str().unwrap_or_default(),
-            plural.as_str().unwrap_or_default()
-        );
-        for (key, stored) in self.storage().list(&storage, None).items {
-            match self.storage().delete(&storage, &key, stored.revision) {
-                Ok(_) | Err(WriteError::Changed) => {}
-                Err(error) => {
-                    tracing::error!(%key, %error, "an object of a deleted definition is left")
-                }
-            }
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        match self.storage().get(cleanup::CRDS, &format!("/{name}")) {
+            None => self.storage().close_watches(&cleanup::storage_of(object)),
+            Some(stored) => cleanup::start(self, &stored.value),
         }
     }
 
     fn rebuild_registry(&self) {
-        let crds = self.storage().list(CRDS, None).items;
+        let crds = self.storage().list(cleanup::CRDS, None).items;
         let registry = Registry::new(crds.iter().map(|(_, stored)| &stored.value));
         *self
             .inner

@@ -62,6 +62,8 @@ pub struct Resource {
     pub virtual_only: bool,
     /// Comes from a CRD.
     pub custom: bool,
+    /// Its CRD is being deleted: no new objects.
+    pub terminating: bool,
     /// Name, spec hash or the like is shown with this warning when the version is deprecated.
     pub deprecation: Option<String>,
 }
@@ -486,6 +488,7 @@ fn builtins() -> Vec<Resource> {
                 selectable: Vec::new(),
                 virtual_only: kind.ends_with("Review"),
                 custom: false,
+                terminating: false,
                 deprecation: None,
             }
         })
@@ -556,6 +559,7 @@ pub fn custom(definition: &Value) -> Vec<Resource> {
                     .collect(),
                 virtual_only: false,
                 custom: true,
+                terminating: !definition["metadata"]["deletionTimestamp"].is_null(),
                 deprecation: (version["deprecated"] == Value::Bool(true)).then(|| {
                     let own = version["deprecationWarning"].as_str().map(str::to_owned);
                     own.unwrap_or_else(|| format!("{group}/{name} {kind} is deprecated"))

@@ -1,14 +1,15 @@
 //! Objects in memory with the store beneath: revisions, durable writes, the watch history.
 //!
-//! One lock orders all writes, so revisions are handed out in the order in which watchers see them. A write is flushed before anybody
-//! sees it.
+//! One lock orders all writes, so revisions are handed out in the order in which watchers see them. A write stands in line until it
+//! is flushed, together with all that wait at the same time; only then does anybody see it. Those who read look at what is flushed and
+//! never wait for a disk; those who write look at the line first, since the newest state of an object may stand there.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use mesh_store::{Batch, Store, StoreError, Tree};
 use serde_json::Value;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, oneshot, watch};
 
 use crate::OpenError;
 
@@ -47,9 +48,12 @@ pub enum WriteError {
     /// The object is not at the expected revision, or exists, or doesn't.
     #[error("the object has changed")]
     Changed,
-    /// The store failed; nothing has changed.
+    /// The store failed; nobody has seen the change.
     #[error("writing to the state store: {0}")]
     Store(#[from] StoreError),
+    /// The store was closed before it answered.
+    #[error("the state store was closed during the write; start the cluster again")]
+    Closed,
 }
 
 /// What must be there for a write to happen.
@@ -87,13 +91,39 @@ struct State {
     collections: HashMap<String, Collection>,
 }
 
+/// What became of a write.
+type Answer = Result<Arc<Stored>, WriteError>;
+
+/// A write that is not flushed yet.
+#[derive(Debug)]
+struct Staged {
+    resource: String,
+    key: String,
+    /// The object after the write, or its last state.
+    object: Arc<Stored>,
+    deleted: bool,
+}
+
+/// The writes that are not flushed yet, oldest first.
+#[derive(Debug)]
+struct Line {
+    /// The newest revision given out.
+    revision: u64,
+    staged: VecDeque<Staged>,
+}
+
 /// All objects.
 #[derive(Debug)]
 pub struct Storage {
     store: Store,
     objects: Tree,
     meta: Tree,
-    state: RwLock<State>,
+    /// Locked before `state` where both are needed.
+    line: Mutex<Line>,
+    /// What is flushed.
+    state: Arc<RwLock<State>>,
+    /// The revision up to which the line has been settled, for better or worse.
+    settled: Arc<watch::Sender<u64>>,
 }
 
 /// Objects of one resource at one moment.
@@ -121,6 +151,33 @@ pub enum WatchRefused {
     Expired(u64),
     /// In the future; the current one is given.
     Future(u64),
+}
+
+impl State {
+    /// Lets everybody see a change that is flushed.
+    fn publish(&mut self, resource: &str, change: Change) {
+        self.revision = change.revision;
+        let collection = self
+            .collections
+            .entry(resource.to_owned())
+            .or_insert_with(|| Collection::new(0));
+        if change.deleted {
+            collection.objects.remove(&change.key);
+        } else {
+            collection
+                .objects
+                .insert(change.key.clone(), change.object.clone());
+        }
+        if collection.history.len() == HISTORY
+            && let Some(oldest) = collection.history.pop_front()
+        {
+            collection.floor = oldest.revision;
+        }
+        let change = Arc::new(change);
+        collection.history.push_back(change.clone());
+        // No receiver is no error: nobody watches.
+        let _ = collection.sender.send(change);
+    }
 }
 
 impl Storage {
@@ -167,7 +224,12 @@ impl Storage {
             store,
             objects,
             meta,
-            state: RwLock::new(state),
+            line: Mutex::new(Line {
+                revision: state.revision,
+                staged: VecDeque::new(),
+            }),
+            settled: Arc::new(watch::Sender::new(state.revision)),
+            state: Arc::new(RwLock::new(state)),
         })
     }
 
@@ -204,41 +266,62 @@ impl Storage {
         }
     }
 
-    /// Writes `value` (its `resourceVersion` is set here), durable before it returns.
-    pub fn put(
+    /// Writes `value` (its `resourceVersion` is set here), durable before it answers. The write happens even when nobody waits for
+    /// the answer.
+    pub async fn put(
         &self,
         resource: &str,
         key: &str,
         expect: Expect,
         value: Value,
     ) -> Result<Arc<Stored>, WriteError> {
-        self.write(resource, key, expect, Some(value))
+        self.answer(self.write(resource, key, expect, Some(value)))
+            .await
     }
 
-    /// Deletes an object; returns its last state at the revision of the deletion.
-    pub fn delete(
+    /// Deletes an object; answers its last state at the revision of the deletion.
+    pub async fn delete(
         &self,
         resource: &str,
         key: &str,
         revision: u64,
     ) -> Result<Arc<Stored>, WriteError> {
-        self.write(resource, key, Expect::Revision(revision), None)
+        self.answer(self.write(resource, key, Expect::Revision(revision), None))
+            .await
     }
 
+    /// Waits for a write; one that was overtaken waits for the other, so that its next try sees it.
+    async fn answer(
+        &self,
+        written: Result<oneshot::Receiver<Answer>, WriteError>,
+    ) -> Result<Arc<Stored>, WriteError> {
+        let receiver = match written {
+            Ok(receiver) => receiver,
+            Err(WriteError::Changed) => {
+                let newest = self.line().revision;
+                // The sender lives in self: waiting cannot fail.
+                let _ = self
+                    .settled
+                    .subscribe()
+                    .wait_for(|settled| *settled >= newest)
+                    .await;
+                return Err(WriteError::Changed);
+            }
+            Err(error) => return Err(error),
+        };
+        receiver.await.map_err(|_| WriteError::Closed)?
+    }
+
+    /// Puts a write into the line.
     fn write(
         &self,
         resource: &str,
         key: &str,
         expect: Expect,
         value: Option<Value>,
-    ) -> Result<Arc<Stored>, WriteError> {
-        let mut state = self.write_state();
-        let revision = state.revision + 1;
-        let collection = state
-            .collections
-            .entry(resource.to_owned())
-            .or_insert_with(|| Collection::new(0));
-        let previous = collection.objects.get(key).cloned();
+    ) -> Result<oneshot::Receiver<Answer>, WriteError> {
+        let mut line = self.line();
+        let previous = self.newest(&mut line, resource, key);
         let found = previous
             .as_ref()
             .map_or(Expect::Absent, |p| Expect::Revision(p.revision));
@@ -246,46 +329,66 @@ impl Storage {
             return Err(WriteError::Changed);
         }
         let deleted = value.is_none();
+        let revision = line.revision + 1;
         let mut value = value
             .or_else(|| previous.as_ref().map(|p| p.value.clone()))
             .unwrap_or_default();
         value["metadata"]["resourceVersion"] = revision.to_string().into();
         let object = Arc::new(Stored { value, revision });
-        self.make_durable(resource, key, &object, deleted)?;
-        state.revision = revision;
-        let Some(collection) = state.collections.get_mut(resource) else {
-            return Ok(object);
-        };
-        if deleted {
-            collection.objects.remove(key);
-        } else {
-            collection.objects.insert(key.to_owned(), object.clone());
-        }
-        let change = Arc::new(Change {
+        let change = Change {
             revision,
             key: key.to_owned(),
             object: object.clone(),
             previous,
             deleted,
+        };
+        let (sender, receiver) = oneshot::channel();
+        let (state, name, answer) = (self.state.clone(), resource.to_owned(), object.clone());
+        let settled = self.settled.clone();
+        self.store
+            .commit_then(self.batch(resource, key, &object, deleted), move |result| {
+                let result = result.map_err(WriteError::from).map(|()| {
+                    let mut state = state.write().unwrap_or_else(PoisonError::into_inner);
+                    state.publish(&name, change);
+                    answer
+                });
+                settled.send_replace(revision);
+                // Nobody may be waiting any more.
+                let _ = sender.send(result);
+            })?;
+        line.revision = revision;
+        line.staged.push_back(Staged {
+            resource: resource.to_owned(),
+            key: key.to_owned(),
+            object,
+            deleted,
         });
-        if collection.history.len() == HISTORY
-            && let Some(oldest) = collection.history.pop_front()
-        {
-            collection.floor = oldest.revision;
-        }
-        collection.history.push_back(change.clone());
-        // No receiver is no error: nobody watches.
-        let _ = collection.sender.send(change);
-        Ok(object)
+        Ok(receiver)
     }
 
-    fn make_durable(
-        &self,
-        resource: &str,
-        key: &str,
-        object: &Stored,
-        deleted: bool,
-    ) -> Result<(), StoreError> {
+    fn line(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The newest state of an object, flushed or not.
+    fn newest(&self, line: &mut Line, resource: &str, key: &str) -> Option<Arc<Stored>> {
+        let state = self.read();
+        while line
+            .staged
+            .front()
+            .is_some_and(|staged| staged.object.revision <= state.revision)
+        {
+            line.staged.pop_front();
+        }
+        let staged = line.staged.iter().rev();
+        let mut same = staged.filter(|staged| staged.key == key && staged.resource == resource);
+        match same.next() {
+            Some(staged) => (!staged.deleted).then(|| staged.object.clone()),
+            None => state.collections.get(resource)?.objects.get(key).cloned(),
+        }
+    }
+
+    fn batch(&self, resource: &str, key: &str, object: &Stored, deleted: bool) -> Batch {
         let mut batch = Batch::new();
         let full = format!("{resource}\0{key}");
         if deleted {
@@ -300,7 +403,7 @@ impl Storage {
             format!("last/{resource}"),
             object.revision.to_string(),
         );
-        self.store.commit(batch)
+        batch
     }
 
     /// Starts a watch after `from` (`None`: now).

@@ -26,6 +26,9 @@ enum FieldValidation {
     Strict,
 }
 
+/// Held from the choice of an address to the write that takes it.
+type Allocating<'a> = tokio::sync::MutexGuard<'a, ()>;
+
 /// One write in progress.
 pub struct Writer<'a> {
     api: &'a ApiServer,
@@ -78,6 +81,10 @@ impl<'a> Writer<'a> {
         let resource = &target.resource;
         self.place(&mut object, name)?;
         self.check_namespace(target.namespace.as_deref())?;
+        if resource.terminating {
+            let message = "create not allowed while custom resource definition is terminating";
+            return Err(ApiError::new(405, "MethodNotAllowed", message));
+        }
         self.clean(&mut object, None)?;
         strip_system_fields(&mut object);
         strategy::defaults(&resource.storage, &mut object);
@@ -97,7 +104,7 @@ impl<'a> Writer<'a> {
         if strategy::has_generation(resource) {
             metadata["generation"] = 1.into();
         }
-        let _allocating = self.api.allocation().await;
+        let _allocating = self.allocating().await;
         strategy::prepare_create(self.api, resource, &mut object)?;
         self.validate(&object, None)?;
         self.review(Operation::Create, &object, None).await?;
@@ -112,13 +119,23 @@ impl<'a> Writer<'a> {
             .api
             .storage()
             .put(&resource.storage, &key, Expect::Absent, object)
+            .await
         {
             Ok(stored) => {
                 self.api.wrote(resource, &stored.value);
                 Ok(stored.value.clone())
             }
             Err(WriteError::Changed) => Err(ApiError::already_exists(resource, &named)),
-            Err(WriteError::Store(error)) => Err(ApiError::internal(error)),
+            Err(error) => Err(ApiError::internal(error)),
+        }
+    }
+
+    /// Keeps others from choosing an address until the guard is dropped, for kinds that get one.
+    async fn allocating(&self) -> Option<Allocating<'a>> {
+        if self.request.target.resource.storage == "core/services" {
+            Some(self.api.allocation().await)
+        } else {
+            None
         }
     }
 
@@ -149,7 +166,8 @@ impl<'a> Writer<'a> {
                 return Err(ApiError::modified(resource, name));
             }
             self.warnings.clear();
-            new = self.prepare_update(name, &old, new).await?;
+            let (prepared, _allocating) = self.prepare_update(name, &old, new).await?;
+            new = prepared;
             if unchanged(&old, &new) {
                 return Ok(current.value.clone());
             }
@@ -163,13 +181,13 @@ impl<'a> Writer<'a> {
                 self.api
                     .storage()
                     .delete(&resource.storage, &key, current.revision)
+                    .await
             } else {
-                self.api.storage().put(
-                    &resource.storage,
-                    &key,
-                    Expect::Revision(current.revision),
-                    new.clone(),
-                )
+                let expect = Expect::Revision(current.revision);
+                self.api
+                    .storage()
+                    .put(&resource.storage, &key, expect, new.clone())
+                    .await
             };
             match written {
                 Ok(stored) => {
@@ -178,7 +196,7 @@ impl<'a> Writer<'a> {
                 }
                 Err(WriteError::Changed) if asked.is_empty() => {}
                 Err(WriteError::Changed) => return Err(ApiError::modified(resource, name)),
-                Err(WriteError::Store(error)) => return Err(ApiError::internal(error)),
+                Err(error) => return Err(ApiError::internal(error)),
             }
         }
         Err(ApiError::modified(resource, name))
@@ -189,7 +207,7 @@ impl<'a> Writer<'a> {
         name: &str,
         old: &Value,
         mut new: Value,
-    ) -> Result<Value, ApiError> {
+    ) -> Result<(Value, Option<Allocating<'a>>), ApiError> {
         let target = &self.request.target;
         let resource = &target.resource;
         self.place(&mut new, Some(name))?;
@@ -208,7 +226,7 @@ impl<'a> Writer<'a> {
         strategy::defaults(&resource.storage, &mut new);
         new = self.admit(Operation::Update, new, Some(old)).await?;
         keep_system_fields(old, &mut new);
-        let _allocating = self.api.allocation().await;
+        let allocating = self.allocating().await;
         strategy::prepare_update(self.api, resource, old, &mut new)?;
         if strategy::has_generation(resource) && desired(resource, old) != desired(resource, &new) {
             let generation = old["metadata"]["generation"].as_i64().unwrap_or_default() + 1;
@@ -235,7 +253,7 @@ impl<'a> Writer<'a> {
         {
             metadata.shift_remove("managedFields");
         }
-        Ok(new)
+        Ok((new, allocating))
     }
 
     fn manager(&self) -> Manager {

@@ -7,13 +7,18 @@
 //! * **Start here:** [`Store::open`], then [`Store::tree`] and [`Store::commit`].
 //!
 //! Underneath is one sled tree; a named tree is a key prefix, so a batch over several trees is one sled batch. Every value carries a CRC32.
-//! What happens when files are damaged is in `recovery.rs`, the text form in `dump.rs`.
+//! What happens when files are damaged is in `recovery.rs`, the text form in `dump.rs`, how writers share a flush in `commit.rs`.
 
+mod commit;
 mod dump;
 mod recovery;
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
 
+use commit::Committer;
+
+pub use commit::CommitStats;
 pub use dump::{CheckReport, DumpError};
 pub use recovery::Recovery;
 
@@ -73,6 +78,8 @@ pub enum StoreError {
 /// An open store; clones share it.
 #[derive(Clone)]
 pub struct Store {
+    // Before the files: its thread must be done with them.
+    committer: Arc<Committer>,
     db: sled::Db,
     dir: Option<PathBuf>,
 }
@@ -106,6 +113,7 @@ impl Store {
         let (db, recovery) = recovery::open(&options)?;
         Ok((
             Store {
+                committer: Arc::new(Committer::new()),
                 db,
                 dir: options.dir,
             },
@@ -143,13 +151,43 @@ impl Store {
         Ok(self.db.apply_batch(batch.inner)?)
     }
 
-    /// Applies `batch` and hands it to the kernel before it returns: it survives SIGKILL of this process.
+    /// Applies `batch` and hands it to the kernel before it returns: it survives SIGKILL of this process. Writers that wait at the
+    /// same time share one flush.
     ///
     /// # Errors
     /// As [`Store::batch`].
     pub fn commit(&self, batch: Batch) -> Result<(), StoreError> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.commit_then(batch, move |result| {
+            // The receiver waits below.
+            let _ = sender.send(result);
+        })?;
+        // Without an answer the flushing thread is gone: ask the disk here.
+        receiver.recv().unwrap_or_else(|_| self.flush())
+    }
+
+    /// Applies `batch` at once and calls `done` when it has been handed to the kernel. Calls come in the order of the batches, from
+    /// the flushing thread (in memory: from this one, before this returns), so that `done` must be quick.
+    ///
+    /// # Errors
+    /// As [`Store::batch`]; `done` is not called then.
+    pub fn commit_then(
+        &self,
+        batch: Batch,
+        done: impl FnOnce(Result<(), StoreError>) + Send + 'static,
+    ) -> Result<(), StoreError> {
         self.batch(batch)?;
-        self.flush()
+        if self.dir.is_some() {
+            self.committer.submit(&self.db, Box::new(done));
+        } else {
+            done(Ok(()));
+        }
+        Ok(())
+    }
+
+    /// How many durable writes there were and how many flushes they took; zero in memory.
+    pub fn commit_stats(&self) -> CommitStats {
+        self.committer.stats()
     }
 
     /// Hands everything written so far to the kernel.

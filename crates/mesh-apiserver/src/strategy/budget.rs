@@ -48,7 +48,7 @@ pub fn validate(object: &Value, errors: &mut Vec<FieldError>) {
 ///
 /// # Errors
 /// 429 when the budget allows none now, 500 when two budgets select the pod.
-pub fn take(api: &ApiServer, request: &Request, pod: &Value) -> Result<(), ApiError> {
+pub async fn take(api: &ApiServer, request: &Request, pod: &Value) -> Result<(), ApiError> {
     if ends_already(pod) {
         return Ok(());
     }
@@ -75,10 +75,11 @@ pub fn take(api: &ApiServer, request: &Request, pod: &Value) -> Result<(), ApiEr
         match api
             .storage()
             .put(BUDGETS, key, Expect::Revision(budget.revision), taken)
+            .await
         {
             Ok(_) => return Ok(()),
             Err(WriteError::Changed) => {}
-            Err(WriteError::Store(error)) => return Err(ApiError::internal(error)),
+            Err(error) => return Err(ApiError::internal(error)),
         }
     }
     Err(refusal(

@@ -44,12 +44,23 @@ pub fn prepare(old: Option<&Value>, object: &mut Value) {
         let since = before.map_or_else(|| json!(now()), |c| c["lastTransitionTime"].clone());
         json!({ "type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": since })
     };
+    let mut conditions = vec![
+        condition("NamesAccepted", "NoConflicts", "no conflicts found"),
+        condition(
+            "Established",
+            "InitialNamesAccepted",
+            "the initial names have been accepted",
+        ),
+    ];
+    let known = old.and_then(|old| old["status"]["conditions"].as_array());
+    let ending = known
+        .into_iter()
+        .flatten()
+        .filter(|c| c["type"] == "Terminating");
+    conditions.extend(ending.cloned());
     object["status"] = json!({
         "acceptedNames": names,
-        "conditions": [
-            condition("NamesAccepted", "NoConflicts", "no conflicts found"),
-            condition("Established", "InitialNamesAccepted", "the initial names have been accepted"),
-        ],
+        "conditions": conditions,
         "storedVersions": stored,
     });
 }

@@ -41,6 +41,57 @@ fn values_survive_reopening_and_trees_are_apart() {
 }
 
 #[test]
+fn writers_that_wait_together_share_flushes() {
+    const WRITERS: usize = 16;
+    const WRITES: usize = 25;
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let tree = store.tree("t").unwrap();
+    std::thread::scope(|scope| {
+        for writer in 0..WRITERS {
+            let (store, tree) = (&store, &tree);
+            scope.spawn(move || {
+                for number in 0..WRITES {
+                    let mut batch = Batch::new();
+                    batch.insert(tree, format!("{writer}/{number}"), "v");
+                    store.commit(batch).unwrap();
+                }
+            });
+        }
+    });
+    let stats = store.commit_stats();
+    assert_eq!(stats.commits, (WRITERS * WRITES) as u64);
+    // Of sixteen writers that wait all the time, never is each flushed for alone.
+    assert!(stats.flushes * 2 < stats.commits, "{stats:?}");
+    drop((tree, store));
+    let store = open(dir.path());
+    let count = store.tree("t").unwrap().scan_prefix("").count();
+    assert_eq!(count, WRITERS * WRITES);
+}
+
+#[test]
+fn callbacks_come_in_the_order_of_the_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    for store in [open(dir.path()), Store::open(None).unwrap().0] {
+        let tree = store.tree("t").unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        for number in 0..100 {
+            let mut batch = Batch::new();
+            batch.insert(&tree, format!("{number}"), "v");
+            let sender = sender.clone();
+            store
+                .commit_then(batch, move |result| {
+                    sender.send((number, result.is_ok())).unwrap()
+                })
+                .unwrap();
+        }
+        drop(sender);
+        let order: Vec<_> = receiver.iter().collect();
+        assert_eq!(order, (0..100).map(|n| (n, true)).collect::<Vec<_>>());
+    }
+}
+
+#[test]
 fn memory_store_needs_no_directory() {
     let (store, recovery) = Store::open(None).unwrap();
     assert!(recovery.is_clean() && store.dir().is_none());
