@@ -15,12 +15,16 @@ const EDGES: &[(&str, &[&str])] = &[
     ("mesh-telemetry", &[]),
     ("mesh-store", &[]),
     ("mesh-identity", &[]),
-    ("mesh-model", &["mesh-api"]),
+    ("mesh-envoy-json", &[]),
+    ("mesh-model", &["mesh-api", "mesh-envoy-json"]),
     ("mesh-inject", &["mesh-api"]),
-    ("mesh-xds", &[]),
+    ("mesh-xds", &["mesh-envoy-json"]),
     ("mesh-routing", &[]),
     ("mesh-apiserver", &["mesh-store", "mesh-identity"]),
-    ("mesh-translate", &["mesh-api", "mesh-model"]),
+    (
+        "mesh-translate",
+        &["mesh-api", "mesh-model", "mesh-envoy-json"],
+    ),
     (
         "mesh-proxy",
         &[

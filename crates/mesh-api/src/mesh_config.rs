@@ -9,7 +9,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Duration;
-use crate::networking::destination_rule::H2UpgradePolicy;
+use crate::networking::destination_rule::{
+    ConnectionPoolSettings, H2UpgradePolicy, LocalityLbSetting, OutlierDetection, TcpKeepalive,
+};
+use crate::networking::virtual_service::HttpRetry;
 use crate::object::{ParseError, typed};
 
 /// Settings of the whole mesh.
@@ -38,6 +41,14 @@ pub struct MeshConfig {
     pub default_destination_rule_export_to: Vec<String>,
     /// Whether HTTP/1.1 is sent as HTTP/2 where nothing else says so; default no.
     pub h2_upgrade_policy: H2UpgradePolicy,
+    /// Keep-alive probes toward every destination; DestinationRules override it value by value. Default: none.
+    pub tcp_keepalive: Option<TcpKeepalive>,
+    /// How localities are preferred where no DestinationRule says; default is to prefer near ones where outlier detection is on.
+    pub locality_lb_setting: Option<LocalityLbSetting>,
+    /// When requests are tried again where no VirtualService says; default is Istio's own policy.
+    pub default_http_retry_policy: Option<HttpRetry>,
+    /// Parts of a traffic policy that hold where no DestinationRule sets them.
+    pub default_traffic_policy: DefaultTrafficPolicy,
     /// Whether the pod's own metrics are merged with the proxy's; default true.
     pub enable_prometheus_merge: bool,
     /// Settings of every proxy.
@@ -61,11 +72,25 @@ impl Default for MeshConfig {
             default_virtual_service_export_to: everyone(),
             default_destination_rule_export_to: everyone(),
             h2_upgrade_policy: H2UpgradePolicy::DoNotUpgrade,
+            tcp_keepalive: None,
+            locality_lb_setting: Some(LocalityLbSetting::default()),
+            default_http_retry_policy: None,
+            default_traffic_policy: DefaultTrafficPolicy::default(),
             enable_prometheus_merge: true,
             default_config: ProxyConfig::default(),
             unsupported: Vec::new(),
         }
     }
+}
+
+/// Parts of a traffic policy for the whole mesh.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct DefaultTrafficPolicy {
+    /// Limits and timeouts of connections.
+    pub connection_pool: Option<ConnectionPoolSettings>,
+    /// When a failing endpoint is set aside.
+    pub outlier_detection: Option<OutlierDetection>,
 }
 
 /// What happens to traffic to unknown destinations.
@@ -149,7 +174,6 @@ pub enum InterceptionMode {
 /// MeshConfig fields that Istio knows and this version does not implement.
 const MESH_FIELDS_NOT_IMPLEMENTED: &[&str] = &[
     "proxyHttpPort",
-    "tcpKeepalive",
     "ingressClass",
     "ingressService",
     "ingressControllerMode",
@@ -166,9 +190,7 @@ const MESH_FIELDS_NOT_IMPLEMENTED: &[&str] = &[
     "caCertificates",
     "ca",
     "certificates",
-    "localityLbSetting",
     "zoneAwareLbSetting",
-    "defaultTrafficPolicy",
     "dnsRefreshRate",
     "inboundClusterStatName",
     "outboundClusterStatName",
@@ -176,7 +198,6 @@ const MESH_FIELDS_NOT_IMPLEMENTED: &[&str] = &[
     "defaultProviders",
     "discoverySelectors",
     "pathNormalization",
-    "defaultHttpRetryPolicy",
     "meshMTLS",
     "tlsDefaults",
     "serviceSettings",

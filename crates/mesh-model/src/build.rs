@@ -1,6 +1,7 @@
 //! From the table of objects to the mesh.
 
 mod destination_rules;
+mod envoy_filters;
 mod gateways;
 mod services;
 mod virtual_services;
@@ -23,6 +24,7 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
     mesh.workloads = workloads::build(objects);
     mesh.services = services::build(objects, &mesh);
     mesh.destination_rules = destination_rules::build(objects, &mesh, &mut problems);
+    mesh.envoy_filters = envoy_filters::build(objects, &mut problems);
     mesh.gateways = gateways::build(objects, &mut problems);
     mesh.virtual_services = virtual_services::build(objects, &mesh, &mut problems);
     for (key, object) in &objects.istio {
@@ -42,7 +44,10 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
 fn report_kind_not_applied(key: &ObjectKey, object: &AnyObject, problems: &mut Vec<Problem>) {
     if matches!(
         object,
-        AnyObject::VirtualService(_) | AnyObject::DestinationRule(_) | AnyObject::Gateway(_)
+        AnyObject::VirtualService(_)
+            | AnyObject::DestinationRule(_)
+            | AnyObject::Gateway(_)
+            | AnyObject::EnvoyFilter(_)
     ) {
         return;
     }

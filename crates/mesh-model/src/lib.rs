@@ -25,7 +25,8 @@ pub use objects::{Item, ObjectKey, Objects};
 pub use problem::{Problem, Severity};
 pub use protocol::Protocol;
 pub use rules::{
-    DestinationRule, Gateway, GatewayServer, MESH_GATEWAY, PortPolicy, Subset, VirtualService,
+    DestinationRule, EnvoyFilter, EnvoyPatch, Gateway, GatewayServer, MESH_GATEWAY, Policy,
+    ServerMode, Subset, VirtualService,
 };
 pub use service::{Endpoint, Health, Service, ServicePort, TargetPort, Workload};
 pub use visibility::Visibility;

@@ -9,9 +9,12 @@ use mesh_api::mesh_config::MeshConfig;
 use crate::objects::{Name, Objects};
 use crate::service::contains_labels;
 use crate::{
-    DestinationRule, Gateway, MESH_GATEWAY, Node, NodeKind, Problem, Service, ServicePort,
-    VirtualService, Workload, build, hostname,
+    DestinationRule, EnvoyFilter, Gateway, MESH_GATEWAY, Node, NodeKind, Problem, Service,
+    ServicePort, VirtualService, Workload, build,
 };
+
+mod destination_rules;
+mod envoy_filters;
 
 /// Everything that the objects mean together. Never changes once it is built.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -23,7 +26,9 @@ pub struct Mesh {
     /// Oldest first.
     pub(crate) virtual_services: Vec<Arc<VirtualService>>,
     /// By namespace, then by host.
-    pub(crate) destination_rules: BTreeMap<String, BTreeMap<String, Arc<DestinationRule>>>,
+    pub(crate) destination_rules: BTreeMap<String, BTreeMap<String, Vec<Arc<DestinationRule>>>>,
+    /// Ordered by key.
+    pub(crate) envoy_filters: Vec<Arc<EnvoyFilter>>,
     /// Oldest first.
     pub(crate) gateways: Vec<Arc<Gateway>>,
     pub(crate) problems: Vec<Problem>,
@@ -135,40 +140,6 @@ impl Mesh {
     pub fn labels_of<'a>(&'a self, node: &'a Node) -> &'a BTreeMap<String, String> {
         self.workload(&node.namespace, &node.name)
             .map_or(&node.labels, |workload| &workload.labels)
-    }
-
-    /// The DestinationRule for a host as a client sees it: of the client's namespace, then the service's, then the root namespace; in each, the
-    /// exact host before wildcards, longer ones first.
-    pub fn destination_rule(
-        &self,
-        host: &str,
-        client_namespace: &str,
-    ) -> Option<&Arc<DestinationRule>> {
-        let service_namespace = self
-            .services
-            .get(host)
-            .map_or("", |service| service.namespace.as_str());
-        let order = [
-            client_namespace,
-            service_namespace,
-            self.config.root_namespace.as_str(),
-        ];
-        order.iter().find_map(|namespace| {
-            let rule = self.destination_rule_in(namespace, host)?;
-            rule.visibility.includes(client_namespace).then_some(rule)
-        })
-    }
-
-    fn destination_rule_in(&self, namespace: &str, host: &str) -> Option<&Arc<DestinationRule>> {
-        let rules = self.destination_rules.get(namespace)?;
-        rules.get(host).or_else(|| {
-            let covering = rules.iter().filter(|(pattern, _)| {
-                hostname::is_wildcard(pattern) && hostname::covers(pattern, host)
-            });
-            covering
-                .min_by_key(|(pattern, _)| hostname::specificity(pattern))
-                .map(|(_, rule)| rule)
-        })
     }
 
     /// The ports on which a node's own pod serves, with the service and its port, ordered by port and then by the service's age: by selector, or

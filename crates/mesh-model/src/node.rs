@@ -127,6 +127,11 @@ impl Node {
             .map_or("cluster.local", |(_, domain)| domain)
     }
 
+    /// True if the proxy asks to serve HTTP/1.0 too (`HTTP10` is `1`, from `ISTIO_META_HTTP10`).
+    pub fn http10(&self) -> bool {
+        text(&self.metadata, "HTTP10") == "1"
+    }
+
     /// Name of the cluster that the proxy reports; `Kubernetes` where it reports none.
     pub fn cluster_id(&self) -> &str {
         match text(&self.metadata, "CLUSTER_ID") {

@@ -1,11 +1,17 @@
 //! Rules with every name made absolute.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
-use mesh_api::networking::destination_rule::SimpleLb;
-use mesh_api::networking::virtual_service::HttpRoute;
+use mesh_api::networking::virtual_service::{HttpRoute, TcpRoute, TlsRoute};
 
-use crate::{ObjectKey, Protocol, Visibility};
+use crate::{ObjectKey, Visibility};
+
+pub use destination_rule::{DestinationRule, Policy, Subset};
+pub use envoy_filter::{EnvoyFilter, EnvoyPatch, VersionPattern};
+
+mod destination_rule;
+mod envoy_filter;
 
 /// The name that stands for all sidecars in a list of gateways.
 pub const MESH_GATEWAY: &str = "mesh";
@@ -24,68 +30,18 @@ pub struct VirtualService {
     pub gateways: Vec<String>,
     /// Who sees it.
     pub visibility: Visibility,
-    /// HTTP rules in order.
+    /// HTTP rules in order; in the place of those that delegate stand the delegates' own.
     pub http: Vec<HttpRoute>,
+    /// Rules for TLS that is passed through.
+    pub tls: Vec<TlsRoute>,
+    /// Rules for other TCP.
+    pub tcp: Vec<TcpRoute>,
 }
 
 impl VirtualService {
     /// True if a gateway (`namespace/name`, or [`MESH_GATEWAY`]) applies it.
     pub fn is_bound_to(&self, gateway: &str) -> bool {
         self.gateways.iter().any(|name| name == gateway)
-    }
-}
-
-/// All DestinationRules of one namespace for one host, merged: subsets of all of them, the first trafficPolicy.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DestinationRule {
-    /// The objects, oldest first.
-    pub keys: Vec<ObjectKey>,
-    /// Full name of the service, or a wildcard.
-    pub host: String,
-    /// Who sees it.
-    pub visibility: Visibility,
-    /// Policy for the whole host.
-    pub policy: PortPolicy,
-    /// Subsets by name.
-    pub subsets: BTreeMap<String, Subset>,
-}
-
-/// A named part of a service's endpoints.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Subset {
-    /// Labels that the endpoint's pod must have.
-    pub labels: BTreeMap<String, String>,
-    /// Policy that overrides the host's.
-    pub policy: PortPolicy,
-}
-
-/// A traffic policy with what it says for single ports.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct PortPolicy {
-    /// Load balancing for all ports; `None` if the policy does not say.
-    pub load_balancer: Option<SimpleLb>,
-    /// Load balancing for single ports; the inner `None` means that the port's settings replace the policy and don't say.
-    pub ports: BTreeMap<u16, Option<SimpleLb>>,
-}
-
-impl PortPolicy {
-    /// What the policy says for a port.
-    fn for_port(&self, port: u16) -> Option<SimpleLb> {
-        self.ports.get(&port).copied().unwrap_or(self.load_balancer)
-    }
-}
-
-impl DestinationRule {
-    /// Load balancing for a subset (empty for the whole host) and port: the subset's policy wins, then the host's, then LEAST_REQUEST.
-    pub fn load_balancer(&self, subset: &str, port: u16) -> SimpleLb {
-        let subset = self
-            .subsets
-            .get(subset)
-            .and_then(|subset| subset.policy.for_port(port));
-        match subset.or_else(|| self.policy.for_port(port)) {
-            None | Some(SimpleLb::Unspecified | SimpleLb::LeastConn) => SimpleLb::LeastRequest,
-            Some(lb) => lb,
-        }
     }
 }
 
@@ -109,10 +65,36 @@ pub struct GatewayServer {
     pub port: u16,
     /// Name of the port.
     pub name: String,
-    /// Protocol; HTTP and its kin only, so far.
-    pub protocol: Protocol,
+    /// Address to listen on; `None` is all.
+    pub bind: Option<IpAddr>,
+    /// What is done with connections.
+    pub mode: ServerMode,
     /// Hosts: the namespace whose VirtualServices may bind (`None`: any) and the name, wildcards allowed.
     pub hosts: Vec<(Option<String>, String)>,
+}
+
+/// What a gateway's server does with connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerMode {
+    /// Routes HTTP requests, or answers each with a redirect to https.
+    Http {
+        /// Answer with the redirect.
+        https_redirect: bool,
+    },
+    /// Passes TLS on, by server name.
+    TlsPassthrough,
+    /// Passes bytes on.
+    Tcp,
+}
+
+impl ServerMode {
+    /// True if two servers can be on one port.
+    pub fn shares_port_with(self, other: Self) -> bool {
+        matches!(
+            (self, other),
+            (Self::Http { .. }, Self::Http { .. }) | (Self::TlsPassthrough, Self::TlsPassthrough)
+        )
+    }
 }
 
 impl Gateway {

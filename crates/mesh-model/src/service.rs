@@ -180,6 +180,29 @@ impl Workload {
     }
 }
 
+impl Workload {
+    /// Labels of the pod with those of its place (`topology.kubernetes.io/region` and so on), as Istio adds them for failoverPriority.
+    pub fn placed_labels(&self, cluster: &str) -> BTreeMap<String, String> {
+        let mut labels = self.labels.clone();
+        let mut parts = self.locality.splitn(3, '/');
+        let mut place = |key: &str, value: &str| {
+            if !value.is_empty() {
+                labels.insert(key.to_owned(), value.to_owned());
+            }
+        };
+        place("topology.istio.io/cluster", cluster);
+        place("kubernetes.io/hostname", &self.node);
+        for key in [
+            "topology.kubernetes.io/region",
+            "topology.kubernetes.io/zone",
+            "topology.istio.io/subzone",
+        ] {
+            place(key, parts.next().unwrap_or_default());
+        }
+        labels
+    }
+}
+
 /// True if `labels` has all of `wanted`.
 pub(crate) fn contains_labels(
     labels: &BTreeMap<String, String>,

@@ -47,6 +47,23 @@ impl Visibility {
             Self::Namespaces(names) => names.contains(namespace),
         }
     }
+
+    /// True if nobody but `namespace` sees the object.
+    pub(crate) fn is_only(&self, namespace: &str) -> bool {
+        match self {
+            Self::All => false,
+            Self::Namespaces(names) => names.iter().all(|name| name == namespace),
+        }
+    }
+
+    /// True if everyone who sees an object of visibility `other` sees this one too.
+    pub(crate) fn covers(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::All, _) => true,
+            (Self::Namespaces(_), Self::All) => false,
+            (Self::Namespaces(own), Self::Namespaces(other)) => own.is_superset(other),
+        }
+    }
 }
 
 #[cfg(test)]

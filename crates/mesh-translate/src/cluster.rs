@@ -3,62 +3,72 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use envoy_types::pb::envoy::config::cluster::v3::circuit_breakers::Thresholds;
-use envoy_types::pb::envoy::config::cluster::v3::cluster::{ClusterDiscoveryType, DiscoveryType, EdsClusterConfig, LbPolicy};
-use envoy_types::pb::envoy::config::cluster::v3::{CircuitBreakers, Cluster};
-use envoy_types::pb::envoy::config::core::v3::{BindConfig, Http1ProtocolOptions, Http2ProtocolOptions};
+use envoy_types::pb::envoy::config::cluster::v3::Cluster;
+use envoy_types::pb::envoy::config::cluster::v3::cluster::{
+    ClusterDiscoveryType, DiscoveryType, EdsClusterConfig, LbPolicy,
+};
+use envoy_types::pb::envoy::config::core::v3::{
+    BindConfig, Http1ProtocolOptions, Http2ProtocolOptions,
+};
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::HttpProtocolOptions;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::explicit_http_config::ProtocolConfig;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::{
     ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
 };
-use envoy_types::pb::google::protobuf::Any;
-use mesh_api::networking::destination_rule::SimpleLb;
-use mesh_model::{DestinationRule, Mesh, Node, NodeKind, Protocol, Service, ServicePort};
+use mesh_model::{Mesh, Node, NodeKind, Protocol, Service, ServicePort};
 use prost::Message;
 
 use crate::metadata::{self, OrderedValue};
-use crate::names;
-use crate::pb::{ads, any, duration, socket_address, uint32};
-use crate::resources::{CLUSTER, Resource};
+use crate::pb::{ads, any, duration, socket_address};
+use crate::resources::{CLUSTER, Resource, Resources};
+use crate::{endpoint, names};
+
+pub(crate) use hash::{for_routes as hash_policies, set_tcp_policy};
+pub(crate) use policy::Policy;
+
+mod hash;
+mod policy;
 
 /// Envoy's key for HTTP options of a cluster.
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
-/// No limit: Istio's default of all circuit breakers.
-const NO_LIMIT: u32 = u32::MAX;
 
-/// The cluster of a service port, whole (`subset` empty) or in part.
-pub(crate) fn outbound(
+/// Adds the cluster of a service port, whole (`subset` empty) or in part, and its endpoints where the control plane gives them.
+pub(crate) fn add_outbound(
     mesh: &Mesh,
     node: &Node,
     service: &Service,
     port: &ServicePort,
     subset: &str,
-) -> (String, Resource) {
+    resources: &mut Resources,
+) {
     let name = names::outbound_cluster(port.number, subset, &service.host);
     let rule = mesh
-        .destination_rule(&service.host, &node.namespace)
+        .destination_rule_for(&service.host, node)
         .map(AsRef::as_ref);
+    let policy = Policy::new(mesh, rule, subset, port.number);
     let mut cluster = base(mesh, &name);
-    cluster.circuit_breakers = Some(unlimited());
-    cluster.typed_extension_protocol_options = http_options(port.protocol);
-    if is_original_destination(service, node) {
+    let mut options = http_options(port.protocol);
+    policy.apply_pool(&mut cluster, &mut options);
+    policy.apply_upgrade(&mut options, port.protocol);
+    policy.apply_outlier_detection(&mut cluster);
+    if is_original_destination(service, node) || policy.passes_through() {
         set_kind(
             &mut cluster,
             DiscoveryType::OriginalDst,
             LbPolicy::ClusterProvided,
         );
     } else {
-        set_kind(
-            &mut cluster,
-            DiscoveryType::Eds,
-            lb_policy(rule, subset, port.number),
-        );
+        set_kind(&mut cluster, DiscoveryType::Eds, LbPolicy::LeastRequest);
+        policy.apply_load_balancer(&mut cluster);
         cluster.eds_cluster_config = Some(EdsClusterConfig {
             eds_config: ads(),
             service_name: name.clone(),
         });
+        resources.endpoints.extend([endpoint::assignment(
+            mesh, node, service, port, subset, rule, &policy,
+        )]);
     }
+    set_options(&mut cluster, options);
     let mut fields = described(&[service]);
     if let Some(key) = rule.and_then(|rule| rule.keys.first()) {
         fields.insert(
@@ -69,11 +79,11 @@ pub(crate) fn outbound(
     if !subset.is_empty() {
         fields.insert("subset".to_owned(), metadata::text(subset));
     }
-    (name, encode(&cluster, fields))
+    resources.clusters.insert(name, encode(&cluster, fields));
 }
 
 /// Headless services on sidecars: the client has chosen the pod already.
-pub(crate) fn is_original_destination(service: &Service, node: &Node) -> bool {
+fn is_original_destination(service: &Service, node: &Node) -> bool {
     service.headless && node.kind == NodeKind::Sidecar
 }
 
@@ -87,8 +97,15 @@ pub(crate) fn inbound(
 ) -> (String, Resource) {
     let name = names::inbound_cluster(target);
     let mut cluster = base(mesh, &name);
-    cluster.circuit_breakers = Some(unlimited());
-    cluster.typed_extension_protocol_options = http_options(protocol);
+    let mut options = http_options(protocol);
+    // Limits that clients keep have to hold here too, so that the server's side has room for what they let through.
+    let of_service = services.first().and_then(|service| {
+        let port = port_with_target(mesh, node, service, target)?;
+        Some((mesh.destination_rule_for(&service.host, node), port))
+    });
+    let (rule, port) = of_service.unwrap_or_default();
+    Policy::new(mesh, rule.map(AsRef::as_ref), "", port).apply_pool(&mut cluster, &mut options);
+    set_options(&mut cluster, options);
     cluster.upstream_bind_config = Some(inbound_source(node));
     set_kind(
         &mut cluster,
@@ -96,6 +113,15 @@ pub(crate) fn inbound(
         LbPolicy::ClusterProvided,
     );
     (name, encode(&cluster, described(services)))
+}
+
+/// Number of the service port that leads to a port of the node's own pod.
+fn port_with_target(mesh: &Mesh, node: &Node, service: &Service, target: u16) -> Option<u16> {
+    let served = mesh.served_by(node);
+    served
+        .into_iter()
+        .find(|(own, of, _)| *own == target && of.host == service.host)
+        .map(|(_, _, port)| port.number)
 }
 
 /// Clusters that every sidecar has, whatever the mesh holds.
@@ -120,8 +146,8 @@ fn black_hole(mesh: &Mesh) -> (String, Resource) {
 
 fn passthrough(mesh: &Mesh, name: &str, source: Option<BindConfig>) -> (String, Resource) {
     let mut cluster = base(mesh, name);
-    cluster.circuit_breakers = Some(unlimited());
-    cluster.typed_extension_protocol_options = http_options(Protocol::Auto);
+    cluster.circuit_breakers = Some(policy::breakers(policy::unlimited()));
+    set_options(&mut cluster, http_options(Protocol::Auto));
     cluster.upstream_bind_config = source;
     set_kind(
         &mut cluster,
@@ -144,30 +170,6 @@ fn set_kind(cluster: &mut Cluster, kind: DiscoveryType, policy: LbPolicy) {
     cluster.lb_policy = policy as i32;
 }
 
-fn lb_policy(rule: Option<&DestinationRule>, subset: &str, port: u16) -> LbPolicy {
-    match rule.map_or(SimpleLb::LeastRequest, |rule| {
-        rule.load_balancer(subset, port)
-    }) {
-        SimpleLb::RoundRobin => LbPolicy::RoundRobin,
-        SimpleLb::Random => LbPolicy::Random,
-        _ => LbPolicy::LeastRequest,
-    }
-}
-
-fn unlimited() -> CircuitBreakers {
-    let limits = Thresholds {
-        max_connections: uint32(NO_LIMIT),
-        max_pending_requests: uint32(NO_LIMIT),
-        max_requests: uint32(NO_LIMIT),
-        max_retries: uint32(NO_LIMIT),
-        ..Thresholds::default()
-    };
-    CircuitBreakers {
-        thresholds: vec![limits],
-        ..CircuitBreakers::default()
-    }
-}
-
 /// 127.0.0.6 or ::6: the capture rules let connections from there to the application pass.
 fn inbound_source(node: &Node) -> BindConfig {
     let address = match node.ips.first() {
@@ -181,7 +183,7 @@ fn inbound_source(node: &Node) -> BindConfig {
 }
 
 /// HTTP/1.1 or HTTP/2 where the port says so; what the client speaks where the protocol is found out; nothing for TCP.
-fn http_options(protocol: Protocol) -> HashMap<String, Any> {
+fn http_options(protocol: Protocol) -> Option<HttpProtocolOptions> {
     let explicit = |config| {
         UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
             protocol_config: Some(config),
@@ -201,13 +203,27 @@ fn http_options(protocol: Protocol) -> HashMap<String, Any> {
                 ..UseDownstreamHttpConfig::default()
             })
         }
-        _ => return HashMap::new(),
+        _ => return None,
     };
-    let options = HttpProtocolOptions {
+    Some(HttpProtocolOptions {
         upstream_protocol_options: Some(options),
         ..HttpProtocolOptions::default()
-    };
-    HashMap::from([(HTTP_OPTIONS.to_owned(), any(&options))])
+    })
+}
+
+/// Envoy insists on a version in the options; where only timeouts are set it is its default.
+fn set_options(cluster: &mut Cluster, options: Option<HttpProtocolOptions>) {
+    if let Some(mut options) = options {
+        options.upstream_protocol_options.get_or_insert_with(|| {
+            UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
+                protocol_config: Some(ProtocolConfig::HttpProtocolOptions(
+                    Http1ProtocolOptions::default(),
+                )),
+            })
+        });
+        cluster.typed_extension_protocol_options =
+            HashMap::from([(HTTP_OPTIONS.to_owned(), any(&options))]);
+    }
 }
 
 /// The services of a cluster, from which proxies take the `destination_service*` labels.

@@ -7,61 +7,75 @@ use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use envoy_types::pb::envoy::config::endpoint::v3::{
     ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints,
 };
-use mesh_model::{self as model, Health, Mesh, Node, Service, ServicePort};
+use mesh_model::{self as model, DestinationRule, Health, Mesh, Node, Service, ServicePort};
 
+use crate::cluster::Policy;
 use crate::pb::{address, uint32};
 use crate::resources::{ENDPOINT, Resource};
 use crate::{metadata, names};
 
-/// The endpoints of a service port, whole (`subset` empty) or in part. Endpoints that are going away are left out: requests that they have in
-/// hand end on their connections.
+use locality::Group;
+
+mod locality;
+
+/// The endpoints of a service port, whole (`subset` empty) or in part, with priorities and weights by their distance from the node. Endpoints
+/// that are going away are left out: requests that they have in hand end on their connections.
 pub(crate) fn assignment(
     mesh: &Mesh,
     node: &Node,
     service: &Service,
     port: &ServicePort,
     subset: &str,
+    rule: Option<&DestinationRule>,
+    policy: &Policy<'_>,
 ) -> (String, Resource) {
     let name = names::outbound_cluster(port.number, subset, &service.host);
-    let rule = mesh.destination_rule(&service.host, &node.namespace);
     let labels = rule
         .and_then(|rule| rule.subsets.get(subset))
         .map(|subset| &subset.labels);
-    let mut localities: BTreeMap<&str, Vec<LbEndpoint>> = BTreeMap::new();
+    let mut by_locality: BTreeMap<&str, Vec<&model::Endpoint>> = BTreeMap::new();
     for endpoint in service
         .endpoints(port.number)
         .iter()
         .filter(|endpoint| endpoint.health == Health::Ready)
     {
         if labels.is_none_or(|labels| endpoint.has_labels(labels)) {
-            localities
+            by_locality
                 .entry(&endpoint.locality)
                 .or_default()
-                .push(lb_endpoint(endpoint, node));
+                .push(endpoint);
         }
+    }
+    let mut groups: Vec<Group<'_>> = by_locality
+        .into_iter()
+        .map(|(locality, endpoints)| Group::new(locality, endpoints))
+        .collect();
+    if let Some(setting) = policy.locality() {
+        locality::apply(&mut groups, setting, policy.fails_over(), mesh, node);
     }
     let message = ClusterLoadAssignment {
         cluster_name: name.clone(),
-        endpoints: localities
-            .into_iter()
-            .map(|(name, endpoints)| locality(name, endpoints))
-            .collect(),
+        endpoints: groups.iter().map(|group| encoded(group, node)).collect(),
         ..ClusterLoadAssignment::default()
     };
     (name, Resource::new(ENDPOINT, &message))
 }
 
-fn locality(name: &str, lb_endpoints: Vec<LbEndpoint>) -> LocalityLbEndpoints {
-    let mut parts = name.splitn(3, '/').map(str::to_owned);
-    let mut next = || parts.next().unwrap_or_default();
+fn encoded(group: &Group<'_>, node: &Node) -> LocalityLbEndpoints {
+    let [region, zone, sub_zone] = locality::parts(group.locality).map(str::to_owned);
     LocalityLbEndpoints {
         locality: Some(Locality {
-            region: next(),
-            zone: next(),
-            sub_zone: next(),
+            region,
+            zone,
+            sub_zone,
         }),
-        load_balancing_weight: uint32(u32::try_from(lb_endpoints.len()).unwrap_or(u32::MAX)),
-        lb_endpoints,
+        load_balancing_weight: uint32(group.weight),
+        priority: group.priority,
+        lb_endpoints: group
+            .endpoints
+            .iter()
+            .map(|endpoint| lb_endpoint(endpoint, node))
+            .collect(),
         ..LocalityLbEndpoints::default()
     }
 }

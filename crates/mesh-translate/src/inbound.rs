@@ -15,7 +15,7 @@ use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
 use envoy_types::pb::envoy::r#type::v3::Int32Range;
 use mesh_model::{Mesh, Node, Protocol, Service};
 
-use crate::listener::{self, Place, Routes, http_chain, named, plain_http, tcp_chain};
+use crate::listener::{self, Http, Place, Routes, http_chain, named, tcp_chain};
 use crate::resources::{LISTENER, Resource, Resources};
 use crate::{cluster, names, pb, route};
 
@@ -98,8 +98,10 @@ fn unknown_port(node: &Node) -> [FilterChain; 2] {
         names::INBOUND_PASSTHROUGH,
         true,
     );
+    let settings = Http::of(node);
     let http = http_chain(
-        Some(plain_http()),
+        &settings,
+        Some(settings.plain()),
         stat_prefix(node, 0),
         Routes::Inline(http),
         Place::Inbound,
@@ -114,6 +116,7 @@ fn unknown_port(node: &Node) -> [FilterChain; 2] {
 fn known_port(node: &Node, target: u16, protocol: Protocol) -> Vec<FilterChain> {
     let cluster = names::inbound_cluster(target);
     let name = listener::name(listener::any_address(node), target);
+    let settings = Http::of(node);
     let http = |matched| {
         // The application may answer a repeated gRPC call twice, so those are left to the caller.
         let retries = !matches!(protocol, Protocol::Grpc | Protocol::GrpcWeb);
@@ -125,6 +128,7 @@ fn known_port(node: &Node, target: u16, protocol: Protocol) -> Vec<FilterChain> 
         );
         named(
             http_chain(
+                &settings,
                 Some(to_port(matched, target)),
                 stat_prefix(node, target),
                 Routes::Inline(routes),
@@ -140,7 +144,7 @@ fn known_port(node: &Node, target: u16, protocol: Protocol) -> Vec<FilterChain> 
         )
     };
     match protocol {
-        Protocol::Auto => vec![http(plain_http()), tcp()],
+        Protocol::Auto => vec![http(settings.plain()), tcp()],
         _ if protocol.is_http() => vec![http(FilterChainMatch::default())],
         _ => vec![tcp()],
     }

@@ -5,10 +5,11 @@
 //! **Out**: encoded Envoy messages by name, each with a hash of its content as version; the same input gives the same bytes.
 //! **Never**: no IO, no clock, no state between calls; nothing that the mesh does not say.
 //! **Start here**: [`translate`], then `outbound.rs`, `inbound.rs` and `gateway.rs`; `route.rs` holds the HTTP rules, `virtual_host.rs` the
-//! tables that they stand in.
+//! tables that they stand in, `tcp.rs` the rules for TLS and TCP.
 
 mod cluster;
 mod endpoint;
+mod envoy_filter;
 mod gateway;
 mod inbound;
 mod listener;
@@ -18,6 +19,7 @@ mod outbound;
 mod pb;
 mod resources;
 mod route;
+mod tcp;
 mod virtual_host;
 
 pub use resources::{CLUSTER, ENDPOINT, LISTENER, ROUTE, Resource, Resources};
@@ -36,8 +38,11 @@ pub fn translate(mesh: &Mesh, node: &Node) -> Resources {
         }
         NodeKind::Router => gateway::add(mesh, node, &mut resources),
     }
+    envoy_filter::apply(mesh, node, &mut resources);
     resources.notes.sort();
     resources.notes.dedup();
+    resources.problems.sort();
+    resources.problems.dedup();
     resources
 }
 
@@ -47,20 +52,13 @@ fn add_services(mesh: &Mesh, node: &Node, resources: &mut Resources) {
         .visible_services(&node.namespace)
         .filter(|service| service.external_name.is_none())
     {
-        let rule = mesh.destination_rule(&service.host, &node.namespace);
+        let rule = mesh.destination_rule_for(&service.host, node);
         let subsets: Vec<&str> = rule
             .map(|rule| rule.subsets.keys().map(String::as_str).collect())
             .unwrap_or_default();
         for port in &service.ports {
             for subset in std::iter::once("").chain(subsets.iter().copied()) {
-                resources
-                    .clusters
-                    .extend([cluster::outbound(mesh, node, service, port, subset)]);
-                if !cluster::is_original_destination(service, node) {
-                    resources
-                        .endpoints
-                        .extend([endpoint::assignment(mesh, node, service, port, subset)]);
-                }
+                cluster::add_outbound(mesh, node, service, port, subset, resources);
             }
         }
     }

@@ -3,13 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
-use envoy_types::pb::envoy::config::core::v3::TrafficDirection;
+use envoy_types::pb::envoy::config::core::v3::{Http1ProtocolOptions, TrafficDirection};
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType;
 use envoy_types::pb::envoy::config::listener::v3::listener_filter::ConfigType as ListenerFilterConfig;
 use envoy_types::pb::envoy::config::listener::v3::{
     Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter, ListenerFilterChainMatchPredicate,
 };
 use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
+use envoy_types::pb::envoy::extensions::filters::http::cors::v3::Cors;
+use envoy_types::pb::envoy::extensions::filters::http::fault::v3::HttpFault;
 use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::listener::http_inspector::v3::HttpInspector;
 use envoy_types::pb::envoy::extensions::filters::listener::original_dst::v3::OriginalDst;
@@ -22,6 +24,7 @@ use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_pro
 use mesh_model::{Mesh, Node};
 use prost::{Message, Name};
 
+use crate::names;
 use crate::pb::{address, ads, any, boolean, duration};
 
 /// Where a listener stands; HTTP is treated a little differently in each place.
@@ -73,22 +76,52 @@ pub(crate) fn listener(name: String, ip: IpAddr, port: u16, place: Place) -> Lis
     }
 }
 
+/// What the HTTP filter chains of a node have in common.
+pub(crate) struct Http {
+    /// HTTP/1.0 is served too.
+    http10: bool,
+}
+
+impl Http {
+    pub(crate) fn of(node: &Node) -> Self {
+        Self {
+            http10: node.http10(),
+        }
+    }
+
+    /// What the first bytes of plain HTTP look like to the inspectors.
+    pub(crate) fn plain(&self) -> FilterChainMatch {
+        let names = ["http/1.1", "h2c"];
+        let old = self.http10.then_some("http/1.0");
+        FilterChainMatch {
+            transport_protocol: "raw_buffer".to_owned(),
+            application_protocols: names.into_iter().chain(old).map(str::to_owned).collect(),
+            ..FilterChainMatch::default()
+        }
+    }
+}
+
 /// The filter chain's HTTP connection manager. Sidecars and gateways get only filters that every Envoy has; what Istio does in filters of its own
 /// (metrics, peer metadata), our proxy does by itself.
 pub(crate) fn http_chain(
+    http: &Http,
     matched: Option<FilterChainMatch>,
     stat_prefix: String,
     routes: Routes,
     place: Place,
 ) -> FilterChain {
-    let router = HttpFilter {
-        name: "envoy.filters.http.router".to_owned(),
-        config_type: Some(HttpFilterConfig::TypedConfig(any(&Router::default()))),
-        ..HttpFilter::default()
-    };
     let manager = HttpConnectionManager {
         stat_prefix,
-        http_filters: vec![router],
+        // Fault and cross-origin filters do nothing but where a route has settings for them.
+        http_filters: vec![
+            http_filter(names::FAULT_FILTER, &HttpFault::default()),
+            http_filter(names::CORS_FILTER, &Cors::default()),
+            http_filter("envoy.filters.http.router", &Router::default()),
+        ],
+        http_protocol_options: http.http10.then(|| Http1ProtocolOptions {
+            accept_http_10: true,
+            ..Http1ProtocolOptions::default()
+        }),
         server_name: if place == Place::Outbound {
             String::new()
         } else {
@@ -118,14 +151,31 @@ pub(crate) fn http_chain(
     )
 }
 
+fn http_filter<M: Message + Name>(name: &str, config: &M) -> HttpFilter {
+    HttpFilter {
+        name: name.to_owned(),
+        config_type: Some(HttpFilterConfig::TypedConfig(any(config))),
+        ..HttpFilter::default()
+    }
+}
+
 /// A filter chain that passes connections on to a cluster.
 pub(crate) fn tcp_chain(matched: Option<FilterChainMatch>, cluster: &str) -> FilterChain {
-    let proxy = TcpProxy {
+    tcp_proxy_chain(matched, &tcp_proxy(cluster))
+}
+
+/// Settings that pass connections on to a cluster.
+pub(crate) fn tcp_proxy(cluster: &str) -> TcpProxy {
+    TcpProxy {
         stat_prefix: cluster.to_owned(),
         cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
         ..TcpProxy::default()
-    };
-    chain(matched, "envoy.filters.network.tcp_proxy", &proxy)
+    }
+}
+
+/// A filter chain that passes connections on as the proxy's settings say.
+pub(crate) fn tcp_proxy_chain(matched: Option<FilterChainMatch>, proxy: &TcpProxy) -> FilterChain {
+    chain(matched, "envoy.filters.network.tcp_proxy", proxy)
 }
 
 fn chain<M: Message + Name>(
@@ -149,18 +199,23 @@ pub(crate) fn named(mut chain: FilterChain, name: impl Into<String>) -> FilterCh
     chain
 }
 
-/// What the first bytes of plain HTTP look like to the inspectors.
-pub(crate) fn plain_http() -> FilterChainMatch {
-    FilterChainMatch {
-        transport_protocol: "raw_buffer".to_owned(),
-        application_protocols: vec!["http/1.1".to_owned(), "h2c".to_owned()],
-        ..FilterChainMatch::default()
-    }
-}
-
 /// Makes a listener look at the first bytes of connections. A limit of 0, the default, means none: a client that says nothing is not taken
 /// for a protocol in which the server speaks first. `except` says where not to look.
 pub(crate) fn inspect(
+    listener: &mut Listener,
+    mesh: &Mesh,
+    except: Option<&ListenerFilterChainMatchPredicate>,
+) {
+    inspect_tls(listener, mesh, except);
+    listener.listener_filters.push(listener_filter(
+        "envoy.filters.listener.http_inspector",
+        &HttpInspector::default(),
+        except,
+    ));
+}
+
+/// The same for the server name of TLS alone.
+pub(crate) fn inspect_tls(
     listener: &mut Listener,
     mesh: &Mesh,
     except: Option<&ListenerFilterChainMatchPredicate>,
@@ -170,13 +225,17 @@ pub(crate) fn inspect(
         &TlsInspector::default(),
         except,
     ));
-    listener.listener_filters.push(listener_filter(
-        "envoy.filters.listener.http_inspector",
-        &HttpInspector::default(),
-        except,
-    ));
     listener.listener_filters_timeout = duration(mesh.config().protocol_detection_timeout.0);
     listener.continue_on_listener_filters_timeout = true;
+}
+
+/// The same for a gateway, which closes connections that don't say a server name in time (Envoy's own limit, 15 s).
+pub(crate) fn inspect_gateway_tls(listener: &mut Listener) {
+    listener.listener_filters.push(listener_filter(
+        "envoy.filters.listener.tls_inspector",
+        &TlsInspector::default(),
+        None,
+    ));
 }
 
 /// Makes a listener ask the kernel for the destination that a connection had before it was captured.

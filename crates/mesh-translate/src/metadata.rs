@@ -29,7 +29,7 @@ pub(crate) fn single(key: &str, text: String) -> Option<Metadata> {
 /// The path by which Istio refers to an object in metadata.
 pub(crate) fn config_path(key: &ObjectKey) -> String {
     format!(
-        "/apis/networking.istio.io/v1alpha3/namespaces/{}/{}/{}",
+        "/apis/networking.istio.io/v1/namespaces/{}/{}/{}",
         key.namespace,
         kebab(&key.kind),
         key.name
@@ -174,7 +174,7 @@ mod tests {
         let key = ObjectKey::new("VirtualService", "default", "reviews");
         assert_eq!(
             config_path(&key),
-            "/apis/networking.istio.io/v1alpha3/namespaces/default/virtual-service/reviews"
+            "/apis/networking.istio.io/v1/namespaces/default/virtual-service/reviews"
         );
     }
 }

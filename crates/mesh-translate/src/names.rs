@@ -10,6 +10,11 @@ pub(crate) const BLACK_HOLE: &str = "BlackHoleCluster";
 /// Cluster that connects to the original destination from the address of incoming traffic.
 pub(crate) const INBOUND_PASSTHROUGH: &str = "InboundPassthroughCluster";
 
+/// HTTP filter that delays and ends requests on purpose; per-route settings have its name.
+pub(crate) const FAULT_FILTER: &str = "envoy.filters.http.fault";
+/// HTTP filter for cross-origin rules; per-route settings have its name.
+pub(crate) const CORS_FILTER: &str = "envoy.filters.http.cors";
+
 /// `outbound|9080|v1|reviews.default.svc.cluster.local`; the subset may be empty.
 pub(crate) fn outbound_cluster(port: u16, subset: &str, host: &str) -> String {
     format!("outbound|{port}|{subset}|{host}")

@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use envoy_types::pb::envoy::config::listener::v3::{FilterChainMatch, Listener};
+use envoy_types::pb::envoy::config::listener::v3::{FilterChain, FilterChainMatch, Listener};
 use mesh_model::{Mesh, Node, Protocol, Service, ServicePort};
 
-use crate::listener::{self, Place, Routes, http_chain, named, plain_http, tcp_chain};
+use crate::listener::{self, Http, Place, Routes, http_chain, named, tcp_chain};
 use crate::resources::{LISTENER, Resource, Resources};
 use crate::virtual_host::{self, Rules};
-use crate::{names, pb};
+use crate::{names, pb, tcp};
 
 /// Name of the listener that captured outgoing connections reach.
 const VIRTUAL_OUTBOUND: &str = "virtualOutbound";
@@ -106,8 +106,10 @@ fn add_http_port(rules: &Rules<'_>, port: u16, resources: &mut Resources) {
     let name = listener::name(any, port);
     let mut listener = handed_to(name.clone(), any, port);
     let routes = port.to_string();
+    let http = Http::of(node);
     listener.filter_chains = vec![http_chain(
-        Some(plain_http()),
+        &http,
+        Some(http.plain()),
         format!("outbound_{name}"),
         Routes::Discovered(routes.clone()),
         Place::Outbound,
@@ -135,23 +137,32 @@ fn add_address(
     resources: &mut Resources,
 ) {
     let name = listener::name(address, port.number);
-    let cluster = names::outbound_cluster(port.number, "", &service.host);
     let mut listener = handed_to(name.clone(), address, port.number);
+    let mut chains = tcp::outbound(rules, service, port);
     if port.protocol == Protocol::Auto {
         let routes = format!("{}:{}", service.host, port.number);
+        let http = Http::of(rules.node);
         let chain = http_chain(
-            Some(plain_http()),
+            &http,
+            Some(http.plain()),
             format!("outbound_{name}"),
             Routes::Discovered(routes.clone()),
             Place::Outbound,
         );
-        listener.filter_chains = vec![chain];
-        listener.default_filter_chain = Some(tcp_chain(None, &cluster));
+        listener.default_filter_chain = chains.pop_if(|chain| chain.filter_chain_match.is_none());
+        listener.filter_chains = std::iter::once(chain).chain(chains).collect();
         listener::inspect(&mut listener, rules.mesh, None);
         let table = || virtual_host::outbound_service(rules, &routes, service, port.number);
         resources.routes.entry(routes.clone()).or_insert_with(table);
     } else {
-        listener.filter_chains = vec![tcp_chain(None, &cluster)];
+        let by_name = |chain: &FilterChain| {
+            let matched = chain.filter_chain_match.as_ref();
+            matched.is_some_and(|matched| !matched.server_names.is_empty())
+        };
+        if chains.iter().any(by_name) {
+            listener::inspect_tls(&mut listener, rules.mesh, None);
+        }
+        listener.filter_chains = chains;
     }
     resources
         .listeners

@@ -1,5 +1,7 @@
 //! Short forms for messages that every resource needs.
 
+use std::collections::HashMap;
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -16,6 +18,23 @@ pub(crate) fn any<M: Message + Name>(message: &M) -> Any {
     Any {
         type_url: M::type_url(),
         value: message.encode_to_vec(),
+    }
+}
+
+/// A map of a generated message, encoded in the order of its keys. Those maps are hash maps, whose order changes with each of them, and resources have
+/// to be the same bytes each time: so it is made again until the order is right, which for the two or three entries that we send takes a few
+/// tries.
+pub(crate) fn ordered_map<K, V>(entries: impl IntoIterator<Item = (K, V)>) -> HashMap<K, V>
+where
+    K: Ord + Hash + Clone,
+    V: Clone,
+{
+    let entries: Vec<(K, V)> = entries.into_iter().collect();
+    loop {
+        let map: HashMap<K, V> = entries.iter().cloned().collect();
+        if map.keys().is_sorted() {
+            return map;
+        }
     }
 }
 
@@ -60,4 +79,19 @@ pub(crate) fn ads() -> Option<ConfigSource> {
         config_source_specifier: Some(ConfigSourceSpecifier::Ads(AggregatedConfigSource {})),
         ..ConfigSource::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_come_in_the_order_of_their_keys() {
+        for _ in 0..50 {
+            let map = ordered_map([("c", 3), ("a", 1), ("b", 2)]);
+            assert_eq!(map.keys().copied().collect::<Vec<_>>(), ["a", "b", "c"]);
+            // A copy keeps the order.
+            assert!(map.clone().keys().is_sorted());
+        }
+    }
 }

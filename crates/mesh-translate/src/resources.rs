@@ -1,9 +1,10 @@
 //! The set of resources of one node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::Hasher;
 
 use bytes::Bytes;
+use mesh_model::{ObjectKey, Problem};
 use prost::{Message, Name};
 
 /// One encoded resource.
@@ -30,6 +31,36 @@ pub struct Resources {
     pub endpoints: BTreeMap<String, Resource>,
     /// What could not be translated for this node, for people; ordered, without repetition.
     pub notes: Vec<String>,
+    /// EnvoyFilters that changed a resource, by the resource's type URL and name.
+    pub patched_by: BTreeMap<(&'static str, String), BTreeSet<ObjectKey>>,
+    /// Patches that could not be applied to this node's resources.
+    pub problems: Vec<Problem>,
+}
+
+impl Resources {
+    /// Puts a resource that patches of these objects changed in the place of the one before; nothing happens if there are none.
+    pub(crate) fn patched<M: Message + Name>(
+        &mut self,
+        type_url: &'static str,
+        name: &str,
+        message: &M,
+        objects: BTreeSet<ObjectKey>,
+        problems: Vec<Problem>,
+    ) {
+        self.problems.extend(problems);
+        if objects.is_empty() {
+            return;
+        }
+        let table = match type_url {
+            LISTENER => &mut self.listeners,
+            ROUTE => &mut self.routes,
+            _ => &mut self.clusters,
+        };
+        let body = mesh_envoy_json::ordered(type_url, &message.encode_to_vec());
+        debug_assert_eq!(M::type_url(), type_url);
+        table.insert(name.to_owned(), Resource::from_bytes(type_url, body));
+        self.patched_by.insert((type_url, name.to_owned()), objects);
+    }
 }
 
 /// Type URL of listeners.

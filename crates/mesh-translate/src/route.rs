@@ -1,6 +1,7 @@
 //! HTTP rules: from a VirtualService to Envoy's routes, and the routes of services without one.
 
 mod action;
+mod faults;
 mod headers;
 mod matching;
 mod retry;
@@ -14,11 +15,13 @@ use envoy_types::pb::envoy::config::route::v3::route_match::PathSpecifier;
 use envoy_types::pb::envoy::config::route::v3::{
     DirectResponseAction, Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost,
 };
-use mesh_api::networking::virtual_service::{HttpMatchRequest, HttpRoute};
-use mesh_model::{MESH_GATEWAY, Mesh, VirtualService};
+use mesh_api::networking::virtual_service::{
+    Destination, HttpMatchRequest, HttpRoute, L4MatchAttributes, TlsMatchAttributes,
+};
+use mesh_model::{Mesh, Node, VirtualService};
 
 use crate::pb::{boolean, duration, uint32};
-use crate::{metadata, names};
+use crate::{cluster, metadata, names};
 
 /// Longest body of a fixed response, in bytes, as Istio sets it.
 const DIRECT_RESPONSE_LIMIT: u32 = 1 << 20;
@@ -29,14 +32,66 @@ const BLOCKED_STATUS: u32 = 502;
 #[derive(Clone, Copy)]
 pub(crate) struct Client<'a> {
     pub(crate) mesh: &'a Mesh,
+    /// The proxy.
+    pub(crate) node: &'a Node,
     /// The gateway (`namespace/name`), or [`MESH_GATEWAY`] for a sidecar.
     pub(crate) gateway: &'a str,
-    /// Namespace of the proxy.
-    pub(crate) namespace: &'a str,
     /// Labels of the proxy's pod.
     pub(crate) labels: &'a BTreeMap<String, String>,
     /// Port that the client addressed, which conditions on ports and destinations without a port mean.
     pub(crate) port: u16,
+}
+
+impl<'a> Client<'a> {
+    /// The cluster of a destination.
+    pub(crate) fn cluster(&self, destination: &Destination) -> String {
+        let (host, port) = self.target(destination);
+        names::outbound_cluster(port, &destination.subset, host)
+    }
+
+    /// Host and port of a destination: of the service behind an alias; the port that the client addressed where the rule names none and the
+    /// service has several.
+    pub(crate) fn target<'b>(&self, destination: &'b Destination) -> (&'b str, u16)
+    where
+        'a: 'b,
+    {
+        let service = self.mesh.service(&destination.host);
+        let host = match service.and_then(|service| self.mesh.resolve_alias(service)) {
+            Some(service) => service.host.as_str(),
+            None => &destination.host,
+        };
+        let port = destination
+            .port
+            .as_ref()
+            .and_then(|port| u16::try_from(port.number).ok())
+            .filter(|port| *port != 0);
+        (host, port.unwrap_or(self.port))
+    }
+
+    /// True if a condition on TCP connections can hold for this client.
+    pub(crate) fn admits_tcp(&self, item: &L4MatchAttributes) -> bool {
+        self.is_at(&item.gateways, item.port)
+            && self.is_source(&item.source_labels, &item.source_namespace)
+    }
+
+    /// The same for TLS.
+    pub(crate) fn admits_tls(&self, item: &TlsMatchAttributes) -> bool {
+        self.is_at(&item.gateways, item.port)
+            && self.is_source(&item.source_labels, &item.source_namespace)
+    }
+
+    /// True if one of the gateways, and the port, are this client's; none of them, or port 0, is any.
+    pub(crate) fn is_at(&self, gateways: &[String], port: u32) -> bool {
+        (gateways.is_empty() || gateways.iter().any(|gateway| gateway == self.gateway))
+            && (port == 0 || port == u32::from(self.port))
+    }
+
+    fn is_source(&self, labels: &BTreeMap<String, String>, namespace: &str) -> bool {
+        let labelled = labels
+            .iter()
+            .all(|(key, value)| self.labels.get(key) == Some(value));
+        labelled && (namespace.is_empty() || namespace == self.node.namespace)
+    }
 }
 
 /// A route table with the settings that all tables have.
@@ -82,10 +137,12 @@ pub(crate) fn inbound_host(name: &str, cluster: &str, retries: bool) -> VirtualH
 }
 
 /// The route of a service without rules.
-pub(crate) fn default_route(cluster: String) -> Route {
+pub(crate) fn default_route(client: &Client<'_>, host: &str) -> Route {
+    let hash_policy = cluster::hash_policies(client.mesh, client.node, host, "", client.port);
     let action = RouteAction {
-        retry_policy: Some(retry::default_policy()),
-        ..to_cluster(cluster)
+        retry_policy: retry::of(None, client.mesh.config(), !hash_policy.is_empty()),
+        hash_policy,
+        ..to_cluster(names::outbound_cluster(client.port, "", host))
     };
     Route {
         name: "default".to_owned(),
@@ -132,9 +189,11 @@ pub(crate) fn of_virtual_service(rule: &VirtualService, client: &Client<'_>) -> 
             .iter()
             .filter(|condition| applies(condition, client))
         {
-            routes.push(route(rule, http, Some(condition), client));
+            let route = route(rule, http, Some(condition), client);
             // What comes after a route that takes everything is never reached.
-            if matching::is_catch_all(condition) {
+            let last = is_catch_all(&route);
+            routes.push(route);
+            if last {
                 return routes;
             }
         }
@@ -142,27 +201,24 @@ pub(crate) fn of_virtual_service(rule: &VirtualService, client: &Client<'_>) -> 
     routes
 }
 
+/// True if a route takes every request, so that nothing after it is ever reached.
+pub(crate) fn is_catch_all(route: &Route) -> bool {
+    let Some(conditions) = &route.r#match else {
+        return false;
+    };
+    let any_path = match &conditions.path_specifier {
+        Some(PathSpecifier::Prefix(prefix)) => prefix == "/",
+        Some(PathSpecifier::SafeRegex(pattern)) => pattern.regex == ".*",
+        _ => false,
+    };
+    any_path && conditions.headers.is_empty() && conditions.query_parameters.is_empty()
+}
+
 /// Conditions on the client, decided here: where gateways are named only they count, else labels and namespace of the proxy; the port always.
 fn applies(condition: &HttpMatchRequest, client: &Client<'_>) -> bool {
-    let place = if condition.gateways.is_empty() {
-        let sidecar_only = client.gateway == MESH_GATEWAY;
-        let labels = condition
-            .source_labels
-            .iter()
-            .all(|(key, value)| client.labels.get(key) == Some(value));
-        let namespace =
-            condition.source_namespace.is_empty() || condition.source_namespace == client.namespace;
-        (!sidecar_only
-            && condition.source_labels.is_empty()
-            && condition.source_namespace.is_empty())
-            || (labels && namespace)
-    } else {
-        condition
-            .gateways
-            .iter()
-            .any(|gateway| gateway == client.gateway)
-    };
-    place && (condition.port == 0 || condition.port == u32::from(client.port))
+    let place = !condition.gateways.is_empty()
+        || client.is_source(&condition.source_labels, &condition.source_namespace);
+    place && client.is_at(&condition.gateways, condition.port)
 }
 
 fn route(
@@ -175,6 +231,8 @@ fn route(
         name: name(http, condition),
         r#match: condition.map_or_else(anything, |condition| Some(matching::of(condition))),
         metadata: metadata::single("config", metadata::config_path(&rule.key)),
+        typed_per_filter_config: faults::per_filter(http),
+        stat_prefix: condition.map_or_else(String::new, |condition| condition.stat_prefix.clone()),
         ..Route::default()
     };
     headers::on_route(&mut route, http);
@@ -182,11 +240,10 @@ fn route(
     route
 }
 
-/// The rule's name, with the condition's after a dot where both have one.
+/// The rule's name, with the condition's after a dot.
 fn name(http: &HttpRoute, condition: Option<&HttpMatchRequest>) -> String {
     match condition.map_or("", |condition| condition.name.as_str()) {
         "" => http.name.clone(),
-        name if http.name.is_empty() => name.to_owned(),
         name => format!("{}.{name}", http.name),
     }
 }

@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use envoy_types::pb::envoy::config::route::v3::virtual_host::TlsRequirementType;
 use envoy_types::pb::envoy::config::route::v3::{Route, VirtualHost};
-use mesh_model::{MESH_GATEWAY, Mesh, Node, Protocol, Service, VirtualService, hostname};
+use mesh_model::{
+    MESH_GATEWAY, Mesh, Node, Protocol, ServerMode, Service, VirtualService, hostname,
+};
 
-use crate::gateway::Server;
-use crate::names;
+use crate::gateway::{self, Server};
 use crate::resources::{ROUTE, Resource};
 use crate::route::{self, Client};
 
@@ -18,20 +20,23 @@ const PORT_OF_OTHER_HOSTS: u16 = 80;
 pub(crate) fn outbound_port(rules: &Rules<'_>, name: &str, port: u16) -> Resource {
     let Rules { mesh, node, .. } = *rules;
     let mut table = Table::default();
+    let mut known = Vec::new();
     for service in mesh.visible_services(&node.namespace) {
         if let Some(target) = http_target(mesh, service, port) {
             table.push(service_host(rules, service, target, port));
+            known.push(service.host.as_str());
         }
     }
     if port == PORT_OF_OTHER_HOSTS {
-        for (host, rule) in rules.without_service() {
-            let routes = route::of_virtual_service(rule, &rules.client(port));
-            table.push((!routes.is_empty()).then(|| {
-                route::virtual_host(format!("{host}:{port}"), vec![host.to_owned()], routes)
-            }));
+        let client = rules.client(port);
+        for (host, of_host) in rules.without_service(&known) {
+            if let Some(routes) = first_applied(of_host, &client) {
+                let name = format!("{host}:{port}");
+                table.push(route::virtual_host(name, vec![host.to_owned()], routes));
+            }
         }
     }
-    table.push(Some(route::catch_all(mesh)));
+    table.push(route::catch_all(mesh));
     table.into_resource(name)
 }
 
@@ -44,66 +49,99 @@ pub(crate) fn outbound_service(
 ) -> Resource {
     let mut table = Table::default();
     // Whatever the Host header says: the connection went to this service's address.
-    if let Some(mut host) = service_host(rules, service, service, port) {
-        host.domains = vec!["*".to_owned()];
-        table.push(Some(host));
-    } else {
-        table.push(Some(route::catch_all(rules.mesh)));
-    }
+    table.push(VirtualHost {
+        domains: vec!["*".to_owned()],
+        ..service_host(rules, service, service, port)
+    });
     table.into_resource(name)
 }
 
-/// The table of a gateway port: hosts of all servers, each with the routes of all rules that are bound to the server's gateway, oldest first.
+/// The table of a gateway port: hosts of all servers, each with the routes of all rules that are bound to the server's gateway, oldest first, those
+/// that take every request behind all others.
 pub(crate) fn gateway_port(
     mesh: &Mesh,
     node: &Node,
     name: &str,
     servers: &[Server<'_>],
 ) -> Resource {
-    let labels = mesh.labels_of(node);
-    let mut hosts: BTreeMap<String, (u16, Vec<Route>)> = BTreeMap::new();
+    let mut hosts: BTreeMap<String, GatewayHost> = BTreeMap::new();
     let mut seen = BTreeSet::new();
     for (gateway, server) in servers {
         let reference = gateway.reference();
-        let client = Client {
-            mesh,
-            gateway: &reference,
-            namespace: &node.namespace,
-            labels,
-            port: server.port,
-        };
-        for rule in mesh.gateway_virtual_services(&reference, &node.namespace) {
-            for host in shared_hosts(&server.hosts, rule) {
+        let client = gateway::client(mesh, node, &reference, server);
+        let redirect = matches!(
+            server.mode,
+            ServerMode::Http {
+                https_redirect: true
+            }
+        );
+        let host = |name: String| (name, GatewayHost::new(server.port));
+        for rule in gateway::bound(mesh, node, &reference) {
+            let mut routes = None;
+            for (name, new) in shared_hosts(&server.hosts, rule).into_iter().map(host) {
                 // Two servers may have a host in common; its rules count once.
-                if seen.insert((host.clone(), rule.key.clone())) {
-                    let entry = hosts
-                        .entry(host)
-                        .or_insert_with(|| (server.port, Vec::new()));
-                    entry.1.extend(route::of_virtual_service(rule, &client));
+                if seen.insert((name.clone(), rule.key.clone())) {
+                    let routes =
+                        routes.get_or_insert_with(|| route::of_virtual_service(rule, &client));
+                    let entry = hosts.entry(name).or_insert(new);
+                    entry.routes.extend(routes.iter().cloned());
+                    entry.redirect |= redirect;
                 }
+            }
+        }
+        // What is redirected needs no rule.
+        if redirect {
+            for (name, new) in server.hosts.iter().map(|(_, name)| host(name.clone())) {
+                hosts.entry(name).or_insert(new).redirect = true;
             }
         }
     }
     let mut table = Table::default();
-    for (host, (port, routes)) in hosts
-        .into_iter()
-        .filter(|(_, (_, routes))| !routes.is_empty())
-    {
-        table.push(Some(route::virtual_host(
-            format!("{host}:{port}"),
-            vec![host],
-            routes,
-        )));
+    for (host, entry) in hosts {
+        if !entry.routes.is_empty() || entry.redirect {
+            table.push(entry.into_virtual_host(host));
+        }
     }
     if table.hosts.is_empty() {
         let port = servers.first().map_or(0, |(_, server)| server.port);
-        table.push(Some(route::virtual_host(
+        table.push(route::virtual_host(
             format!("blackhole:{port}"),
             vec!["*".to_owned()],
             Vec::new(),
-        )));
+        ));
     }
     table.into_resource(name)
+}
+
+/// A host of a gateway in the making.
+struct GatewayHost {
+    port: u16,
+    routes: Vec<Route>,
+    /// Every plain request is redirected to https.
+    redirect: bool,
+}
+
+impl GatewayHost {
+    fn new(port: u16) -> Self {
+        Self {
+            port,
+            routes: Vec::new(),
+            redirect: false,
+        }
+    }
+
+    fn into_virtual_host(mut self, host: String) -> VirtualHost {
+        self.routes.sort_by_key(route::is_catch_all);
+        let tls = if self.redirect {
+            TlsRequirementType::All
+        } else {
+            TlsRequirementType::None
+        };
+        VirtualHost {
+            require_tls: tls as i32,
+            ..route::virtual_host(format!("{host}:{}", self.port), vec![host], self.routes)
+        }
+    }
 }
 
 /// Hosts that a server and a rule have in common.
@@ -132,28 +170,32 @@ fn http_target<'a>(
     (protocol.is_http() || protocol == Protocol::Auto).then_some(target)
 }
 
-/// The virtual host of a service: its rules, or the way straight to it. `None` if there are rules and none of them is for this client.
-fn service_host(
-    rules: &Rules<'_>,
-    service: &Service,
-    target: &Service,
-    port: u16,
-) -> Option<VirtualHost> {
-    let routes = match rules.for_host(&service.host) {
-        Some(rule) => route::of_virtual_service(rule, &rules.client(port)),
-        None => vec![route::default_route(names::outbound_cluster(
-            port,
-            "",
-            &target.host,
-        ))],
-    };
-    (!routes.is_empty()).then(|| {
-        route::virtual_host(
-            format!("{}:{port}", service.host),
-            domains(service, rules.node),
-            routes,
-        )
-    })
+/// The virtual host of a service: its rules, or the way straight to it where none of them is for this client. An alias has the rules of what it stands
+/// for, unless it has its own.
+fn service_host(rules: &Rules<'_>, service: &Service, target: &Service, port: u16) -> VirtualHost {
+    let client = rules.client(port);
+    let own = rules.routes(&service.host, &client);
+    let is_alias = service.host != target.host;
+    let routes = own
+        .or_else(|| {
+            is_alias
+                .then(|| rules.routes(&target.host, &client))
+                .flatten()
+        })
+        .unwrap_or_else(|| vec![route::default_route(&client, &target.host)]);
+    route::virtual_host(
+        format!("{}:{port}", service.host),
+        domains(service, rules.node),
+        routes,
+    )
+}
+
+/// The routes of the first rule that has any for this client.
+fn first_applied(rules: &[&VirtualService], client: &Client<'_>) -> Option<Vec<Route>> {
+    rules
+        .iter()
+        .map(|rule| route::of_virtual_service(rule, client))
+        .find(|routes| !routes.is_empty())
 }
 
 /// All names by which a client may call a service.
@@ -189,21 +231,27 @@ fn domains(service: &Service, node: &Node) -> Vec<String> {
 pub(crate) struct Rules<'a> {
     pub(crate) mesh: &'a Mesh,
     pub(crate) node: &'a Node,
-    /// The oldest rule of each host.
-    by_host: BTreeMap<&'a str, &'a VirtualService>,
+    labels: &'a BTreeMap<String, String>,
+    /// Objects with HTTP rules for each host, oldest first.
+    by_host: BTreeMap<&'a str, Vec<&'a VirtualService>>,
     /// Wildcard hosts, longest first.
     wildcards: Vec<&'a str>,
+    /// Objects with rules for TLS or TCP, oldest first.
+    connections: Vec<&'a VirtualService>,
 }
 
 impl<'a> Rules<'a> {
     pub(crate) fn new(mesh: &'a Mesh, node: &'a Node) -> Self {
-        let mut by_host = BTreeMap::new();
-        for rule in mesh
-            .sidecar_virtual_services(&node.namespace)
-            .filter(|rule| !rule.http.is_empty())
-        {
-            for host in &rule.hosts {
-                by_host.entry(host.as_str()).or_insert(rule.as_ref());
+        let mut by_host: BTreeMap<&str, Vec<&VirtualService>> = BTreeMap::new();
+        let mut connections = Vec::new();
+        for rule in mesh.sidecar_virtual_services(&node.namespace) {
+            if !rule.http.is_empty() {
+                for host in &rule.hosts {
+                    by_host.entry(host).or_default().push(rule);
+                }
+            }
+            if !rule.tls.is_empty() || !rule.tcp.is_empty() {
+                connections.push(rule.as_ref());
             }
         }
         let mut wildcards: Vec<&str> = by_host
@@ -215,47 +263,71 @@ impl<'a> Rules<'a> {
         Self {
             mesh,
             node,
+            labels: mesh.labels_of(node),
             by_host,
             wildcards,
+            connections,
         }
     }
 
-    fn client(&self, port: u16) -> Client<'a> {
-        let Self { mesh, node, .. } = *self;
+    pub(crate) fn client(&self, port: u16) -> Client<'a> {
+        let Self {
+            mesh, node, labels, ..
+        } = *self;
         Client {
             mesh,
+            node,
             gateway: MESH_GATEWAY,
-            namespace: &node.namespace,
-            labels: mesh.labels_of(node),
+            labels,
             port,
         }
     }
 
-    /// The rule for a host: of its exact name, else of the longest wildcard.
-    fn for_host(&self, host: &str) -> Option<&'a VirtualService> {
+    /// The routes for a host: of the oldest rule for its exact name that has any for this client; without such rules, of the oldest for the
+    /// longest wildcard.
+    fn routes(&self, host: &str, client: &Client<'_>) -> Option<Vec<Route>> {
         let covering = || {
-            self.wildcards
+            let wildcard = self
+                .wildcards
                 .iter()
-                .copied()
-                .find(|wildcard| hostname::covers(wildcard, host))
+                .find(|wildcard| hostname::covers(wildcard, host))?;
+            self.by_host.get(wildcard)?.get(..1)
         };
-        self.by_host
-            .get(host)
-            .or_else(|| self.by_host.get(covering()?))
-            .copied()
+        let rules = match self.by_host.get(host) {
+            Some(exact) => exact,
+            None => covering()?,
+        };
+        first_applied(rules, client)
     }
 
-    /// Hosts that no visible service has.
-    fn without_service(&self) -> impl Iterator<Item = (&'a str, &'a VirtualService)> {
+    /// Rules for TLS and TCP connections to a host, by its name or by wildcards, oldest first.
+    pub(crate) fn for_connections<'b>(
+        &'b self,
+        host: &'b str,
+    ) -> impl Iterator<Item = &'a VirtualService> {
+        self.connections.iter().copied().filter(move |rule| {
+            rule.hosts
+                .iter()
+                .any(|pattern| hostname::covers(pattern, host))
+        })
+    }
+
+    /// Hosts that no visible service has, nor, for wildcards, one of the `known` ones.
+    fn without_service<'b>(
+        &'b self,
+        known: &'b [&str],
+    ) -> impl Iterator<Item = (&'a str, &'b [&'a VirtualService])> {
         let visible = |host: &str| {
             self.mesh
                 .service(host)
                 .is_some_and(|service| service.visibility.includes(&self.node.namespace))
+                || (hostname::is_wildcard(host)
+                    && known.iter().any(|known| hostname::covers(host, known)))
         };
         self.by_host
             .iter()
             .filter(move |(host, _)| !visible(host))
-            .map(|(host, rule)| (*host, *rule))
+            .map(|(host, rules)| (*host, rules.as_slice()))
     }
 }
 
@@ -267,10 +339,7 @@ struct Table {
 }
 
 impl Table {
-    fn push(&mut self, host: Option<VirtualHost>) {
-        let Some(mut host) = host else {
-            return;
-        };
+    fn push(&mut self, mut host: VirtualHost) {
         host.domains
             .retain(|domain| self.domains.insert(domain.to_ascii_lowercase()));
         if !host.domains.is_empty() {

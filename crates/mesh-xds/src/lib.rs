@@ -1,7 +1,7 @@
 //! Envoy's aggregated discovery service (ADS) v3, both ends of it.
 //!
 //! * **What:** the protocol between control plane and proxy: a machine without IO for one stream
-//!   ([`subscription`]), the gRPC server ([`server`]), the client ([`client`]), and the JSON form of every Envoy message ([`json`]).
+//!   ([`subscription`]), the gRPC server ([`server`]), the client ([`client`]), and the JSON form of every Envoy message (`json`, a crate of its own).
 //! * **In:** on the server a [`ResourceSet`] per node, handed over in a watch channel; on the client a [`ClientConfig`].
 //! * **Out:** on the server [`StreamEvent`]s (what was sent, acknowledged, refused); on the client one [`Update`] after the other.
 //! * **Never:** knows what is inside a resource, except its name and content hash. Neither half of the mesh is visible here.
@@ -11,12 +11,13 @@
 
 pub mod backoff;
 pub mod client;
-pub mod json;
 pub mod nack;
 pub mod resources;
 pub mod server;
 pub mod subscription;
 pub mod types;
+
+pub use mesh_envoy_json as json;
 
 pub use client::{AdsClient, ClientConfig, ConnectionState, Handler, Update};
 pub use nack::Rejection;

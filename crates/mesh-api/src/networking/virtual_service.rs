@@ -296,6 +296,39 @@ pub struct FaultAbort {
     pub http2_error: String,
 }
 
+/// Names of gRPC's status codes, each at the place of its number (google.rpc.Code).
+pub(crate) const GRPC_STATUS: &[&str] = &[
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+
+impl FaultAbort {
+    /// The number of the gRPC status to answer with, by name or by number; `None` if there is none of that name.
+    pub fn grpc_code(&self) -> Option<u32> {
+        let status = self.grpc_status.as_str();
+        let index = GRPC_STATUS
+            .iter()
+            .position(|name| *name == status)
+            .or_else(|| status.parse().ok().filter(|code| *code < GRPC_STATUS.len()))?;
+        u32::try_from(index).ok()
+    }
+}
+
 /// A share of requests.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]

@@ -3,18 +3,18 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use mesh_api::networking::destination_rule::{
-    ClientTlsSettings, ConnectionPoolSettings, DestinationRule as Spec, LoadBalancerSettings,
-    OutlierDetection, PortTrafficPolicy, SimpleLb, TrafficPolicy,
-};
+use mesh_api::networking::destination_rule::DestinationRule as Spec;
 use mesh_api::{AnyObject, Object};
 
 use super::created;
 use crate::problem::Reporter;
-use crate::rules::{DestinationRule, PortPolicy, Subset};
+use crate::rules::{DestinationRule, Subset};
 use crate::{Mesh, ObjectKey, Objects, Problem, Severity, Visibility, hostname};
 
-type Rules = BTreeMap<String, BTreeMap<String, Arc<DestinationRule>>>;
+mod policy;
+
+/// By namespace, then by host. Rules of one host that don't merge stand beside each other, oldest first.
+type Rules = BTreeMap<String, BTreeMap<String, Vec<Arc<DestinationRule>>>>;
 
 pub(crate) fn build(objects: &Objects, mesh: &Mesh, problems: &mut Vec<Problem>) -> Rules {
     let mut sorted: Vec<(&ObjectKey, &Object<Spec>)> = Vec::new();
@@ -24,27 +24,20 @@ pub(crate) fn build(objects: &Objects, mesh: &Mesh, problems: &mut Vec<Problem>)
         }
     }
     sorted.sort_by_key(|(key, object)| (created(&object.meta), *key));
-    let mut merged: BTreeMap<String, BTreeMap<String, DestinationRule>> = BTreeMap::new();
+    let mut merged: BTreeMap<String, BTreeMap<String, Vec<DestinationRule>>> = BTreeMap::new();
     for (key, object) in sorted {
         let mut report = Reporter::new(key, problems);
-        if object.spec.workload_selector.is_some() {
-            let message = "rules for some clients only are not applied yet by this version of mesh; this rule has no effect";
-            report.report(Severity::Warning, None, "spec.workloadSelector", message);
-            continue;
-        }
         let rule = rule(key, &object.spec, mesh, &mut report);
         let of_namespace = merged.entry(key.namespace.clone()).or_default();
-        match of_namespace.get_mut(&rule.host) {
-            Some(first) => merge(first, rule, &object.spec, &mut report),
-            None => {
-                of_namespace.insert(rule.host.clone(), rule);
-            }
+        let of_host = of_namespace.entry(rule.host.clone()).or_default();
+        if add_to(of_host, &rule, &mut report) {
+            of_host.push(rule);
         }
     }
-    let share = |rules: BTreeMap<String, DestinationRule>| {
+    let share = |rules: BTreeMap<String, Vec<DestinationRule>>| {
         rules
             .into_iter()
-            .map(|(host, rule)| (host, Arc::new(rule)))
+            .map(|(host, rules)| (host, rules.into_iter().map(Arc::new).collect()))
             .collect()
     };
     merged
@@ -58,11 +51,6 @@ fn rule(key: &ObjectKey, spec: &Spec, mesh: &Mesh, report: &mut Reporter<'_>) ->
     let mut subsets = BTreeMap::new();
     for (index, subset) in spec.subsets.iter().enumerate() {
         let field = format!("spec.subsets[{index}]");
-        let policy = policy(
-            subset.traffic_policy.as_ref(),
-            &format!("{field}.trafficPolicy"),
-            report,
-        );
         if subsets.contains_key(&subset.name) {
             let message = format!(
                 "subset {:?} exists already; the first one counts",
@@ -76,14 +64,14 @@ fn rule(key: &ObjectKey, spec: &Spec, mesh: &Mesh, report: &mut Reporter<'_>) ->
             );
             continue;
         }
-        subsets.insert(
-            subset.name.clone(),
-            Subset {
-                labels: subset.labels.clone(),
-                policy,
-            },
-        );
+        let policy = subset.traffic_policy.as_ref();
+        let policy =
+            policy.map(|policy| policy::applied(policy, &format!("{field}.trafficPolicy"), report));
+        let labels = subset.labels.clone();
+        subsets.insert(subset.name.clone(), Subset { labels, policy });
     }
+    let policy = spec.traffic_policy.as_ref();
+    let selector = spec.workload_selector.as_ref();
     DestinationRule {
         keys: vec![key.clone()],
         host: hostname::absolute(&spec.host, &key.namespace, &mesh.domain),
@@ -92,145 +80,58 @@ fn rule(key: &ObjectKey, spec: &Spec, mesh: &Mesh, report: &mut Reporter<'_>) ->
             &mesh.config.default_destination_rule_export_to,
             &key.namespace,
         ),
-        policy: policy(spec.traffic_policy.as_ref(), "spec.trafficPolicy", report),
+        selector: selector.map(|selector| selector.match_labels.clone()),
+        policy: policy.map(|policy| policy::applied(policy, "spec.trafficPolicy", report)),
         subsets,
     }
 }
 
-/// Istio's rule: subsets add up (the first of a name counts), the first trafficPolicy wins.
-fn merge(
-    first: &mut DestinationRule,
-    second: DestinationRule,
-    spec: &Spec,
+/// Merges a rule into the older ones of its host, by Istio's conditions: the new one is seen by the same namespaces or more, and selectors, where
+/// both have one, are equal. True if the rule has to stand beside them too.
+fn add_to(
+    older: &mut [DestinationRule],
+    rule: &DestinationRule,
     report: &mut Reporter<'_>,
-) {
-    for (name, subset) in second.subsets {
-        if first.subsets.contains_key(&name) {
+) -> bool {
+    let mut separate = true;
+    for first in older {
+        let other_clients =
+            first.selector.is_some() && rule.selector.is_some() && first.selector != rule.selector;
+        if other_clients || !rule.visibility.covers(&first.visibility) {
+            continue;
+        }
+        merge(first, rule, report);
+        // Where one is for some clients only, these get what both say, and the others what is for everyone.
+        if rule.visibility == first.visibility && rule.selector == first.selector {
+            separate = false;
+        }
+    }
+    separate
+}
+
+/// Istio's rule: subsets add up (the first of a name counts), the first trafficPolicy wins.
+fn merge(first: &mut DestinationRule, second: &DestinationRule, report: &mut Reporter<'_>) {
+    // What a rule for some clients only adds or leaves out is no contradiction.
+    let same_clients = first.selector == second.selector;
+    for (name, subset) in &second.subsets {
+        if !first.subsets.contains_key(name) {
+            first.subsets.insert(name.clone(), subset.clone());
+        } else if same_clients {
             let message = format!(
                 "subset {name:?} exists already in {}, which is older; that one counts",
                 first.keys[0]
             );
             report.report(Severity::Error, Some("IST0106"), "spec.subsets", message);
-            continue;
         }
-        first.subsets.insert(name, subset);
     }
-    if first.policy == PortPolicy::default() {
-        first.policy = second.policy;
-    } else if spec.traffic_policy.is_some() {
+    if first.policy.is_none() {
+        first.policy.clone_from(&second.policy);
+    } else if second.policy.is_some() && same_clients {
         let message = format!(
             "{} is for the same host and older; its trafficPolicy counts, this one has no effect",
             first.keys[0]
         );
         report.report(Severity::Warning, None, "spec.trafficPolicy", message);
     }
-    first.keys.extend(second.keys);
-}
-
-fn policy(policy: Option<&TrafficPolicy>, field: &str, report: &mut Reporter<'_>) -> PortPolicy {
-    let Some(policy) = policy else {
-        return PortPolicy::default();
-    };
-    let parts = Parts {
-        load_balancer: policy.load_balancer.as_ref(),
-        connection_pool: policy.connection_pool.as_ref(),
-        outlier_detection: policy.outlier_detection.as_ref(),
-        tls: policy.tls.as_ref(),
-    };
-    let load_balancer = parts.read(field, report);
-    for (name, given) in [
-        ("tunnel", policy.tunnel.is_some()),
-        ("proxyProtocol", policy.proxy_protocol.is_some()),
-        ("retryBudget", policy.retry_budget.is_some()),
-    ] {
-        if given {
-            report.not_applied(format!("{field}.{name}"));
-        }
-    }
-    let mut ports = BTreeMap::new();
-    for (index, settings) in policy.port_level_settings.iter().enumerate() {
-        let field = format!("{field}.portLevelSettings[{index}]");
-        let number = settings
-            .port
-            .as_ref()
-            .and_then(|port| u16::try_from(port.number).ok())
-            .filter(|number| *number != 0);
-        let Some(number) = number else {
-            report.report(
-                Severity::Error,
-                Some("IST0106"),
-                format!("{field}.port"),
-                "the settings name no port and have no effect",
-            );
-            continue;
-        };
-        ports.insert(number, Parts::of_port(settings).read(&field, report));
-    }
-    PortPolicy {
-        load_balancer,
-        ports,
-    }
-}
-
-/// What policies of hosts and of ports have in common.
-struct Parts<'a> {
-    load_balancer: Option<&'a LoadBalancerSettings>,
-    connection_pool: Option<&'a ConnectionPoolSettings>,
-    outlier_detection: Option<&'a OutlierDetection>,
-    tls: Option<&'a ClientTlsSettings>,
-}
-
-impl<'a> Parts<'a> {
-    fn of_port(settings: &'a PortTrafficPolicy) -> Self {
-        Self {
-            load_balancer: settings.load_balancer.as_ref(),
-            connection_pool: settings.connection_pool.as_ref(),
-            outlier_detection: settings.outlier_detection.as_ref(),
-            tls: settings.tls.as_ref(),
-        }
-    }
-
-    fn read(&self, field: &str, report: &mut Reporter<'_>) -> Option<SimpleLb> {
-        for (name, given) in [
-            ("connectionPool", self.connection_pool.is_some()),
-            ("outlierDetection", self.outlier_detection.is_some()),
-            ("tls", self.tls.is_some()),
-        ] {
-            if given {
-                report.not_applied(format!("{field}.{name}"));
-            }
-        }
-        self.load_balancer
-            .and_then(|settings| load_balancer(settings, &format!("{field}.loadBalancer"), report))
-    }
-}
-
-fn load_balancer(
-    settings: &LoadBalancerSettings,
-    field: &str,
-    report: &mut Reporter<'_>,
-) -> Option<SimpleLb> {
-    for (name, given) in [
-        ("consistentHash", settings.consistent_hash.is_some()),
-        ("backendUtilization", settings.backend_utilization.is_some()),
-        ("localityLbSetting", settings.locality_lb_setting.is_some()),
-        (
-            "zoneAwareLbSetting",
-            settings.zone_aware_lb_setting.is_some(),
-        ),
-        ("warmup", settings.warmup.is_some()),
-        (
-            "warmupDurationSecs",
-            settings.warmup_duration_secs.is_some(),
-        ),
-    ] {
-        if given {
-            report.not_applied(format!("{field}.{name}"));
-        }
-    }
-    if settings.simple == Some(SimpleLb::Passthrough) {
-        report.not_applied(format!("{field}.simple"));
-        return None;
-    }
-    settings.simple
+    first.keys.extend(second.keys.iter().cloned());
 }

@@ -1,13 +1,15 @@
 //! Gateways.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh_api::networking::gateway::{Gateway as Spec, Server};
+use mesh_api::networking::gateway::{Gateway as Spec, Server, ServerTlsMode};
 use mesh_api::{AnyObject, Object};
 
 use super::created;
 use crate::problem::Reporter;
-use crate::rules::{Gateway, GatewayServer};
+use crate::rules::{Gateway, GatewayServer, ServerMode};
+use crate::service::contains_labels;
 use crate::{ObjectKey, Objects, Problem, Protocol, Severity, hostname};
 
 pub(crate) fn build(objects: &Objects, problems: &mut Vec<Problem>) -> Vec<Arc<Gateway>> {
@@ -22,7 +24,38 @@ pub(crate) fn build(objects: &Objects, problems: &mut Vec<Problem>) -> Vec<Arc<G
         }
     }
     gateways.sort_by(|a, b| (a.created, &a.key).cmp(&(b.created, &b.key)));
+    report_conflicts(&gateways, problems);
     gateways
+}
+
+/// On one port of one proxy there is HTTP, or TLS, or a single TCP server; the oldest Gateway decides.
+fn report_conflicts(gateways: &[Arc<Gateway>], problems: &mut Vec<Problem>) {
+    let mut seen: Vec<(&Gateway, &GatewayServer)> = Vec::new();
+    for gateway in gateways {
+        for server in &gateway.servers {
+            let rival = seen.iter().find(|(other, first)| {
+                first.port == server.port
+                    && first.bind == server.bind
+                    && (contains_labels(&other.selector, &gateway.selector)
+                        || contains_labels(&gateway.selector, &other.selector))
+            });
+            match rival {
+                Some((other, first)) if !first.mode.shares_port_with(server.mode) => {
+                    let message = format!(
+                        "port {} has another protocol by server {} of {}, which is first; proxies that serve both leave server {} out",
+                        server.port, first.name, other.key, server.name
+                    );
+                    Reporter::new(&gateway.key, problems).report(
+                        Severity::Error,
+                        Some("IST0145"),
+                        "spec.servers",
+                        message,
+                    );
+                }
+                _ => seen.push((gateway, server)),
+            }
+        }
+    }
 }
 
 fn gateway(key: &ObjectKey, object: &Object<Spec>, report: &mut Reporter<'_>) -> Gateway {
@@ -59,26 +92,8 @@ fn server(
         );
         return None;
     };
-    let protocol = Protocol::of_name(&server.port.protocol).filter(|protocol| protocol.is_http());
-    let Some(protocol) = protocol else {
-        let message = format!(
-            "servers of protocol {} are not applied yet by this version of mesh; HTTP, HTTP2 and GRPC are",
-            server.port.protocol
-        );
-        report.report(
-            Severity::Warning,
-            None,
-            format!("{field}.port.protocol"),
-            message,
-        );
-        return None;
-    };
-    if server.tls.as_ref().is_some_and(|tls| tls.https_redirect) {
-        report.not_applied(format!("{field}.tls.httpsRedirect"));
-    }
-    if !server.bind.is_empty() {
-        report.not_applied(format!("{field}.bind"));
-    }
+    let mode = mode(server, field, report)?;
+    let bind = bind(server, field, report)?;
     if !server.default_endpoint.is_empty() {
         report.not_applied(format!("{field}.defaultEndpoint"));
     }
@@ -102,9 +117,75 @@ fn server(
     Some(GatewayServer {
         port,
         name: server.port.name.clone(),
-        protocol,
+        bind,
+        mode,
         hosts,
     })
+}
+
+/// What is done with connections, by protocol and TLS settings.
+fn mode(server: &Server, field: &str, report: &mut Reporter<'_>) -> Option<ServerMode> {
+    let name = &server.port.protocol;
+    let mut refuse = |part: &str, severity: Severity, message: String| {
+        let code = (severity == Severity::Error).then_some("IST0106");
+        let message = format!("{message}; the server is left out");
+        report.report(severity, code, format!("{field}.{part}"), message);
+        None
+    };
+    let tls = server.tls.as_ref();
+    match Protocol::of_name(name) {
+        Some(protocol) if protocol.is_http() => Some(ServerMode::Http {
+            https_redirect: tls.is_some_and(|tls| tls.https_redirect),
+        }),
+        Some(Protocol::Https | Protocol::Tls) => match tls.map(|tls| tls.mode) {
+            Some(ServerTlsMode::Passthrough) => Some(ServerMode::TlsPassthrough),
+            Some(_) => refuse(
+                "tls.mode",
+                Severity::Warning,
+                "only PASSTHROUGH is applied by this version of mesh".to_owned(),
+            ),
+            None => refuse(
+                "tls",
+                Severity::Error,
+                format!("protocol {name} needs TLS settings"),
+            ),
+        },
+        Some(Protocol::Tcp) if tls.is_some() => refuse(
+            "tls",
+            Severity::Warning,
+            "TLS is not ended on TCP ports by this version of mesh".to_owned(),
+        ),
+        Some(Protocol::Tcp) => Some(ServerMode::Tcp),
+        _ => refuse(
+            "port.protocol",
+            Severity::Warning,
+            format!(
+                "servers of protocol {name} are not applied; HTTP, HTTP2, GRPC, TCP, TLS and HTTPS are"
+            ),
+        ),
+    }
+}
+
+/// The address to listen on; the outer `None` where the server can't be applied.
+fn bind(server: &Server, field: &str, report: &mut Reporter<'_>) -> Option<Option<IpAddr>> {
+    match server.bind.parse::<IpAddr>() {
+        _ if server.bind.is_empty() => Some(None),
+        Ok(address) if address.is_unspecified() => Some(None),
+        Ok(address) => Some(Some(address)),
+        Err(_) => {
+            let message = format!(
+                "{:?} is not an IP address, and sockets in files are not served; the server is left out",
+                server.bind
+            );
+            report.report(
+                Severity::Error,
+                Some("IST0106"),
+                format!("{field}.bind"),
+                message,
+            );
+            None
+        }
+    }
 }
 
 /// `namespace/name`: `*` or nothing is any namespace, `.` the gateway's own.

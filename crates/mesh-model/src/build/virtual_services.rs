@@ -1,6 +1,9 @@
 //! VirtualServices: names made absolute, references checked, parts that are not applied taken out.
 
+mod delegates;
+mod destinations;
 mod http;
+mod l4;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,6 +11,8 @@ use std::sync::Arc;
 use mesh_api::networking::VirtualService as Spec;
 use mesh_api::{AnyObject, Object};
 
+use self::delegates::Delegates;
+use self::destinations::Context;
 use super::created;
 use crate::problem::Reporter;
 use crate::rules::{MESH_GATEWAY, VirtualService};
@@ -23,15 +28,19 @@ pub(crate) fn build(
         .iter()
         .map(|gateway| (gateway.reference(), gateway.as_ref()))
         .collect();
+    let mut delegates = Delegates::read(objects, mesh, problems);
     let mut rules = Vec::new();
     for (key, object) in &objects.istio {
-        if let AnyObject::VirtualService(object) = object.as_ref() {
+        if let AnyObject::VirtualService(object) = object.as_ref()
+            && !object.spec.hosts.is_empty()
+        {
             let mut report = Reporter::new(key, problems);
-            let rule = virtual_service(key, object, mesh, &mut report);
+            let rule = virtual_service(key, object, mesh, &mut delegates, &mut report);
             check_gateways(&rule, objects, &gateways, &mut report);
             rules.push(Arc::new(rule));
         }
     }
+    delegates.report_unused(problems);
     rules.sort_by(|a, b| (a.created, &a.key).cmp(&(b.created, &b.key)));
     report_conflicts(&rules, problems);
     rules
@@ -41,35 +50,39 @@ fn virtual_service(
     key: &ObjectKey,
     object: &Object<Spec>,
     mesh: &Mesh,
+    delegates: &mut Delegates,
     report: &mut Reporter<'_>,
 ) -> VirtualService {
     let spec = &object.spec;
-    if spec.hosts.is_empty() {
-        report.not_applied("spec.hosts");
-    }
-    if !spec.tls.is_empty() {
-        report.not_applied("spec.tls");
-    }
-    if !spec.tcp.is_empty() {
-        report.not_applied("spec.tcp");
-    }
-    let exported = spec.export_to.iter().map(String::as_str);
+    let context = Context {
+        namespace: &key.namespace,
+        mesh,
+        delegate: false,
+    };
+    let hosts = hosts(spec, key, mesh, report);
+    let http = http::rules(&spec.http, &context, report);
     VirtualService {
         key: key.clone(),
         created: created(&object.meta),
-        hosts: hosts(spec, key, mesh, report),
         gateways: if spec.gateways.is_empty() {
             vec![MESH_GATEWAY.to_owned()]
         } else {
             gateway_names(&spec.gateways, &key.namespace)
         },
-        visibility: Visibility::parse(
-            exported,
-            &mesh.config.default_virtual_service_export_to,
-            &key.namespace,
-        ),
-        http: http::rules(&spec.http, &key.namespace, mesh, report),
+        visibility: visibility(spec, key, mesh),
+        http: delegates.expand(http, &key.namespace, report),
+        tls: l4::tls_rules(&spec.tls, &hosts, &context, report),
+        tcp: l4::tcp_rules(&spec.tcp, &context, report),
+        hosts,
     }
+}
+
+fn visibility(spec: &Spec, key: &ObjectKey, mesh: &Mesh) -> Visibility {
+    Visibility::parse(
+        spec.export_to.iter().map(String::as_str),
+        &mesh.config.default_virtual_service_export_to,
+        &key.namespace,
+    )
 }
 
 /// Makes hosts absolute; those that no virtual host can have are left out.
@@ -161,10 +174,13 @@ fn serves(gateway: &Gateway, host: &str, namespace: &str) -> bool {
         .any(|(_, served)| hostname::intersection(served, host).is_some())
 }
 
-/// In sidecars only the oldest rule for a host counts.
+/// In sidecars only the HTTP rules of the oldest object for a host count; those for TLS and TCP are joined.
 fn report_conflicts(rules: &[Arc<VirtualService>], problems: &mut Vec<Problem>) {
     let mut first: BTreeMap<&str, Vec<&VirtualService>> = BTreeMap::new();
-    for rule in rules.iter().filter(|rule| rule.is_bound_to(MESH_GATEWAY)) {
+    let in_sidecars = rules
+        .iter()
+        .filter(|rule| rule.is_bound_to(MESH_GATEWAY) && !rule.http.is_empty());
+    for rule in in_sidecars {
         for (index, host) in rule.hosts.iter().enumerate() {
             let others = first.entry(host).or_default();
             let rival = others.iter().find(|other| {

@@ -3,6 +3,8 @@
 // Helpers of tests may fail like the tests themselves.
 #![allow(clippy::unwrap_used)]
 
+mod destination_rules;
+mod envoy_filters;
 mod rules;
 mod services;
 

@@ -1,5 +1,5 @@
 use mesh_api::networking::destination_rule::SimpleLb;
-use mesh_model::{Mesh, Severity};
+use mesh_model::{DestinationRule, Mesh, Severity};
 
 use super::{item, mesh, objects};
 
@@ -7,6 +7,15 @@ fn destination_rule(name: &str, namespace: &str, host: &str, extra: &str) -> Str
     format!(
         "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{ name: {name}, namespace: {namespace} }}\nspec: {{ host: {host:?}, {extra} }}\n---\n"
     )
+}
+
+/// The algorithm for a subset and port; LEAST_REQUEST, the default, where none is given.
+fn balancer(rule: &DestinationRule, subset: &str, port: u16) -> SimpleLb {
+    let given = rule.policy(subset, port).load_balancer;
+    match given.and_then(|settings| settings.simple) {
+        None | Some(SimpleLb::LeastConn) => SimpleLb::LeastRequest,
+        Some(simple) => simple,
+    }
 }
 
 fn service(name: &str, namespace: &str) -> String {
@@ -41,7 +50,7 @@ fn destination_rules_are_looked_up_client_first_then_service_then_root() {
     let mesh = mesh(&text);
     let found = |host: &str, client: &str| {
         mesh.destination_rule(host, client)
-            .map(|rule| (rule.keys[0].name.clone(), rule.load_balancer("", 80)))
+            .map(|rule| (rule.keys[0].name.clone(), balancer(rule, "", 80)))
     };
     assert_eq!(
         found(host, "client"),
@@ -81,14 +90,14 @@ fn policies_of_ports_and_subsets_override() {
     let rule = mesh
         .destination_rule("a.prod.svc.cluster.local", "prod")
         .unwrap();
-    assert_eq!(rule.load_balancer("", 80), SimpleLb::Random);
-    assert_eq!(rule.load_balancer("plain", 81), SimpleLb::RoundRobin);
+    assert_eq!(balancer(rule, "", 80), SimpleLb::Random);
+    assert_eq!(balancer(rule, "plain", 81), SimpleLb::RoundRobin);
     assert_eq!(
-        rule.load_balancer("", 82),
+        balancer(rule, "", 82),
         SimpleLb::LeastRequest,
         "settings of a port replace the policy"
     );
-    assert_eq!(rule.load_balancer("own", 81), SimpleLb::LeastRequest);
+    assert_eq!(balancer(rule, "own", 81), SimpleLb::LeastRequest);
 }
 
 #[test]
@@ -113,7 +122,7 @@ fn rules_of_one_host_merge_whatever_their_order() {
         .unwrap();
     assert_eq!(rule.subsets.keys().collect::<Vec<_>>(), ["v1", "v2"]);
     assert_eq!(rule.subsets["v1"].labels["version"], "v1");
-    assert_eq!(rule.load_balancer("v2", 80), SimpleLb::Random);
+    assert_eq!(balancer(rule, "v2", 80), SimpleLb::Random);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use envoy_types::pb::envoy::config::route::v3::redirect_action::{
 };
 use envoy_types::pb::envoy::config::route::v3::route::Action;
 use envoy_types::pb::envoy::config::route::v3::route_action::{
-    ClusterSpecifier, HostRewriteSpecifier,
+    ClusterSpecifier, HashPolicy, HostRewriteSpecifier,
 };
 use envoy_types::pb::envoy::config::route::v3::weighted_cluster::{ClusterWeight, cluster_weight};
 use envoy_types::pb::envoy::config::route::v3::{
@@ -19,12 +19,12 @@ use envoy_types::pb::envoy::config::route::v3::{
 use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatchAndSubstitute, RegexMatcher};
 use mesh_api::StringMatch;
 use mesh_api::networking::virtual_service::{
-    Destination, HttpBody, HttpDirectResponse, HttpMatchRequest, HttpRedirect, HttpRewrite,
-    HttpRoute, HttpRouteDestination, RedirectPort,
+    HttpBody, HttpDirectResponse, HttpMatchRequest, HttpRedirect, HttpRewrite, HttpRoute,
+    HttpRouteDestination, RedirectPort,
 };
 
-use super::{Client, headers, retry};
-use crate::names;
+use super::{Client, faults, headers, retry};
+use crate::cluster;
 use crate::pb::{duration, uint32};
 
 pub(super) fn of(
@@ -51,11 +51,16 @@ fn forward(
     client: &Client<'_>,
 ) -> RouteAction {
     let limit = duration(http.timeout.map_or(Duration::ZERO, |timeout| timeout.0));
+    let hash_policy = hash_policies(&http.route, client);
+    // A hash means one endpoint; only of several destinations Istio does not look.
+    let hashed = http.route.len() == 1 && !hash_policy.is_empty();
     let mut action = RouteAction {
         cluster_specifier: Some(destinations(&http.route, client)),
         timeout: limit,
         max_grpc_timeout: limit,
-        retry_policy: retry::of(http.retries.as_ref()),
+        retry_policy: retry::of(http.retries.as_ref(), client.mesh.config(), hashed),
+        request_mirror_policies: faults::mirrors(http, client),
+        hash_policy,
         ..RouteAction::default()
     };
     if let Some(given) = &http.rewrite {
@@ -70,23 +75,41 @@ fn forward(
     } else {
         None
     };
-    // rewrite.authority beats header operations, the destination's beat the rule's.
+    // rewrite.authority beats header operations, the rule's beat those of its only destination.
     let authority = http
         .rewrite
         .as_ref()
         .map(|rewrite| rewrite.authority.clone())
         .filter(|authority| !authority.is_empty());
     let host = authority
-        .or(single)
-        .or_else(|| headers::host(http.headers.as_ref()));
+        .or_else(|| headers::host(http.headers.as_ref()))
+        .or(single);
     action.host_rewrite_specifier = host.map(HostRewriteSpecifier::HostRewriteLiteral);
     action
+}
+
+/// The hash policies of all destinations that get anything, one after the other.
+fn hash_policies(routes: &[HttpRouteDestination], client: &Client<'_>) -> Vec<HashPolicy> {
+    let used = routes
+        .iter()
+        .filter(|route| routes.len() == 1 || route.weight > 0);
+    let policies = used.flat_map(|route| {
+        let (host, port) = client.target(&route.destination);
+        cluster::hash_policies(
+            client.mesh,
+            client.node,
+            host,
+            &route.destination.subset,
+            port,
+        )
+    });
+    policies.collect()
 }
 
 /// One destination gets everything, whatever its weight; of several, those of weight 0 get nothing.
 fn destinations(routes: &[HttpRouteDestination], client: &Client<'_>) -> ClusterSpecifier {
     if let [only] = routes {
-        return ClusterSpecifier::Cluster(cluster(&only.destination, client));
+        return ClusterSpecifier::Cluster(client.cluster(&only.destination));
     }
     let clusters = routes
         .iter()
@@ -103,7 +126,7 @@ fn weighted(route: &HttpRouteDestination, client: &Client<'_>) -> ClusterWeight 
     let operations = headers::operations(route.headers.as_ref());
     let host = headers::host(route.headers.as_ref());
     ClusterWeight {
-        name: cluster(&route.destination, client),
+        name: client.cluster(&route.destination),
         weight: uint32(route.weight.unsigned_abs()),
         request_headers_to_add: operations.request_add,
         request_headers_to_remove: operations.request_remove,
@@ -112,22 +135,6 @@ fn weighted(route: &HttpRouteDestination, client: &Client<'_>) -> ClusterWeight 
         host_rewrite_specifier: host.map(cluster_weight::HostRewriteSpecifier::HostRewriteLiteral),
         ..ClusterWeight::default()
     }
-}
-
-/// The cluster of a destination: of the service behind an alias; the port that the client addressed where the rule names none and the
-/// service has several.
-fn cluster(destination: &Destination, client: &Client<'_>) -> String {
-    let service = client.mesh.service(&destination.host);
-    let host = match service.and_then(|service| client.mesh.resolve_alias(service)) {
-        Some(service) => &service.host,
-        None => &destination.host,
-    };
-    let port = destination
-        .port
-        .as_ref()
-        .and_then(|port| u16::try_from(port.number).ok())
-        .filter(|port| *port != 0);
-    names::outbound_cluster(port.unwrap_or(client.port), &destination.subset, host)
 }
 
 fn rewrite(action: &mut RouteAction, given: &HttpRewrite, uri: Option<&StringMatch>) {
@@ -179,17 +186,16 @@ fn redirect(given: &HttpRedirect, client: &Client<'_>) -> RedirectAction {
     }
 }
 
-/// 0 leaves the port to Envoy.
+/// 0 leaves the port to Envoy, which then takes the scheme's own; so do the ports that a location need not name.
 fn redirect_port(given: &HttpRedirect, client: &Client<'_>) -> u32 {
-    match (given.port, given.derive_port) {
+    let port = match (given.port, given.derive_port) {
         (Some(port), _) => port,
         (None, Some(RedirectPort::FromRequestPort)) => u32::from(client.port),
-        (None, Some(RedirectPort::FromProtocolDefault)) => match given.scheme.as_str() {
-            "http" => 80,
-            "https" => 443,
-            _ => 0,
-        },
-        (None, None) => 0,
+        (None, Some(RedirectPort::FromProtocolDefault) | None) => 0,
+    };
+    match (port, given.scheme.as_str()) {
+        (80, "" | "http") | (443, "https") => 0,
+        _ => port,
     }
 }
 

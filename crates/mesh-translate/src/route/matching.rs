@@ -23,6 +23,7 @@ pub(super) fn of(condition: &HttpMatchRequest) -> RouteMatch {
             .iter()
             .map(|(name, value)| without_header(name, value)),
     );
+    headers.sort_by(|a, b| a.name.cmp(&b.name));
     let pseudo = [
         (":method", &condition.method),
         (":authority", &condition.authority),
@@ -44,23 +45,6 @@ pub(super) fn of(condition: &HttpMatchRequest) -> RouteMatch {
             .collect(),
         ..RouteMatch::default()
     }
-}
-
-/// True if every request matches, so that nothing after this condition is ever reached.
-pub(super) fn is_catch_all(condition: &HttpMatchRequest) -> bool {
-    let any_path = match &condition.uri {
-        None | Some(StringMatch::Present) => true,
-        Some(StringMatch::Prefix(prefix)) => prefix == "/" || prefix.is_empty(),
-        Some(StringMatch::Regex(pattern)) => matches!(pattern.as_str(), ".*" | "*" | ""),
-        Some(StringMatch::Exact(_)) => false,
-    };
-    any_path
-        && condition.headers.is_empty()
-        && condition.without_headers.is_empty()
-        && condition.query_params.is_empty()
-        && condition.method.is_none()
-        && condition.authority.is_none()
-        && condition.scheme.is_none()
 }
 
 fn path(uri: Option<&StringMatch>) -> PathSpecifier {
@@ -114,7 +98,7 @@ fn query_parameter(name: &str, value: &StringMatch) -> QueryParameterMatcher {
 }
 
 /// `None` where only presence is asked for, which has several spellings; an empty prefix is one, and Envoy refuses it as a pattern.
-fn pattern(value: &StringMatch) -> Option<StringMatcher> {
+pub(super) fn pattern(value: &StringMatch) -> Option<StringMatcher> {
     let pattern = match value {
         StringMatch::Exact(text) => MatchPattern::Exact(text.clone()),
         StringMatch::Prefix(text) if !text.is_empty() => MatchPattern::Prefix(text.clone()),

@@ -74,10 +74,16 @@ impl Case {
 
     fn read(folder: PathBuf) -> Self {
         let settings = documents(&folder.join("node.yaml")).remove(0);
-        let base = settings["base"]
-            .as_str()
-            .map(|base| documents(&folder.join(base)));
-        let mut raw = base.unwrap_or_default();
+        // One file of objects, or a list of them.
+        let bases = match &settings["base"] {
+            Value::Array(list) => list.clone(),
+            Value::Null => Vec::new(),
+            one => vec![one.clone()],
+        };
+        let mut raw: Vec<Value> = bases
+            .iter()
+            .flat_map(|base| documents(&folder.join(base.as_str().unwrap())))
+            .collect();
         raw.extend(documents(&folder.join("objects.yaml")));
         let mut objects = objects(&raw);
         if let Some(config) = settings.get("meshConfig") {

@@ -2,8 +2,8 @@
 
 use crate::networking::VirtualService;
 use crate::networking::virtual_service::{
-    CorsPolicy, HeaderOperations, Headers, HttpBody, HttpDirectResponse, HttpFaultInjection,
-    HttpMatchRequest, HttpRedirect, HttpRetry, HttpRewrite, HttpRoute, Percent,
+    CorsPolicy, GRPC_STATUS, HeaderOperations, Headers, HttpBody, HttpDirectResponse,
+    HttpFaultInjection, HttpMatchRequest, HttpRedirect, HttpRetry, HttpRewrite, HttpRoute, Percent,
 };
 use crate::{Duration, StringMatch};
 
@@ -28,25 +28,6 @@ const RETRY_ON: &[&str] = &[
     "internal",
     "resource-exhausted",
     "unavailable",
-];
-const GRPC_STATUS: &[&str] = &[
-    "OK",
-    "CANCELLED",
-    "UNKNOWN",
-    "INVALID_ARGUMENT",
-    "DEADLINE_EXCEEDED",
-    "NOT_FOUND",
-    "ALREADY_EXISTS",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "FAILED_PRECONDITION",
-    "ABORTED",
-    "OUT_OF_RANGE",
-    "UNIMPLEMENTED",
-    "INTERNAL",
-    "UNAVAILABLE",
-    "DATA_LOSS",
-    "UNAUTHENTICATED",
 ];
 const CORS_METHODS: &[&str] = &[
     "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "*",
@@ -431,9 +412,7 @@ fn fault(fault: &HttpFaultInjection, check: &mut Check) {
             "httpStatus",
             "a status code is a number from 200 to 600",
         );
-        let grpc = abort.grpc_status.is_empty()
-            || GRPC_STATUS.contains(&abort.grpc_status.as_str())
-            || abort.grpc_status.parse::<u8>().is_ok_and(|code| code <= 16);
+        let grpc = abort.grpc_status.is_empty() || abort.grpc_code().is_some();
         check.require(
             grpc,
             "grpcStatus",

@@ -1,56 +1,50 @@
 //! HTTP rules of a VirtualService.
 
+mod filters;
 mod sanitize;
 
 use mesh_api::StringMatch;
-use mesh_api::networking::virtual_service::{
-    Destination, HttpMatchRequest, HttpRetry, HttpRoute, PortSelector,
-};
+use mesh_api::networking::virtual_service::{HttpMatchRequest, HttpRoute};
 
+use super::destinations::{self, Context};
 use super::gateway_names;
+use crate::Severity;
 use crate::problem::Reporter;
-use crate::{Mesh, Severity, hostname};
 
 /// Longest program that a regular expression may compile to, as in the proxy.
 const REGEX_SIZE_LIMIT: usize = 1 << 20;
 /// Status codes that Envoy's redirect action knows.
 const REDIRECT_CODES: [u32; 6] = [0, 301, 302, 303, 307, 308];
 
-/// Makes the rules of a VirtualService in `namespace` absolute. A rule that can't be applied is left out and reported.
-pub(super) fn rules(
-    rules: &[HttpRoute],
-    namespace: &str,
-    mesh: &Mesh,
-    report: &mut Reporter<'_>,
-) -> Vec<HttpRoute> {
-    let context = Context { namespace, mesh };
-    let numbered = rules.iter().enumerate();
-    numbered
-        .filter_map(|(index, rule)| context.rule(rule, &format!("spec.http[{index}]"), report))
-        .collect()
+/// A rule with the place where it stands in its object.
+pub(super) struct Rule {
+    /// For instance `spec.http[0]`.
+    pub(super) field: String,
+    /// The rule; where it delegates it has no action of its own.
+    pub(super) route: HttpRoute,
 }
 
-struct Context<'a> {
-    namespace: &'a str,
-    mesh: &'a Mesh,
+/// Makes the rules of a VirtualService absolute. A rule that can't be applied is left out and reported.
+pub(super) fn rules(
+    rules: &[HttpRoute],
+    context: &Context<'_>,
+    report: &mut Reporter<'_>,
+) -> Vec<Rule> {
+    let numbered = rules.iter().enumerate();
+    numbered
+        .filter_map(|(index, rule)| {
+            let field = format!("spec.http[{index}]");
+            let route = context.rule(rule, &field, report)?;
+            Some(Rule { field, route })
+        })
+        .collect()
 }
 
 impl Context<'_> {
     fn rule(&self, rule: &HttpRoute, field: &str, report: &mut Reporter<'_>) -> Option<HttpRoute> {
         let mut rule = rule.clone();
-        if rule.delegate.is_some() {
-            let message =
-                "delegates are not applied yet by this version of mesh; this rule has no effect";
-            report.report(
-                Severity::Warning,
-                None,
-                format!("{field}.delegate"),
-                message,
-            );
-            return None;
-        }
-        take_out_not_applied(&mut rule, field, report);
         sanitize::rule(&mut rule, field, report);
+        filters::rule(&mut rule, field, report);
         if !rule.matches.is_empty() {
             let matches = std::mem::take(&mut rule.matches);
             let numbered = matches.into_iter().enumerate();
@@ -64,7 +58,24 @@ impl Context<'_> {
                 return None;
             }
         }
-        check_action(&rule, field, report)?;
+        if let Err((part, message)) = self.check_action(&rule) {
+            let field = match part {
+                "" => field.to_owned(),
+                part => format!("{field}.{part}"),
+            };
+            report.report(
+                Severity::Error,
+                Some("IST0106"),
+                field,
+                format!("{message}; this rule has no effect"),
+            );
+            return None;
+        }
+        self.destinations(&mut rule, field, report);
+        Some(rule)
+    }
+
+    fn destinations(&self, rule: &mut HttpRoute, field: &str, report: &mut Reporter<'_>) {
         for (index, route) in rule.route.iter_mut().enumerate() {
             self.destination(
                 &mut route.destination,
@@ -72,7 +83,50 @@ impl Context<'_> {
                 report,
             );
         }
-        Some(rule)
+        if let Some(mirror) = &mut rule.mirror {
+            self.destination(mirror, &format!("{field}.mirror"), report);
+        }
+        for (index, mirror) in rule.mirrors.iter_mut().enumerate() {
+            self.destination(
+                &mut mirror.destination,
+                &format!("{field}.mirrors[{index}].destination"),
+                report,
+            );
+        }
+    }
+
+    /// Field and message for a rule that Envoy would refuse, which would take the whole route table with it, or that says nothing.
+    fn check_action(&self, rule: &HttpRoute) -> Result<(), (&'static str, String)> {
+        let actions = usize::from(!rule.route.is_empty())
+            + usize::from(rule.redirect.is_some())
+            + usize::from(rule.direct_response.is_some());
+        match (&rule.delegate, actions) {
+            (Some(_), _) if self.delegate => {
+                return Err(("delegate", "a delegate can't delegate further".to_owned()));
+            }
+            (Some(_), 0) | (None, 1) => {}
+            (Some(_), _) => {
+                let message = "delegate excludes route, redirect and directResponse";
+                return Err(("delegate", message.to_owned()));
+            }
+            (None, _) => {
+                let message = format!(
+                    "a rule needs exactly one of route, redirect, directResponse and delegate, this one has {actions}"
+                );
+                return Err(("", message));
+            }
+        }
+        check_answer(rule)?;
+        if let Some(rewrite) = rule
+            .rewrite
+            .as_ref()
+            .and_then(|rewrite| rewrite.uri_regex_rewrite.as_ref())
+        {
+            compile(&rewrite.pattern).map_err(|error| ("rewrite.uriRegexRewrite.match", error))?;
+        }
+        destinations::weights(rule.route.iter().map(|route| route.weight))
+            .map_err(|message| ("route", message))?;
+        sanitize::texts(rule)
     }
 
     /// `None` if the condition can't be applied; leaving only a part of it out would match more than was meant.
@@ -83,7 +137,8 @@ impl Context<'_> {
         report: &mut Reporter<'_>,
     ) -> Option<HttpMatchRequest> {
         if !item.stat_prefix.is_empty() {
-            report.not_applied(format!("{field}.statPrefix"));
+            let message = "is sent to the proxies; stock Envoys count by it, mesh's own proxy keeps no counters of single routes";
+            report.report(Severity::Info, None, format!("{field}.statPrefix"), message);
         }
         let claims = item
             .headers
@@ -150,167 +205,33 @@ impl Context<'_> {
             .collect();
         Some(item)
     }
-
-    /// Makes the host absolute, fills in the port where there is only one, and checks that all of it exists.
-    fn destination(&self, destination: &mut Destination, field: &str, report: &mut Reporter<'_>) {
-        destination.host = hostname::absolute(&destination.host, self.namespace, &self.mesh.domain);
-        let Some(service) = self.mesh.service(&destination.host) else {
-            let message = format!(
-                "there is no service {}; requests sent there get 503",
-                destination.host
-            );
-            report.not_found(format!("{field}.host"), message);
-            return;
-        };
-        match &destination.port {
-            None if service.ports.len() == 1 => {
-                destination.port = Some(PortSelector {
-                    number: u32::from(service.ports[0].number),
-                })
-            }
-            None if service.ports.len() > 1 => {
-                let message = format!(
-                    "{} has several ports; name one, or the port that the client asked for is used",
-                    destination.host
-                );
-                report.report(
-                    Severity::Error,
-                    Some("IST0112"),
-                    format!("{field}.port"),
-                    message,
-                );
-            }
-            Some(port)
-                if !u16::try_from(port.number)
-                    .is_ok_and(|number| service.port(number).is_some()) =>
-            {
-                let message = format!(
-                    "{} has no port {}; requests sent there get 503",
-                    destination.host, port.number
-                );
-                report.not_found(format!("{field}.port.number"), message);
-            }
-            _ => {}
-        }
-        self.check_subset(destination, field, report);
-    }
-
-    fn check_subset(&self, destination: &Destination, field: &str, report: &mut Reporter<'_>) {
-        if destination.subset.is_empty() {
-            return;
-        }
-        let rule = self
-            .mesh
-            .destination_rule(&destination.host, self.namespace);
-        if !rule.is_some_and(|rule| rule.subsets.contains_key(&destination.subset)) {
-            let message = format!(
-                "no DestinationRule defines subset {} of {}; requests sent there get 503. Add it to the rule's subsets",
-                destination.subset, destination.host
-            );
-            report.not_found(format!("{field}.subset"), message);
-        }
-    }
 }
 
-fn take_out_not_applied(rule: &mut HttpRoute, field: &str, report: &mut Reporter<'_>) {
-    for (name, given) in [
-        ("fault", rule.fault.take().is_some()),
-        ("mirror", rule.mirror.take().is_some()),
-        ("mirrorPercentage", rule.mirror_percentage.take().is_some()),
-        ("mirrorPercent", rule.mirror_percent.take().is_some()),
-        ("mirrors", !std::mem::take(&mut rule.mirrors).is_empty()),
-        ("corsPolicy", rule.cors_policy.take().is_some()),
-        (
-            "retries.retryRemoteLocalities",
-            rule.retries
-                .as_mut()
-                .and_then(|retries: &mut HttpRetry| retries.retry_remote_localities.take())
-                .is_some(),
-        ),
-    ] {
-        if given {
-            report.not_applied(format!("{field}.{name}"));
-        }
-    }
-}
-
-/// `None` for a rule that Envoy would refuse, which would take the whole route table with it.
-fn check_action(rule: &HttpRoute, field: &str, report: &mut Reporter<'_>) -> Option<()> {
-    let mut refuse = |field: String, message: String| {
-        report.report(
-            Severity::Error,
-            Some("IST0106"),
-            field,
-            format!("{message}; this rule has no effect"),
-        );
-        None
-    };
-    let actions = usize::from(!rule.route.is_empty())
-        + usize::from(rule.redirect.is_some())
-        + usize::from(rule.direct_response.is_some());
-    if actions != 1 {
-        return refuse(
-            field.to_owned(),
-            format!(
-                "a rule needs exactly one of route, redirect and directResponse, this one has {actions}"
-            ),
-        );
-    }
+/// Redirects and fixed responses.
+fn check_answer(rule: &HttpRoute) -> Result<(), (&'static str, String)> {
     if let Some(redirect) = &rule.redirect {
         if !REDIRECT_CODES.contains(&redirect.redirect_code) {
-            return refuse(
-                format!("{field}.redirect.redirectCode"),
-                format!(
-                    "{} is none of 301, 302, 303, 307 and 308",
-                    redirect.redirect_code
-                ),
+            let message = format!(
+                "{} is none of 301, 302, 303, 307 and 308",
+                redirect.redirect_code
             );
+            return Err(("redirect.redirectCode", message));
         }
         if redirect
             .port
             .is_some_and(|port| !(1..=65535).contains(&port))
         {
-            return refuse(
-                format!("{field}.redirect.port"),
-                "a port is a number from 1 to 65535".to_owned(),
-            );
+            let message = "a port is a number from 1 to 65535";
+            return Err(("redirect.port", message.to_owned()));
         }
     }
-    if let Some(response) = &rule.direct_response
-        && !(200..600).contains(&response.status)
-    {
-        return refuse(
-            format!("{field}.directResponse.status"),
+    match &rule.direct_response {
+        Some(response) if !(200..600).contains(&response.status) => Err((
+            "directResponse.status",
             format!("{} is not a status from 200 to 599", response.status),
-        );
+        )),
+        _ => Ok(()),
     }
-    if let Some(rewrite) = rule
-        .rewrite
-        .as_ref()
-        .and_then(|rewrite| rewrite.uri_regex_rewrite.as_ref())
-        && let Err(error) = compile(&rewrite.pattern)
-    {
-        return refuse(format!("{field}.rewrite.uriRegexRewrite.match"), error);
-    }
-    if rule.route.iter().any(|route| route.weight < 0)
-        || (rule.route.len() > 1 && rule.route.iter().all(|route| route.weight == 0))
-    {
-        return refuse(
-            format!("{field}.route"),
-            "weights may not be negative, and several destinations need a sum above 0".to_owned(),
-        );
-    }
-    let total: i64 = rule.route.iter().map(|route| i64::from(route.weight)).sum();
-    if total > i64::from(u32::MAX) {
-        return refuse(
-            format!("{field}.route"),
-            format!("the sum of the weights, {total}, is more than 4294967295"),
-        );
-    }
-    if let Err((part, message)) = sanitize::texts(rule) {
-        return refuse(format!("{field}.{part}"), message);
-    }
-    Some(())
 }
 
 fn check_regex(value: &StringMatch, field: &str, report: &mut Reporter<'_>) -> Option<()> {
@@ -333,6 +254,7 @@ fn check_regex(value: &StringMatch, field: &str, report: &mut Reporter<'_>) -> O
         .ok()
 }
 
+/// Whether the proxy can use a pattern.
 fn compile(pattern: &str) -> Result<(), String> {
     let compiled = regex::RegexBuilder::new(pattern)
         .size_limit(REGEX_SIZE_LIMIT)

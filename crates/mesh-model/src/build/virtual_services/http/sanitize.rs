@@ -193,7 +193,7 @@ pub(super) fn is_header_name(name: &str) -> bool {
 }
 
 /// RFC 9110, section 5.5: no control characters but the tabulator.
-fn is_header_value(value: &str) -> bool {
+pub(super) fn is_header_value(value: &str) -> bool {
     value
         .bytes()
         .all(|byte| byte == b'\t' || (byte >= b' ' && byte != 0x7f))

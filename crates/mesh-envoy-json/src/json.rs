@@ -7,15 +7,15 @@ use std::io::Read;
 use std::sync::LazyLock;
 
 use base64::Engine;
-use prost_reflect::prost::Message;
+use prost::Message;
 use prost_reflect::{
     DescriptorPool, DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor,
     ReflectMessage, SerializeOptions, Value as Field,
 };
 use serde_json::{Map, Value};
 
-const ANY: &str = "google.protobuf.Any";
-const DURATION: &str = "google.protobuf.Duration";
+pub(crate) const ANY: &str = "google.protobuf.Any";
+pub(crate) const DURATION: &str = "google.protobuf.Duration";
 const STRUCT_URL: &str = "type.googleapis.com/google.protobuf.Struct";
 
 static DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin.gz"));
@@ -50,7 +50,7 @@ pub enum JsonError {
     NoType,
     /// The bytes are not of this type.
     #[error("reading a {0} from its bytes: {1}")]
-    Decode(String, prost_reflect::prost::DecodeError),
+    Decode(String, prost::DecodeError),
     /// The message does not fit JSON.
     #[error("writing a {0} as JSON: {1}")]
     Serialize(String, serde_json::Error),
@@ -113,6 +113,36 @@ pub fn from_json(type_url: &str, value: &Value) -> Result<Vec<u8>, JsonError> {
     Ok(message.encode_to_vec())
 }
 
+/// Replaces every `TypedStruct` (of `udpa.type.v1` or `xds.type.v3`: a type's name beside its content as free JSON) whose type is known by that type,
+/// so that its fields are read, and checked, like all others. Envoy does the same when it loads such a configuration.
+pub fn resolve_typed_structs(value: &mut Value) {
+    match value {
+        Value::Array(list) => list.iter_mut().for_each(resolve_typed_structs),
+        Value::Object(object) => {
+            if let Some(resolved) = resolved(object) {
+                *object = resolved;
+            }
+            object.values_mut().for_each(resolve_typed_structs);
+        }
+        _ => {}
+    }
+}
+
+fn resolved(object: &Map<String, Value>) -> Option<Map<String, Value>> {
+    let outer = object.get("@type")?.as_str()?;
+    if !outer.ends_with("udpa.type.v1.TypedStruct") && !outer.ends_with("xds.type.v3.TypedStruct") {
+        return None;
+    }
+    let inner = object.get("type_url").or_else(|| object.get("typeUrl"))?;
+    find(inner.as_str()?)?;
+    let mut resolved = Map::new();
+    resolved.insert("@type".to_owned(), inner.clone());
+    if let Some(Value::Object(fields)) = object.get("value") {
+        resolved.extend(fields.clone());
+    }
+    Some(resolved)
+}
+
 /// The type URL and encoded message of a JSON object that has `@type`.
 ///
 /// # Errors
@@ -126,11 +156,11 @@ pub fn any_from_json(value: &Value) -> Result<(String, Vec<u8>), JsonError> {
     Ok((type_url, bytes))
 }
 
-fn descriptor(type_url: &str) -> Result<MessageDescriptor, JsonError> {
+pub(crate) fn descriptor(type_url: &str) -> Result<MessageDescriptor, JsonError> {
     find(type_url).ok_or_else(|| JsonError::UnknownType(type_url.to_owned()))
 }
 
-fn find(type_url: &str) -> Option<MessageDescriptor> {
+pub(crate) fn find(type_url: &str) -> Option<MessageDescriptor> {
     POOL.get_message_by_name(type_url.rsplit('/').next()?)
 }
 
@@ -335,7 +365,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::types;
+
+    const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
+    const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
 
     #[test]
     fn both_ways_with_nested_any() {
@@ -353,17 +385,17 @@ mod tests {
             }]}],
             "metadata": {"filter_metadata": {"istio": {"weight": 3, "share": 0.5}}}
         });
-        let bytes = from_json(types::LISTENER, &listener).unwrap();
-        let back = to_json(types::LISTENER, &bytes, Naming::Proto).unwrap();
+        let bytes = from_json(LISTENER, &listener).unwrap();
+        let back = to_json(LISTENER, &bytes, Naming::Proto).unwrap();
         let mut expected = listener;
         expected["filter_chains"][0]["filters"][0]["typed_config"]["idle_timeout"] = json!("3600s");
         assert_eq!(back, expected);
-        let camel = to_json(types::LISTENER, &bytes, Naming::Camel).unwrap();
+        let camel = to_json(LISTENER, &bytes, Naming::Camel).unwrap();
         assert_eq!(camel["address"]["socketAddress"]["portValue"], 15001);
-        let any = any_to_json(types::LISTENER, &bytes, Naming::Camel).unwrap();
+        let any = any_to_json(LISTENER, &bytes, Naming::Camel).unwrap();
         // The order of map entries in the bytes is free, so JSON is compared.
         let (type_url, again) = any_from_json(&any).unwrap();
-        assert_eq!(type_url, types::LISTENER);
+        assert_eq!(type_url, LISTENER);
         assert_eq!(to_json(&type_url, &again, Naming::Proto).unwrap(), back);
     }
 
@@ -379,7 +411,7 @@ mod tests {
             ..Default::default()
         };
         let bytes = prost::Message::encode_to_vec(&cluster);
-        let value = to_json(types::CLUSTER, &bytes, Naming::Proto).unwrap();
+        let value = to_json(CLUSTER, &bytes, Naming::Proto).unwrap();
         assert_eq!(
             value["typed_extension_protocol_options"]["x"],
             json!({"@type": "type.googleapis.com/foo.Bar", "value": "CAE="})
@@ -388,11 +420,11 @@ mod tests {
 
     #[test]
     fn unknown_fields_and_types_are_named() {
-        let error = from_json(types::CLUSTER, &json!({"name": "c", "bogus": 1})).unwrap_err();
+        let error = from_json(CLUSTER, &json!({"name": "c", "bogus": 1})).unwrap_err();
         assert!(error.to_string().contains("bogus"), "{error}");
         let error = from_json("type.googleapis.com/foo.Bar", &json!({})).unwrap_err();
         assert!(error.to_string().contains("foo.Bar"), "{error}");
-        assert!(to_json(types::CLUSTER, &[255, 255], Naming::Proto).is_err());
+        assert!(to_json(CLUSTER, &[255, 255], Naming::Proto).is_err());
     }
 
     #[test]

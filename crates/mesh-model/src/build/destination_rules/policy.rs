@@ -1,0 +1,124 @@
+//! What of a traffic policy is applied; the rest is reported and taken out.
+
+use mesh_api::networking::destination_rule::{
+    ClientTlsMode, ClientTlsSettings, ConnectionPoolSettings, LoadBalancerSettings,
+    OutlierDetection, TrafficPolicy,
+};
+
+use crate::Severity;
+use crate::problem::Reporter;
+
+/// The policy without what has no effect in this version.
+pub(super) fn applied(
+    policy: &TrafficPolicy,
+    field: &str,
+    report: &mut Reporter<'_>,
+) -> TrafficPolicy {
+    let mut policy = policy.clone();
+    for (name, given) in [
+        ("tunnel", policy.tunnel.take().is_some()),
+        ("proxyProtocol", policy.proxy_protocol.take().is_some()),
+    ] {
+        if given {
+            report.not_applied(format!("{field}.{name}"));
+        }
+    }
+    if let Some(budget) = &mut policy.retry_budget
+        && budget.budget_interval.take().is_some()
+    {
+        report.not_applied(format!("{field}.retryBudget.budgetInterval"));
+    }
+    Parts {
+        load_balancer: &mut policy.load_balancer,
+        connection_pool: &mut policy.connection_pool,
+        outlier_detection: &mut policy.outlier_detection,
+        tls: &mut policy.tls,
+    }
+    .check(field, report);
+    let given = std::mem::take(&mut policy.port_level_settings);
+    for (index, mut settings) in given.into_iter().enumerate() {
+        let field = format!("{field}.portLevelSettings[{index}]");
+        let number = settings.port.as_ref().map_or(0, |port| port.number);
+        if number == 0 || number > u32::from(u16::MAX) {
+            report.report(
+                Severity::Error,
+                Some("IST0106"),
+                format!("{field}.port"),
+                "the settings name no port and have no effect",
+            );
+            continue;
+        }
+        Parts {
+            load_balancer: &mut settings.load_balancer,
+            connection_pool: &mut settings.connection_pool,
+            outlier_detection: &mut settings.outlier_detection,
+            tls: &mut settings.tls,
+        }
+        .check(&field, report);
+        policy.port_level_settings.push(settings);
+    }
+    policy
+}
+
+/// What policies of hosts and of ports have in common.
+struct Parts<'a> {
+    load_balancer: &'a mut Option<LoadBalancerSettings>,
+    connection_pool: &'a mut Option<ConnectionPoolSettings>,
+    outlier_detection: &'a mut Option<OutlierDetection>,
+    tls: &'a mut Option<ClientTlsSettings>,
+}
+
+impl Parts<'_> {
+    fn check(self, field: &str, report: &mut Reporter<'_>) {
+        if let Some(settings) = self.load_balancer {
+            load_balancer(settings, &format!("{field}.loadBalancer"), report);
+        }
+        if let Some(http) = self
+            .connection_pool
+            .as_mut()
+            .and_then(|pool| pool.http.as_mut())
+            && http.http2_keep_alive.take().is_some()
+        {
+            report.not_applied(format!("{field}.connectionPool.http.http2KeepAlive"));
+        }
+        if let Some(outlier) = self.outlier_detection {
+            outlier_detection(outlier, &format!("{field}.outlierDetection"), report);
+        }
+        if self
+            .tls
+            .as_ref()
+            .is_some_and(|tls| tls.mode != ClientTlsMode::Disable)
+        {
+            report.not_applied(format!("{field}.tls"));
+            *self.tls = None;
+        }
+    }
+}
+
+fn load_balancer(settings: &mut LoadBalancerSettings, field: &str, report: &mut Reporter<'_>) {
+    for (name, given) in [
+        (
+            "backendUtilization",
+            settings.backend_utilization.take().is_some(),
+        ),
+        (
+            "zoneAwareLbSetting",
+            settings.zone_aware_lb_setting.take().is_some(),
+        ),
+    ] {
+        if given {
+            report.not_applied(format!("{field}.{name}"));
+        }
+    }
+}
+
+fn outlier_detection(settings: &mut OutlierDetection, field: &str, report: &mut Reporter<'_>) {
+    if !std::mem::take(&mut settings.outlier_detection_http_error_codes).is_empty() {
+        report.not_applied(format!("{field}.outlierDetectionHttpErrorCodes"));
+    }
+    // The older form of consecutiveGatewayErrors, which wins where both are given.
+    let older = u32::try_from(std::mem::take(&mut settings.consecutive_errors)).unwrap_or(0);
+    if older > 0 {
+        settings.consecutive_gateway_errors.get_or_insert(older);
+    }
+}
