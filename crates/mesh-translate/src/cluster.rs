@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::{
-    ClusterDiscoveryType, DiscoveryType, EdsClusterConfig, LbPolicy,
+    ClusterDiscoveryType, DiscoveryType, DnsLookupFamily, EdsClusterConfig, LbPolicy,
 };
 use envoy_types::pb::envoy::config::core::v3::{
     BindConfig, Http1ProtocolOptions, Http2ProtocolOptions,
 };
+use envoy_types::pb::envoy::config::endpoint::v3::{ClusterLoadAssignment, LocalityLbEndpoints};
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::HttpProtocolOptions;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::explicit_http_config::ProtocolConfig;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::{
@@ -19,7 +21,7 @@ use mesh_model::{Mesh, Node, NodeKind, Protocol, Service, ServicePort};
 use prost::Message;
 
 use crate::metadata::{self, OrderedValue};
-use crate::pb::{ads, any, duration, socket_address};
+use crate::pb::{ads, any, duration, socket_address, uint32};
 use crate::resources::{CLUSTER, Resource, Resources};
 use crate::{endpoint, names};
 
@@ -31,6 +33,9 @@ mod policy;
 
 /// Envoy's key for HTTP options of a cluster.
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+
+/// Pause before DNS is asked again where an answer says nothing (MeshConfig's dnsRefreshRate by default).
+const DNS_REFRESH: Duration = Duration::from_secs(60);
 
 /// Adds the cluster of a service port, whole (`subset` empty) or in part, and its endpoints where the control plane gives them.
 pub(crate) fn add_outbound(
@@ -51,7 +56,15 @@ pub(crate) fn add_outbound(
     policy.apply_pool(&mut cluster, &mut options);
     policy.apply_upgrade(&mut options, port.protocol);
     policy.apply_outlier_detection(&mut cluster);
-    if is_original_destination(service, node) || policy.passes_through() {
+    if let Some(name) = &service.external_name {
+        set_kind(
+            &mut cluster,
+            DiscoveryType::StrictDns,
+            LbPolicy::LeastRequest,
+        );
+        policy.apply_load_balancer(&mut cluster);
+        resolve(&mut cluster, name, port.number);
+    } else if is_original_destination(service, node) || policy.passes_through() {
         set_kind(
             &mut cluster,
             DiscoveryType::OriginalDst,
@@ -80,6 +93,27 @@ pub(crate) fn add_outbound(
         fields.insert("subset".to_owned(), metadata::text(subset));
     }
     resources.clusters.insert(name, encode(&cluster, fields));
+}
+
+/// Makes a cluster ask DNS for its endpoints: as often as answers allow, IPv4 only, as Istio asks where the mesh is not dual-stack.
+#[expect(
+    deprecated,
+    reason = "Istio and Envoys of all ages know these fields; the newer ones mean the same"
+)]
+fn resolve(cluster: &mut Cluster, name: &str, port: u16) {
+    let endpoint = endpoint::by_name(name, port);
+    cluster.load_assignment = Some(ClusterLoadAssignment {
+        cluster_name: cluster.name.clone(),
+        endpoints: vec![LocalityLbEndpoints {
+            lb_endpoints: vec![endpoint],
+            load_balancing_weight: uint32(1u32),
+            ..LocalityLbEndpoints::default()
+        }],
+        ..ClusterLoadAssignment::default()
+    });
+    cluster.dns_lookup_family = DnsLookupFamily::V4Only as i32;
+    cluster.respect_dns_ttl = true;
+    cluster.dns_refresh_rate = duration(DNS_REFRESH);
 }
 
 /// Headless services on sidecars: the client has chosen the pod already.

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use envoy_types::pb::envoy::config::core::v3::{HealthStatus, Locality};
+use envoy_types::pb::envoy::config::core::v3::address::Address as AddressKind;
+use envoy_types::pb::envoy::config::core::v3::socket_address::PortSpecifier;
+use envoy_types::pb::envoy::config::core::v3::{Address, HealthStatus, Locality, SocketAddress};
 use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use envoy_types::pb::envoy::config::endpoint::v3::{
     ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints,
@@ -77,6 +79,25 @@ fn encoded(group: &Group<'_>, node: &Node) -> LocalityLbEndpoints {
             .map(|endpoint| lb_endpoint(endpoint, node))
             .collect(),
         ..LocalityLbEndpoints::default()
+    }
+}
+
+/// An endpoint whose address DNS knows.
+pub(crate) fn by_name(name: &str, port: u16) -> LbEndpoint {
+    let address = SocketAddress {
+        address: name.to_owned(),
+        port_specifier: Some(PortSpecifier::PortValue(u32::from(port))),
+        ..SocketAddress::default()
+    };
+    LbEndpoint {
+        load_balancing_weight: uint32(1u32),
+        host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
+            address: Some(Address {
+                address: Some(AddressKind::SocketAddress(address)),
+            }),
+            ..Endpoint::default()
+        })),
+        ..LbEndpoint::default()
     }
 }
 
