@@ -1,6 +1,8 @@
 //! The admin interface on 127.0.0.1:15000, in the form of Envoy's.
 
+mod clusters;
 mod dump;
+mod stats;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -46,7 +48,7 @@ const PAGES: &[(&str, bool, &str)] = &[
     (
         "/stats",
         false,
-        "counters (?filter=REGEX, ?format=prometheus)",
+        "counters (?filter=REGEX, ?usedonly, ?format=json|prometheus)",
     ),
     (
         "/stats/prometheus",
@@ -86,8 +88,8 @@ fn page(shared: &Shared, quit: &watch::Sender<bool>, path: &str, query: &str) ->
     let json_wanted = parameter(query, "format") == Some("json");
     match path {
         "/certs" => Answer::json(&json!({ "certificates": [] })),
-        "/clusters" if json_wanted => Answer::json(&dump::clusters_json(shared)),
-        "/clusters" => Answer::text(dump::clusters_text(shared)),
+        "/clusters" if json_wanted => Answer::json(&clusters::json(shared)),
+        "/clusters" => Answer::text(clusters::text(shared)),
         "/config_dump" => match dump::config(shared, parameter(query, "include_eds").is_some()) {
             Ok(value) => Answer::json(&value),
             Err(error) => Answer::status(
@@ -117,7 +119,14 @@ fn page(shared: &Shared, quit: &watch::Sender<bool>, path: &str, query: &str) ->
         },
         "/server_info" => Answer::json(&server_info(shared)),
         "/stats" if parameter(query, "format") == Some("prometheus") => agent::metrics(shared),
-        "/stats" => stats(shared, parameter(query, "filter")),
+        "/stats" => stats::answer(
+            shared,
+            parameter(query, "filter"),
+            query
+                .split('&')
+                .any(|pair| pair.split('=').next() == Some("usedonly")),
+            json_wanted,
+        ),
         "/stats/prometheus" => agent::metrics(shared),
         _ => Answer::text(index()),
     }
@@ -216,57 +225,4 @@ fn server_info(shared: &Shared) -> serde_json::Value {
             "metadata": shared.options.metadata,
         },
     })
-}
-
-/// `name: value`, sorted.
-fn stats(shared: &Shared, filter: Option<&str>) -> Answer {
-    let pattern = match filter.map(regex::Regex::new).transpose() {
-        Ok(pattern) => pattern,
-        Err(error) => return Answer::status(StatusCode::BAD_REQUEST, format!("filter: {error}\n")),
-    };
-    let totals = &shared.totals;
-    let snapshot = shared.snapshot();
-    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-    let values = [
-        (
-            "cluster_manager.active_clusters",
-            snapshot.clusters().count() as u64,
-        ),
-        ("http.downstream_rq_total", load(&totals.requests)),
-        (
-            "listener_manager.downstream_cx_active",
-            totals.open.load(Ordering::Relaxed) as u64,
-        ),
-        (
-            "listener_manager.downstream_cx_total",
-            load(&totals.connections),
-        ),
-        (
-            "listener_manager.total_listeners_active",
-            snapshot.listeners().count() as u64,
-        ),
-        (
-            "listener_manager.total_listeners_warming",
-            snapshot.warming().len() as u64,
-        ),
-        (
-            "listener_manager.workers_started",
-            u64::from(shared.serving.load(Ordering::Acquire) >= shared.options.concurrency),
-        ),
-        ("server.concurrency", shared.options.concurrency as u64),
-        ("server.live", u64::from(shared.is_ready())),
-        ("server.uptime", shared.started.elapsed().as_secs()),
-        ("upstream.cx_connect_fail", load(&totals.upstream_failures)),
-        ("upstream.cx_total", load(&totals.upstream_connections)),
-        ("xds.resources_rejected", load(&totals.rejected)),
-        ("xds.snapshots", load(&totals.snapshots)),
-    ];
-    let mut text = String::new();
-    for (name, value) in values
-        .iter()
-        .filter(|(name, _)| pattern.as_ref().is_none_or(|p| p.is_match(name)))
-    {
-        let _ = writeln!(text, "{name}: {value}");
-    }
-    Answer::text(text)
 }

@@ -15,7 +15,7 @@ use mesh_routing::route::Matched;
 use mesh_telemetry::Peer;
 use tokio::time::Instant;
 
-use crate::body::{BodyError, Kept, RequestBody};
+use crate::body::{BodyError, Kept, RequestBody, grpc_status};
 use crate::http::{
     ATTEMPT_COUNT, Exchange, Timeouts, address_head, has_body, is_idempotent, original_destination,
     upstream_version,
@@ -23,7 +23,8 @@ use crate::http::{
 use crate::node::{PEER_ID, PEER_METADATA};
 use crate::pool::{ConnectError, Host, Lease, Sent, Version as Upstream};
 use crate::report::{Flag, Flags};
-use crate::upstream::{ClusterState, Wish};
+use crate::upstream::counters::Counter;
+use crate::upstream::{ClusterState, Observation, RetryGuard, Wish};
 
 const TIMEOUT_RETRY: HeaderName = HeaderName::from_static("x-envoy-is-timeout-retry");
 
@@ -41,6 +42,7 @@ pub struct Plan<'a> {
     /// Could the request be tried again after it was sent?
     repeats_sent: bool,
     kept: Option<Rc<Kept>>,
+    hash: Option<u64>,
 }
 
 /// A response to pass on.
@@ -70,6 +72,8 @@ pub struct Outcome {
 pub enum Failure {
     /// No usable endpoint.
     NoHealthy,
+    /// A limit of the cluster is reached.
+    Overflow,
     /// Connecting failed.
     Connect,
     /// Connecting took too long.
@@ -179,16 +183,28 @@ impl<'a> Plan<'a> {
             count_attempts: matched.host.request_attempt_count,
             tell_timeouts: matched.host.tell_timeouts,
             repeats_sent,
+            hash: None,
         }
     }
 
-    fn pick(&self, tried: &[SocketAddr]) -> Option<Rc<Host>> {
+    /// The request goes where its hash leads, where the cluster looks at it.
+    pub fn hashed(mut self, hash: Option<u64>) -> Self {
+        self.hash = hash;
+        self
+    }
+
+    fn pick(&self, tried: &Tried) -> Option<Rc<Host>> {
         let worker = &self.exchange.connection.worker;
-        let avoid = self.policy.map_or(0, |policy| policy.avoid_previous_hosts);
+        let policy = self.policy;
         let wish = Wish {
             destination: original_destination(self.exchange),
-            tried,
-            avoid,
+            hash: self.hash,
+            tried: &tried.hosts,
+            avoid: policy.map_or(0, |policy| policy.avoid_previous_hosts),
+            tried_priorities: &tried.priorities,
+            update_frequency: policy
+                .and_then(|policy| policy.avoid_previous_priorities)
+                .unwrap_or(0),
             ..Wish::default()
         };
         self.state.pick(&wish, &worker.peers, || worker.random())
@@ -217,9 +233,16 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// The endpoints of the tries that were made.
+#[derive(Debug, Default)]
+struct Tried {
+    hosts: Vec<SocketAddr>,
+    priorities: Vec<u32>,
+}
+
 /// Tries until there is a response to pass on, or nothing is left to try.
 pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome {
-    let mut tried: Vec<SocketAddr> = Vec::new();
+    let mut tried = Tried::default();
     let mut outcome = Outcome {
         result: Err(Failure::NoHealthy),
         peer: None,
@@ -227,6 +250,7 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
         attempts: 0,
     };
     let mut fresh = false;
+    let mut retrying = None;
     loop {
         outcome.attempts += 1;
         let Some(host) = plan.pick(&tried) else {
@@ -238,6 +262,9 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
         let unwanted = match once(plan, request, &host, fresh).await {
             Try::Done(done, spare) => match unwanted_response(plan, done, spare) {
                 Ok(done) => {
+                    if outcome.attempts > 1 {
+                        plan.state.count(Counter::RqRetrySuccess);
+                    }
                     outcome.result = Ok(done);
                     break;
                 }
@@ -258,15 +285,18 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
             Try::Lost(spare, failure) => unwanted_loss(failure, spare.map(Again::Spare)),
         };
         let timed_out = unwanted.result.as_ref().err() == Some(&Failure::PerTry);
+        // The last retry is over before the next one is counted.
+        drop(retrying.take());
         match another(plan, unwanted, &mut outcome).await {
-            Some(again) => request = again,
+            Some((again, guard)) => (request, retrying) = (again, Some(guard)),
             None => break,
         }
         if timed_out && plan.tell_timeouts {
             let yes = HeaderValue::from_static("true");
             request.headers_mut().insert(TIMEOUT_RETRY, yes);
         }
-        tried.push(host.address);
+        tried.hosts.push(host.address);
+        tried.priorities.push(host.priority());
         fresh = false;
     }
     if let Some(kept) = &plan.kept {
@@ -312,7 +342,7 @@ async fn another(
     plan: &Plan<'_>,
     unwanted: Unwanted,
     outcome: &mut Outcome,
-) -> Option<Request<RequestBody>> {
+) -> Option<(Request<RequestBody>, RetryGuard)> {
     let wanted = match (&unwanted.result, plan.policy) {
         (_, None) => None,
         (Ok(_), policy) => policy,
@@ -331,10 +361,16 @@ async fn another(
         return None;
     };
     if outcome.attempts > policy.retries {
+        plan.state.count(Counter::RqRetryLimitExceeded);
         outcome.flags.add(Flag::RetryLimit);
         outcome.result = unwanted.result;
         return None;
     }
+    let Some(guard) = plan.state.admit_retry() else {
+        outcome.flags.add(Flag::Overflow);
+        outcome.result = unwanted.result;
+        return None;
+    };
     if let Ok(done) = unwanted.result {
         let_go(plan, *done);
     }
@@ -349,10 +385,11 @@ async fn another(
         outcome.result = Err(failure);
         return None;
     }
-    Some(match again {
+    let request = match again {
         Again::Whole(request) => *request,
         Again::Spare(spare) => spare.into_request(plan),
-    })
+    };
+    Some((request, guard))
 }
 
 /// A response that is not passed on: its connection is used again where nothing of it is left to come.
@@ -370,11 +407,24 @@ impl Failure {
             Self::Refused => Some(Loss::Refused),
             Self::Closed | Self::Reset | Self::Protocol | Self::PerTry => Some(Loss::Reset),
             Self::NoHealthy
+            | Self::Overflow
             | Self::Timeout
             | Self::Idle
             | Self::Request
             | Self::Duration
             | Self::Client => None,
+        }
+    }
+}
+
+impl Failure {
+    /// What the endpoint is to be held responsible for.
+    fn observed(self) -> Option<Observation> {
+        match self {
+            Self::Closed | Self::Refused | Self::Reset | Self::Protocol => Some(Observation::Reset),
+            Self::PerTry => Some(Observation::TryTimeout),
+            Self::Timeout => Some(Observation::Timeout),
+            _ => None,
         }
     }
 }
@@ -387,17 +437,13 @@ fn dress(plan: &Plan<'_>, request: &mut Request<RequestBody>, host: &Host, attem
             .headers_mut()
             .insert(ATTEMPT_COUNT, HeaderValue::from(attempts));
     }
-    if let Some(HostRewrite::Endpoint) = plan.route.host_rewrite
-        && let Some(endpoint) = plan
-            .cluster
-            .endpoints
-            .endpoints()
-            .iter()
-            .find(|e| e.address == host.address)
-        && let Ok(name) = HeaderValue::from_str(&endpoint.hostname)
-        && !name.is_empty()
-    {
-        request.headers_mut().insert(http::header::HOST, name);
+    if let Some(HostRewrite::Endpoint) = plan.route.host_rewrite {
+        let name = host.hostname();
+        if let Ok(name) = HeaderValue::from_str(&name)
+            && !name.is_empty()
+        {
+            request.headers_mut().insert(http::header::HOST, name);
+        }
     }
     // Only workloads of the mesh are told who we are; others would pass it on to who knows whom.
     let known = !Arc::ptr_eq(&host.peer, connection.worker.peers.unknown());
@@ -427,6 +473,7 @@ async fn once(
             tracing::debug!(endpoint = %host.address, %error, "connecting");
             let failure = match error {
                 ConnectError::Timeout => Failure::ConnectTimeout,
+                ConnectError::Overflow => Failure::Overflow,
                 _ => Failure::Connect,
             };
             return Try::Unsent(Box::new(request), failure);
@@ -439,10 +486,14 @@ async fn once(
     let sent_at = StdInstant::now();
     let sent = match plan.within(tried, lease.send(request)).await {
         Ok(sent) => sent,
-        Err(failure) => return Try::Lost(spare, failure),
+        Err(failure) => {
+            note(host, failure);
+            return Try::Lost(spare, failure);
+        }
     };
     match sent {
         Some(Sent::Response(response)) => {
+            host.observe(judge(&response));
             let done = Done {
                 response,
                 lease,
@@ -459,11 +510,42 @@ async fn once(
             let failure = classify(&error);
             match spare.take_if(|_| stale && failure == Failure::Closed) {
                 Some(spare) => Try::Stale(spare),
-                None => Try::Lost(spare, failure),
+                None => {
+                    note(host, failure);
+                    Try::Lost(spare, failure)
+                }
             }
         }
         None => Try::Lost(spare, Failure::Closed),
     }
+}
+
+fn note(host: &Host, failure: Failure) {
+    if let Some(what) = failure.observed() {
+        host.observe(what);
+    }
+}
+
+/// What outlier detection takes a response for; a gRPC status in the headers counts as the HTTP status that stands for it (Envoy's
+/// `grpcToHttpStatus`).
+fn judge(response: &Response<Incoming>) -> Observation {
+    let status = response.status().as_u16();
+    let judged = match grpc_status(response.headers()) {
+        None => status,
+        Some(0) => 200,
+        Some(1) => 499,
+        Some(3 | 9 | 11) => 400,
+        Some(4) => 504,
+        Some(5) => 404,
+        Some(6 | 10) => 409,
+        Some(7) => 403,
+        Some(8) => 429,
+        Some(12) => 501,
+        Some(14) => 503,
+        Some(16) => 401,
+        Some(_) => 500,
+    };
+    Observation::Response { status, judged }
 }
 
 fn classify(error: &hyper::Error) -> Failure {

@@ -5,7 +5,7 @@ mod request;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,6 +14,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 
+use crate::filter::Throttle;
 use crate::listener::Downstream;
 use crate::pool::Lease;
 use crate::report::{Flag, Report};
@@ -35,6 +36,9 @@ pub enum BodyError {
     /// Another try has begun.
     #[error("the request is sent again elsewhere")]
     Superseded,
+    /// The request that this is a copy of.
+    #[error("the request that is copied broke off, or came faster than the copy was taken")]
+    Copied,
 }
 
 impl From<Infallible> for BodyError {
@@ -48,6 +52,7 @@ pub struct ResponseBody {
     content: Content,
     /// Keeps the connection from being taken for idle until the body is through.
     guard: Option<InFlight>,
+    throttle: Option<Box<Throttle>>,
 }
 
 enum Content {
@@ -70,6 +75,7 @@ impl ResponseBody {
         Self {
             content: Content::Local(bytes, Some(report)),
             guard: None,
+            throttle: None,
         }
     }
 
@@ -78,6 +84,7 @@ impl ResponseBody {
         Self {
             content: Content::Local(None, None),
             guard: None,
+            throttle: None,
         }
     }
 
@@ -86,7 +93,13 @@ impl ResponseBody {
         Self {
             content: Content::Upstream(Box::new(body)),
             guard: None,
+            throttle: None,
         }
+    }
+
+    /// Limits how fast it goes to the client.
+    pub fn slow_down(&mut self, throttle: Box<Throttle>) {
+        self.throttle = Some(throttle);
     }
 
     /// Ties the end of the body to the connection.
@@ -222,19 +235,16 @@ impl Drop for UpstreamBody {
     }
 }
 
-impl Body for ResponseBody {
-    type Data = Bytes;
-    type Error = BodyError;
-
+impl Content {
     fn poll_frame(
-        self: Pin<&mut Self>,
+        &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let body = match &mut self.get_mut().content {
-            Content::Local(bytes, _) => {
+        let body = match self {
+            Self::Local(bytes, _) => {
                 return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes))));
             }
-            Content::Upstream(body) => &mut **body,
+            Self::Upstream(body) => &mut **body,
         };
         if body.ended {
             return Poll::Ready(None);
@@ -261,8 +271,32 @@ impl Body for ResponseBody {
             }
         }
     }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self.get_mut();
+        let Some(throttle) = &mut this.throttle else {
+            return this.content.poll_frame(cx);
+        };
+        ready!(throttle.poll_turn(cx));
+        if let Some(held) = throttle.held() {
+            return Poll::Ready(Some(Ok(held)));
+        }
+        let frame = ready!(this.content.poll_frame(cx));
+        Poll::Ready(frame.map(|frame| frame.map(|frame| throttle.slice(frame))))
+    }
 
     fn is_end_stream(&self) -> bool {
+        if self.throttle.as_ref().is_some_and(|t| t.holds()) {
+            return false;
+        }
         match &self.content {
             Content::Local(bytes, _) => bytes.is_none(),
             Content::Upstream(body) => body.ended || body.inner.is_end_stream(),

@@ -1,6 +1,7 @@
 //! The way of an HTTP request, as one function of numbered phases.
 
 mod facts;
+mod hooks;
 mod outgoing;
 mod prepare;
 mod respond;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::header::CONNECTION;
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version, request};
 use hyper::body::{Body, Incoming};
 use mesh_routing::Snapshot;
 use mesh_routing::action::{Action, ClusterTarget};
@@ -23,6 +24,7 @@ use mesh_routing::upgrade::Passage;
 
 use crate::attempt::{self, Failure};
 use crate::body::{BodyLimits, InFlight, RequestBody, ResponseBody, UpstreamBody, grpc_status};
+use crate::filter;
 use crate::listener::Downstream;
 use crate::message;
 use crate::reply;
@@ -32,9 +34,8 @@ use crate::upgrade::Asked;
 use facts::Origin;
 pub use outgoing::{address_head, has_body, is_idempotent, original_destination, upstream_version};
 use outgoing::{find_cluster, limits, rewrite};
-use prepare::{
-    begin_report, exchange_in, exchange_out, prepare_headers, route_table, scheme, view,
-};
+pub(crate) use prepare::view;
+use prepare::{begin_report, exchange_in, exchange_out, prepare_headers, route_table, scheme};
 use respond::{Failed, answer, decorate, finish_headers, finish_local, refuse};
 pub use timeouts::Timeouts;
 
@@ -123,7 +124,66 @@ async fn forward(
             manager,
         );
     };
-    let matched = match table.decide(&view(&exchange, &parts)) {
+    let decision = table.decide(&view(&exchange, &parts));
+
+    // 4. Filters see the request, whatever its route does.
+    let matched = match &decision {
+        Decision::Matched(matched) => Some(matched),
+        _ => None,
+    };
+    let mut pass = None;
+    if filter::wanted(manager, matched) {
+        let asked = filter::Request {
+            snapshot,
+            manager,
+            exchange: &exchange,
+            matched,
+        };
+        match asked.run(&mut parts, &mut report).await {
+            filter::Outcome::Continue(left) => pass = left,
+            filter::Outcome::Reply(reply, left) => {
+                let response = reply.into_response(report);
+                return hooks::leave(left, finish_local(response, manager));
+            }
+        }
+    }
+    let arrived = Arrived {
+        parts,
+        body,
+        report,
+        peer_exchange,
+        upgrade,
+    };
+    let response = follow(decision, manager, snapshot, &exchange, arrived).await;
+    hooks::leave(pass, response)
+}
+
+/// A request that has passed its filters.
+struct Arrived {
+    parts: request::Parts,
+    body: Incoming,
+    report: Box<Report>,
+    peer_exchange: bool,
+    upgrade: Option<Asked>,
+}
+
+/// Does what the decision says.
+async fn follow(
+    decision: Decision<'_>,
+    manager: &HttpManager,
+    snapshot: &Snapshot,
+    exchange: &Exchange,
+    arrived: Arrived,
+) -> Response<ResponseBody> {
+    let Arrived {
+        mut parts,
+        body,
+        mut report,
+        peer_exchange,
+        upgrade,
+    } = arrived;
+    let connection = &exchange.connection;
+    let matched = match decision {
         Decision::Matched(matched) => matched,
         Decision::TlsRequired => {
             let location = format!(
@@ -146,9 +206,9 @@ async fn forward(
     let route = match &matched.route.action {
         Action::Forward(route) => route,
         other => {
-            let mut response = answer(other, &matched, &exchange, &parts, report);
+            let mut response = answer(other, &matched, exchange, &parts, report);
             let origin = Origin::keep(&matched, None, &parts);
-            decorate(&matched, None, &exchange, origin.as_deref(), &mut response);
+            decorate(&matched, None, exchange, origin.as_deref(), &mut response);
             return finish_local(response, manager);
         }
     };
@@ -164,8 +224,8 @@ async fn forward(
         }
     }
 
-    // 4. The cluster is found, the limits too, and the request is rewritten for it.
-    let target = route.target(&view(&exchange, &parts));
+    // 5. The cluster is found, the limits too, and the request is rewritten for it.
+    let target = route.target(&view(exchange, &parts));
     let Some((cluster, state)) = find_cluster(connection, snapshot, &target) else {
         return finish_local(
             reply::local(route.cluster_not_found, "", Flag::NoCluster, report),
@@ -176,23 +236,28 @@ async fn forward(
     if report.reports.follows_host() {
         report.host = Some(exchange.authority.clone());
     }
-    let (policy, timeouts) = limits(route, manager, &exchange, &mut parts);
+    let (policy, timeouts) = limits(route, manager, exchange, &mut parts);
     let origin = Origin::keep(&matched, Some(&target), &parts);
-    rewrite(&matched, route, &target, &exchange, &mut parts);
+    let hash = hooks::hash(route, cluster, exchange, &parts);
+    let mirrors = hooks::mirrors(route, exchange, &parts);
+    rewrite(&matched, route, &target, exchange, &mut parts);
 
-    // 5. It is sent, and sent again where that is allowed.
-    let mut request = Request::from_parts(parts, RequestBody::new(body, exchange.flow.clone()));
+    // 6. It is sent, and sent again where that is allowed.
+    let body = RequestBody::new(body, exchange.flow.clone());
+    let about = (exchange, &matched, &target);
+    let mut request = hooks::copy(&mirrors, timeouts.global, about, parts, body);
     let plan = attempt::Plan::new(
-        &exchange,
+        exchange,
         route,
         &matched,
         (cluster, &state),
         (policy.as_deref(), timeouts),
         &mut request,
-    );
+    )
+    .hashed(hash.value);
     let outcome = attempt::run(&plan, request).await;
 
-    // 6. The response is passed on.
+    // 7. The response is passed on.
     report.flags.add(outcome.flags);
     if let Some(peer) = outcome
         .peer
@@ -209,7 +274,8 @@ async fn forward(
                 attempts: outcome.attempts,
                 timeouts,
             };
-            pass_on(&matched, &target, manager, &exchange, *done, report, extras)
+            let response = pass_on(&matched, &target, manager, exchange, *done, report, extras);
+            hooks::give_cookies(hash.set_cookies, response)
         }
         Err(failure) => {
             let how = Failed {

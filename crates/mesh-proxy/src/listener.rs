@@ -17,6 +17,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_net::sockets::original_destination;
 use mesh_routing::Snapshot;
 use mesh_routing::chain::{ConnectionView, FilterChain, NetworkFilter};
+use mesh_routing::filter::local_rate_limit::LocalRateLimit;
 use mesh_routing::hcm::{Codec, HttpManager};
 use mesh_routing::listener::{Direction, Listener};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
@@ -24,6 +25,7 @@ use tokio::net::TcpStream;
 
 use crate::clock;
 use crate::exec::LocalExec;
+use crate::filter::bucket::Buckets;
 use crate::framing::HeadScan;
 use crate::sniff::{self, Protocol};
 use crate::worker::Worker;
@@ -51,6 +53,8 @@ pub struct Downstream {
     /// Where its filter chain is found in snapshots to come.
     place: Place,
     manager: RefCell<Managed>,
+    /// Buckets of limits that every connection has for itself.
+    pub buckets: RefCell<Vec<(Arc<LocalRateLimit>, Arc<Buckets>)>>,
     activity: Arc<Activity>,
     /// Second in which the last request ended, or the connection began.
     idle_since: Cell<u32>,
@@ -180,6 +184,10 @@ async fn serve_inner(
         tracing::debug!(%remote, %destination, listener = &*listener.name, "no filter chain takes the connection");
         return Ok(());
     };
+    if !admits(&worker, &chain) {
+        tracing::debug!(%remote, %destination, "closed: beyond the local rate limit");
+        return Ok(());
+    }
     let connection = Rc::new(Downstream {
         place: Place::of(&listener, &chain),
         manager: RefCell::default(),
@@ -187,6 +195,7 @@ async fn serve_inner(
         destination,
         redirected: original.is_some(),
         direction,
+        buckets: RefCell::default(),
         activity: Arc::default(),
         idle_since: Cell::new(clock::now()),
         idle_limit: Cell::new(None),
@@ -205,6 +214,14 @@ async fn serve_inner(
             serve_http(connection, manager.clone(), stream, prefix, protocol).await
         }
     }
+}
+
+/// Do the chain's limits for new connections let one more in? Those that come first take their token also where a later one refuses.
+fn admits(worker: &Worker, chain: &FilterChain) -> bool {
+    let now = worker.shared.started.elapsed().as_secs_f64();
+    let counters = &worker.shared.counters;
+    let admitted = |limit| counters.connections(limit, now).consume(1.0, now);
+    chain.limits.iter().all(admitted)
 }
 
 /// Reads until the inspectors know. `None`: the client sent nothing within the time, and the connection is to go on as plain bytes.

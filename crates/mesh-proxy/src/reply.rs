@@ -36,6 +36,17 @@ pub fn local(
     status: StatusCode,
     body: impl Into<Bytes>,
     flags: impl Into<Flags>,
+    report: Box<Report>,
+) -> Response<ResponseBody> {
+    with_grpc_status(status, body, flags, None, report)
+}
+
+/// The same; gRPC callers get this status, where one is given.
+pub fn with_grpc_status(
+    status: StatusCode,
+    body: impl Into<Bytes>,
+    flags: impl Into<Flags>,
+    grpc_status: Option<u16>,
     mut report: Box<Report>,
 ) -> Response<ResponseBody> {
     let body: Bytes = body.into();
@@ -43,7 +54,7 @@ pub fn local(
     report.flags.add(flags);
     report.response_bytes = body.len() as u64;
     if report.is_grpc {
-        return grpc(status, &body, report);
+        return grpc(status, grpc_status, &body, report);
     }
     let text = !body.is_empty();
     let mut response = Response::new(ResponseBody::local(text.then_some(body), report));
@@ -57,15 +68,20 @@ pub fn local(
 }
 
 /// gRPC callers get a headers-only answer (gRPC over HTTP/2, "Responses"; mapping of statuses as Envoy's).
-fn grpc(status: StatusCode, body: &Bytes, mut report: Box<Report>) -> Response<ResponseBody> {
-    let code: u16 = match status.as_u16() {
+fn grpc(
+    status: StatusCode,
+    grpc_status: Option<u16>,
+    body: &Bytes,
+    mut report: Box<Report>,
+) -> Response<ResponseBody> {
+    let code = grpc_status.unwrap_or(match status.as_u16() {
         400 => 13,
         401 => 16,
         403 => 7,
         404 => 12,
         429 | 502..=504 => 14,
         _ => 2,
-    };
+    });
     report.code = 200;
     report.grpc = Some(code);
     let mut response = Response::new(ResponseBody::local(None, report));

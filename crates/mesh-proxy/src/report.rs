@@ -14,6 +14,7 @@ use mesh_routing::listener::Direction;
 use mesh_telemetry::istio::{Reporter, ResponseLabels, UNKNOWN};
 use mesh_telemetry::{IstioMetrics, Labels, Peer, RequestHandles, TcpHandles};
 
+use crate::mirror::Tap;
 use crate::node::parse_peer;
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
@@ -400,15 +401,20 @@ pub struct Flow {
     touched: Cell<Option<tokio::time::Instant>>,
     watched: Cell<bool>,
     waiting: RefCell<Option<Waker>>,
+    /// Copies of the request that are to see its body.
+    pub tap: RefCell<Option<Box<Tap>>>,
 }
 
 impl Flow {
     /// The client has sent the request whole.
     pub fn finish_request(&self) {
-        if !self.request_done.replace(true)
-            && let Some(waker) = self.waiting.borrow_mut().take()
-        {
-            waker.wake();
+        if !self.request_done.replace(true) {
+            if let Some(waker) = self.waiting.borrow_mut().take() {
+                waker.wake();
+            }
+            if let Some(mut tap) = self.tap.borrow_mut().take() {
+                tap.end();
+            }
         }
         if self.watched.get() && self.finished.get().is_none() {
             self.finished.set(Some(tokio::time::Instant::now()));

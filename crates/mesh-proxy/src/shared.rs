@@ -48,6 +48,8 @@ pub struct Shared {
     pub totals: Totals,
     /// What workers know together about clusters.
     pub upstreams: Upstreams,
+    /// What filters of all workers count together.
+    pub counters: crate::filter::bucket::Counters,
     /// Set while connections are drained.
     pub draining: AtomicBool,
     /// Set by `POST /healthcheck/fail`.
@@ -77,6 +79,7 @@ impl Shared {
             registry,
             totals: Totals::default(),
             upstreams: Upstreams::default(),
+            counters: crate::filter::bucket::Counters::default(),
             draining: AtomicBool::new(false),
             failing: AtomicBool::new(false),
             configured: AtomicBool::new(false),

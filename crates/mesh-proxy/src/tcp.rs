@@ -43,6 +43,7 @@ pub async fn serve(
     for _ in 0..proxy.max_connect_attempts {
         let wish = Wish {
             destination,
+            hash: proxy.hash(connection.remote.ip()),
             tried: &tried,
             avoid: 5,
             ..Wish::default()

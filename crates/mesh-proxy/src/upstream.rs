@@ -63,8 +63,13 @@ impl<'a> Wish<'a> {
 /// What came of a try on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observation {
-    /// Response headers with this status; of a gRPC answer without body the HTTP status that stands for its status.
-    Status(u16),
+    /// Response headers.
+    Response {
+        /// Their status.
+        status: u16,
+        /// What outlier detection takes it for: of a gRPC answer without body the HTTP status that stands for its status.
+        judged: u16,
+    },
     /// The connection or stream broke before response headers.
     Reset,
     /// No response headers within the time of the try.
@@ -339,6 +344,9 @@ impl ClusterState {
                 // Another workload has got the address: nothing of the old one may be used.
                 other => {
                     let renewed = other.is_some();
+                    if let Some(old) = other {
+                        old.retire_connections();
+                    }
                     Rc::new(Host::new(&self.core, endpoint.address, peer, renewed))
                 }
             };
@@ -346,7 +354,10 @@ impl ClusterState {
             kept.insert(endpoint.address, host.clone());
             order.push(host);
         }
-        *known = kept;
+        for gone in std::mem::replace(&mut *known, kept).into_values() {
+            // Not by dropping it: what still runs there holds on to it.
+            gone.retire_connections();
+        }
         order
     }
 
@@ -446,20 +457,20 @@ impl Host {
     pub fn observe(&self, what: Observation) {
         let core = &self.core;
         let outcome = match what {
-            Observation::Status(code) => {
+            Observation::Response { status, judged } => {
                 core.counters.inc(Counter::RqCompleted);
-                match code / 100 {
+                match status / 100 {
                     2 => core.counters.inc(Counter::Rq2xx),
                     3 => core.counters.inc(Counter::Rq3xx),
                     4 => core.counters.inc(Counter::Rq4xx),
                     5 => core.counters.inc(Counter::Rq5xx),
                     _ => {}
                 }
-                self.counters.inc(match code {
+                self.counters.inc(match status {
                     500..=599 => HostCounter::RqError,
                     _ => HostCounter::RqSuccess,
                 });
-                Outcome::Status(code)
+                Outcome::Status(judged)
             }
             Observation::Reset => {
                 core.counters.inc(Counter::RqRxReset);

@@ -1,11 +1,9 @@
-//! Configuration, clusters and listeners in Envoy's forms (`envoy.admin.v3`).
+//! Configuration and listeners in Envoy's forms (`envoy.admin.v3`).
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use mesh_routing::compile::{CLUSTER, ENDPOINTS, LISTENER, ROUTE};
-use mesh_routing::endpoint::{Endpoint, Health};
 use mesh_xds::json::{JsonError, Naming, any_to_json};
 use prost::Message;
 use serde_json::{Value, json};
@@ -84,75 +82,7 @@ fn each<M: Message>(
     messages.iter().map(one).collect()
 }
 
-fn health(endpoint: &Endpoint) -> &'static str {
-    match endpoint.health {
-        Health::Healthy => "healthy",
-        Health::Degraded => "/degraded_eds_health",
-        Health::Unhealthy => "/failed_eds_health",
-    }
-}
-
-/// `/clusters`.
-pub fn clusters_text(shared: &Shared) -> String {
-    let snapshot = shared.snapshot();
-    let mut clusters: Vec<_> = snapshot.clusters().collect();
-    clusters.sort_by(|a, b| a.config.name.cmp(&b.config.name));
-    let mut text = String::new();
-    for cluster in clusters {
-        let name = &cluster.config.name;
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "{name}::observability_name::{name}");
-        let _ = writeln!(text, "{name}::added_via_api::true");
-        for endpoint in cluster.endpoints.endpoints() {
-            let at = format!("{name}::{}", endpoint.address);
-            let mut locality = endpoint.locality.splitn(3, '/');
-            let mut part = || locality.next().unwrap_or("");
-            let (region, zone, sub_zone) = (part(), part(), part());
-            let _ = write!(
-                text,
-                "{at}::hostname::{}\n{at}::health_flags::{}\n{at}::weight::{}\n{at}::region::{region}\n{at}::zone::{zone}\n\
-                 {at}::sub_zone::{sub_zone}\n{at}::canary::false\n{at}::priority::{}\n",
-                endpoint.hostname,
-                health(endpoint),
-                endpoint.weight,
-                endpoint.priority,
-            );
-        }
-    }
-    text
-}
-
-/// `/clusters?format=json`.
-pub fn clusters_json(shared: &Shared) -> Value {
-    let snapshot = shared.snapshot();
-    let mut clusters: Vec<_> = snapshot.clusters().collect();
-    clusters.sort_by(|a, b| a.config.name.cmp(&b.config.name));
-    let host = |endpoint: &Endpoint| {
-        let status = match endpoint.health {
-            Health::Healthy => "HEALTHY",
-            Health::Degraded => "DEGRADED",
-            Health::Unhealthy => "UNHEALTHY",
-        };
-        json!({
-            "address": socket(endpoint.address),
-            "health_status": { "eds_health_status": status },
-            "weight": endpoint.weight,
-            "hostname": endpoint.hostname,
-            "priority": endpoint.priority,
-        })
-    };
-    let one = |cluster: &&mesh_routing::cluster::Cluster| {
-        json!({
-            "name": &*cluster.config.name,
-            "added_via_api": true,
-            "lb_policy": cluster.config.lb.policy.name(),
-            "host_statuses": cluster.endpoints.endpoints().iter().map(host).collect::<Vec<_>>(),
-        })
-    };
-    json!({ "cluster_statuses": clusters.iter().map(one).collect::<Vec<_>>() })
-}
-
-fn socket(address: std::net::SocketAddr) -> Value {
+pub(super) fn socket(address: std::net::SocketAddr) -> Value {
     json!({ "socket_address": { "address": address.ip().to_string(), "port_value": address.port() } })
 }
 

@@ -11,6 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use super::BodyError;
+use crate::mirror::Feed;
 use crate::report::Flow;
 
 /// The request's body on its way to the endpoint.
@@ -28,6 +29,10 @@ enum Source {
     Stream(Incoming),
     /// From the client, through memory.
     Kept(Reading),
+    /// Made here.
+    Whole(Option<Bytes>),
+    /// A copy of another request's.
+    Copy(Rc<Feed>),
 }
 
 /// How far a try has read a remembered body.
@@ -102,6 +107,22 @@ impl RequestBody {
         }
     }
 
+    /// A body made here.
+    pub fn whole(bytes: Bytes) -> Self {
+        Self {
+            source: Source::Whole(Some(bytes)),
+            flow: Rc::default(),
+        }
+    }
+
+    /// A copy of a body that passes.
+    pub fn copy(feed: Rc<Feed>) -> Self {
+        Self {
+            source: Source::Copy(feed),
+            flow: Rc::default(),
+        }
+    }
+
     /// From now on what passes is remembered, up to `limit` bytes. `None` where there is no body.
     pub fn keep(&mut self, limit: usize) -> Option<Rc<Kept>> {
         let inner = match std::mem::replace(&mut self.source, Source::Empty) {
@@ -141,6 +162,9 @@ impl RequestBody {
     }
 
     fn note(&self, frame: &Frame<Bytes>) {
+        if let Some(tap) = self.flow.tap.borrow_mut().as_mut() {
+            tap.frame(frame);
+        }
         if let Some(data) = frame.data_ref() {
             let so_far = self.flow.request_bytes.get();
             self.flow
@@ -219,6 +243,12 @@ impl Body for RequestBody {
         let this = self.get_mut();
         let (frame, new, ended) = match &mut this.source {
             Source::Empty => return Poll::Ready(None),
+            Source::Whole(bytes) => (
+                bytes.take().map(|bytes| Ok(Frame::data(bytes))),
+                false,
+                true,
+            ),
+            Source::Copy(feed) => (ready!(feed.poll_frame(cx)), false, feed.is_end()),
             Source::Stream(inner) => {
                 let frame = ready!(Pin::new(&mut *inner).poll_frame(cx));
                 let ended = frame.is_none() || inner.is_end_stream();
@@ -245,7 +275,9 @@ impl Body for RequestBody {
 
     fn is_end_stream(&self) -> bool {
         match &self.source {
-            Source::Empty => true,
+            Source::Empty | Source::Whole(None) => true,
+            Source::Whole(Some(_)) => false,
+            Source::Copy(feed) => feed.is_end(),
             Source::Stream(inner) => inner.is_end_stream(),
             Source::Kept(reading) => reading.is_end(),
         }
@@ -253,7 +285,9 @@ impl Body for RequestBody {
 
     fn size_hint(&self) -> SizeHint {
         match &self.source {
-            Source::Empty => SizeHint::with_exact(0),
+            Source::Empty | Source::Whole(None) => SizeHint::with_exact(0),
+            Source::Whole(Some(bytes)) => SizeHint::with_exact(bytes.len() as u64),
+            Source::Copy(feed) => feed.size_hint(),
             Source::Stream(inner) => inner.size_hint(),
             Source::Kept(reading) if reading.next == 0 => reading.kept.announced.clone(),
             Source::Kept(_) => SizeHint::default(),

@@ -127,7 +127,7 @@ pub(super) fn route_table(snapshot: &Snapshot, manager: &HttpManager) -> Option<
     }
 }
 
-pub(super) fn view<'a>(exchange: &'a Exchange, parts: &'a request::Parts) -> RequestView<'a> {
+pub(crate) fn view<'a>(exchange: &'a Exchange, parts: &'a request::Parts) -> RequestView<'a> {
     RequestView {
         host: exchange.authority.to_str().unwrap_or(""),
         method: parts.method.as_str(),

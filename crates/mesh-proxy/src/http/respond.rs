@@ -17,6 +17,7 @@ use crate::message::Refusal;
 use crate::reply;
 use crate::report::{Flag, Flags, Report};
 
+const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 
 pub(super) fn refuse(
@@ -141,6 +142,7 @@ impl Failed<'_> {
             Failure::NoHealthy => {
                 return reply::local(unavailable, reply::NO_HEALTHY, Flag::NoHealthy, report);
             }
+            Failure::Overflow => return self.overflow(report),
             Failure::Connect => (
                 unavailable,
                 "remote connection failure",
@@ -174,6 +176,15 @@ impl Failed<'_> {
         };
         let text = reply::disconnect(reason, self.attempts > 1);
         reply::local(status, text, flag, report)
+    }
+
+    fn overflow(&self, report: Box<Report>) -> Response<ResponseBody> {
+        let text = reply::disconnect("overflow", self.attempts > 1);
+        let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+        let mut response = reply::local(unavailable, text, Flag::Overflow, report);
+        let yes = HeaderValue::from_static("true");
+        response.headers_mut().insert(OVERLOADED, yes);
+        response
     }
 
     fn timed_out(&self, report: Box<Report>) -> Response<ResponseBody> {

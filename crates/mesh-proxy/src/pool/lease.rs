@@ -120,7 +120,9 @@ impl Lease {
         if !request_done || self.is_spent() {
             return;
         }
-        if let Some(Sender::Http1(sender)) = self.sender.take() {
+        if let Some(Sender::Http1(_)) = self.sender
+            && let Some(Sender::Http1(sender)) = self.sender.take()
+        {
             keep(&self.host, sender, self.history);
         }
     }
