@@ -8,6 +8,7 @@ mod netlink;
 mod text;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 pub use netlink::{NftError, table_exists};
 
@@ -93,6 +94,8 @@ pub enum Match {
     SocketGid(u32),
     /// The packet's mark.
     Mark(u32),
+    /// The source address is in this set of the table.
+    SourceIn(String),
     /// The opposite.
     Not(Box<Match>),
 }
@@ -106,6 +109,10 @@ pub enum Action {
     Return,
     /// Calls a chain.
     Jump(String),
+    /// Goes on in a chain and does not come back.
+    Goto(String),
+    /// Puts the source address into a set of the table, or begins its time there anew.
+    RememberSource(String),
     /// Sends the connection to a local port.
     Redirect(u16),
     /// Sends the connection to another address and port.
@@ -120,6 +127,8 @@ pub enum Action {
     RejectTcp,
     /// Answers with ICMP port unreachable.
     RejectUnreachable,
+    /// Takes the packet away; the kernel keeps no memory of its connection.
+    Drop,
 }
 
 /// A rule: all matches must hold, then the actions happen in order.
@@ -152,6 +161,15 @@ pub struct Chain {
     pub rules: Vec<Rule>,
 }
 
+/// A set of IPv4 addresses that rules fill; each stays for a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Set {
+    /// The name, unique in its table.
+    pub name: String,
+    /// How long an address stays after it was last put in; whole milliseconds.
+    pub timeout: Duration,
+}
+
 /// A table with everything in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
@@ -159,6 +177,8 @@ pub struct Table {
     pub family: Family,
     /// The name.
     pub name: String,
+    /// The sets that rules fill.
+    pub sets: Vec<Set>,
     /// The chains; a chain may refer to any other.
     pub chains: Vec<Chain>,
 }
@@ -175,6 +195,14 @@ impl Table {
     /// When the kernel refuses a part; nothing was changed then.
     pub fn replace(&self) -> Result<(), NftError> {
         netlink::commit(&encode::replace(self))
+    }
+
+    /// As [`Table::replace`], where `before` is what the kernel holds: sets that stay keep the addresses in them.
+    ///
+    /// # Errors
+    /// When the kernel refuses a part, for instance because it does not hold `before` any more; nothing was changed then.
+    pub fn update(&self, before: &Self) -> Result<(), NftError> {
+        netlink::commit(&encode::update(before, self))
     }
 }
 

@@ -159,7 +159,10 @@ fn match_words(condition: &Match, negated: bool) -> Option<String> {
     Some(match condition {
         Match::Not(inner) => return match_words(inner, !negated),
         Match::Ipv4 => String::new(),
-        Match::Ipv6 | Match::Source6(_) | Match::Destination6(_) => return None,
+        // The plan has no sets.
+        Match::Ipv6 | Match::Source6(_) | Match::Destination6(_) | Match::SourceIn(_) => {
+            return None;
+        }
         Match::Transport(Transport::Tcp) => format!("{not} -p tcp"),
         Match::Transport(Transport::Udp) => format!("{not} -p udp"),
         Match::InInterface(name) => format!("{not} -i {name}"),

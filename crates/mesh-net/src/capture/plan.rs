@@ -184,6 +184,7 @@ impl Plan {
         Table {
             family: Family::Inet,
             name: TABLE.to_owned(),
+            sets: Vec::new(),
             chains: chains.collect(),
         }
     }

@@ -1,6 +1,6 @@
 //! From tables to netlink messages. Integers of netlink are in host order, those of nftables attributes in network order.
 
-use super::{Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Table, Transport};
+use super::{Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Set, Table, Transport};
 
 /// One message of a batch and what it is for, in words.
 pub(super) struct Message {
@@ -15,8 +15,11 @@ pub(super) const NEWTABLE: u16 = 0;
 pub(super) const GETTABLE: u16 = 1;
 const DELTABLE: u16 = 2;
 const NEWCHAIN: u16 = 3;
+const DELCHAIN: u16 = 5;
 const NEWRULE: u16 = 6;
+const DELRULE: u16 = 8;
 const NEWSET: u16 = 9;
+const DELSET: u16 = 11;
 const NEWSETELEM: u16 = 12;
 
 const CREATE: u16 = 0x400;
@@ -43,6 +46,7 @@ const META_L4PROTO: u32 = 16;
 const BASE_NETWORK: u32 = 1;
 const BASE_TRANSPORT: u32 = 2;
 
+const VERDICT_DROP: i32 = 0;
 const VERDICT_ACCEPT: i32 = 1;
 const VERDICT_JUMP: i32 = -3;
 const VERDICT_GOTO: i32 = -4;
@@ -94,14 +98,53 @@ pub(super) fn replace(table: &Table) -> Vec<Message> {
         sets: 0,
     };
     encoder.messages.push(new_table(table.family, &table.name));
+    for set in &table.sets {
+        encoder.set(set);
+    }
     for chain in &table.chains {
         encoder.chain(chain);
     }
-    for chain in &table.chains {
-        for rule in &chain.rules {
-            encoder.rule(chain, rule);
-        }
+    encoder.rules();
+    encoder.messages
+}
+
+/// Takes all rules away, then what is no longer wanted, and adds the rest: sets and chains that stay are not touched.
+pub(super) fn update(before: &Table, table: &Table) -> Vec<Message> {
+    let mut encoder = Encoder {
+        table,
+        messages: Vec::new(),
+        sets: 0,
+    };
+    let name = &table.name;
+    let all_rules = Attributes::default().text(1, name);
+    encoder.push(
+        DELRULE,
+        0,
+        all_rules,
+        format!("delete the rules of table {name}"),
+    );
+    // A base chain can't change where it hooks in, nor a set its time.
+    let is_chain = |list: &[Chain], one: &Chain| {
+        list.iter()
+            .any(|c| c.name == one.name && c.base == one.base)
+    };
+    for chain in before.chains.iter().filter(|c| !is_chain(&table.chains, c)) {
+        let attributes = Attributes::default().text(1, name).text(3, &chain.name);
+        let what = format!("delete the chain {} of table {name}", chain.name);
+        encoder.push(DELCHAIN, 0, attributes, what);
     }
+    for set in before.sets.iter().filter(|s| !table.sets.contains(s)) {
+        let attributes = Attributes::default().text(1, name).text(2, &set.name);
+        let what = format!("delete the set {} of table {name}", set.name);
+        encoder.push(DELSET, 0, attributes, what);
+    }
+    for set in table.sets.iter().filter(|s| !before.sets.contains(s)) {
+        encoder.set(set);
+    }
+    for chain in table.chains.iter().filter(|c| !is_chain(&before.chains, c)) {
+        encoder.chain(chain);
+    }
+    encoder.rules();
     encoder.messages
 }
 
@@ -157,6 +200,32 @@ impl Encoder<'_> {
         }
         let what = format!("add the chain {} of table {}", chain.name, self.table.name);
         self.push(NEWCHAIN, CREATE, attributes, what);
+    }
+
+    /// A set that rules fill (EVAL) and whose elements end (TIMEOUT).
+    fn set(&mut self, set: &Set) {
+        const TIMEOUT_EVAL: u32 = 0x10 | 0x20;
+        const TYPE_IPV4_ADDRESS: u32 = 7;
+        self.sets += 1;
+        let milliseconds = u64::try_from(set.timeout.as_millis()).unwrap_or(u64::MAX);
+        let attributes = Attributes::default()
+            .text(1, &self.table.name)
+            .text(2, &set.name)
+            .number(3, TIMEOUT_EVAL)
+            .number(4, TYPE_IPV4_ADDRESS)
+            .number(5, 4)
+            .number(10, self.sets)
+            .raw(11, &milliseconds.to_be_bytes());
+        let what = format!("add the set {} to table {}", set.name, self.table.name);
+        self.push(NEWSET, CREATE, attributes, what);
+    }
+
+    fn rules(&mut self) {
+        for chain in &self.table.chains {
+            for rule in &chain.rules {
+                self.rule(chain, rule);
+            }
+        }
     }
 
     fn rule(&mut self, chain: &Chain, rule: &Rule) {
@@ -346,6 +415,15 @@ fn compare(list: Attributes, condition: &Match, not: bool) -> Attributes {
         Match::SocketUid(uid) => equals(load_meta(list, META_SKUID), &uid.to_ne_bytes(), not),
         Match::SocketGid(gid) => equals(load_meta(list, META_SKGID), &gid.to_ne_bytes(), not),
         Match::Mark(mark) => equals(load_meta(list, META_MARK), &mark.to_ne_bytes(), not),
+        Match::SourceIn(set) => {
+            const INVERTED: u32 = 1;
+            let list = load_payload(list, BASE_NETWORK, 12, 4);
+            let mut data = Attributes::default().text(1, set).number(2, REG_1);
+            if not {
+                data = data.number(5, INVERTED);
+            }
+            expression(list, "lookup", data)
+        }
     }
 }
 
@@ -403,6 +481,17 @@ fn act(list: Attributes, action: &Action) -> Attributes {
         Action::Counter => expression(list, "counter", Attributes::default()),
         Action::Return => immediate(list, REG_VERDICT, verdict(VERDICT_RETURN, None)),
         Action::Jump(chain) => immediate(list, REG_VERDICT, verdict(VERDICT_JUMP, Some(chain))),
+        Action::Goto(chain) => immediate(list, REG_VERDICT, verdict(VERDICT_GOTO, Some(chain))),
+        Action::Drop => immediate(list, REG_VERDICT, verdict(VERDICT_DROP, None)),
+        Action::RememberSource(set) => {
+            const UPDATE: u32 = 1;
+            let list = load_payload(list, BASE_NETWORK, 12, 4);
+            let data = Attributes::default()
+                .text(1, set)
+                .number(3, UPDATE)
+                .number(4, REG_1);
+            expression(list, "dynset", data)
+        }
         Action::Redirect(port) => {
             let list = immediate(list, REG_1, value(&port.to_be_bytes()));
             expression(list, "redir", Attributes::default().number(1, REG_1))
@@ -459,6 +548,7 @@ mod tests {
         replace(&Table {
             family: Family::Ip,
             name: "t".into(),
+            sets: Vec::new(),
             chains: vec![chain],
         })
     }

@@ -1,6 +1,6 @@
 //! Tables in the syntax of nft(8).
 
-use super::{Action, Chain, ChainType, Family, Hook, Match, Rule, Table, Transport};
+use super::{Action, Chain, ChainType, Family, Hook, Match, Rule, Set, Table, Transport};
 
 pub(super) fn table(table: &Table) -> String {
     let family = match table.family {
@@ -8,14 +8,25 @@ pub(super) fn table(table: &Table) -> String {
         Family::Ip => "ip",
     };
     let mut out = format!("table {family} {} {{\n", table.name);
+    for s in &table.sets {
+        set(&mut out, s);
+    }
     for (i, c) in table.chains.iter().enumerate() {
-        if i > 0 {
+        if i > 0 || !table.sets.is_empty() {
             out.push('\n');
         }
         chain(&mut out, c);
     }
     out.push_str("}\n");
     out
+}
+
+fn set(out: &mut String, set: &Set) {
+    out.push_str(&format!(
+        "\tset {} {{\n\t\ttype ipv4_addr; flags dynamic,timeout; timeout {}ms;\n\t}}\n",
+        set.name,
+        set.timeout.as_millis()
+    ));
 }
 
 fn chain(out: &mut String, chain: &Chain) {
@@ -77,7 +88,11 @@ fn is_address(condition: &Match) -> bool {
         Match::Not(inner) => is_address(inner),
         other => matches!(
             other,
-            Match::Source(..) | Match::Destination(..) | Match::Source6(_) | Match::Destination6(_)
+            Match::Source(..)
+                | Match::Destination(..)
+                | Match::Source6(_)
+                | Match::Destination6(_)
+                | Match::SourceIn(_)
         ),
     }
 }
@@ -108,6 +123,7 @@ fn condition_text(condition: &Match, transport: &str, negated: bool) -> String {
         Match::SocketUid(uid) => format!("meta skuid {not}{uid}"),
         Match::SocketGid(gid) => format!("meta skgid {not}{gid}"),
         Match::Mark(mark) => format!("meta mark {not}{mark:#x}"),
+        Match::SourceIn(set) => format!("ip saddr {not}@{set}"),
     }
 }
 
@@ -124,6 +140,9 @@ fn action_text(action: &Action) -> String {
         Action::Counter => "counter".to_owned(),
         Action::Return => "return".to_owned(),
         Action::Jump(chain) => format!("jump {chain}"),
+        Action::Goto(chain) => format!("goto {chain}"),
+        Action::RememberSource(set) => format!("update @{set} {{ ip saddr }}"),
+        Action::Drop => "drop".to_owned(),
         Action::Redirect(port) => format!("redirect to :{port}"),
         Action::DestinationNat(address, port) => format!("dnat ip to {address}:{port}"),
         Action::InTurn(chains) => {
@@ -163,6 +182,9 @@ mod tests {
             (Action::Counter, "counter"),
             (Action::Return, "return"),
             (Action::Jump("a".into()), "jump a"),
+            (Action::Goto("a".into()), "goto a"),
+            (Action::RememberSource("s".into()), "update @s { ip saddr }"),
+            (Action::Drop, "drop"),
             (Action::Redirect(15001), "redirect to :15001"),
             (
                 Action::DestinationNat(address, 80),

@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 use mesh_net::capture::{TABLE, run_init};
 use mesh_net::nft::{
-    self, Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Table, Transport,
+    self, Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Set, Table, Transport,
 };
 use mesh_net::{ns, sockets};
 use nix::sched::{CloneFlags, unshare};
@@ -75,6 +76,7 @@ pub fn connections_go_to_the_endpoints_strictly_in_turn() {
     let table = Table {
         family: Family::Ip,
         name: "test".into(),
+        sets: Vec::new(),
         chains: vec![output, endpoint(1), endpoint(2), endpoint(3)],
     };
     assert!(!nft::table_exists(Family::Ip, "test").unwrap());
@@ -87,6 +89,75 @@ pub fn connections_go_to_the_endpoints_strictly_in_turn() {
     nft::delete_table(Family::Ip, "test").unwrap();
     assert!(!nft::table_exists(Family::Ip, "test").unwrap());
     assert!(TcpStream::connect(service).is_err());
+}
+
+pub fn a_set_keeps_what_it_holds_while_the_rules_around_it_change() {
+    for (last, name) in [(1, "a"), (2, "b")] {
+        echo(local(last, 8080), name);
+    }
+    // Connections go to `first`, unless their source was remembered: then to the other one.
+    let table = |first: u8, timeout| {
+        let send = |last| Action::DestinationNat(Ipv4Addr::new(127, 0, 1, last), 8080);
+        let rule = |known: bool| {
+            let source = Match::SourceIn("known".into());
+            let last = if known { 3 - first } else { first };
+            Rule {
+                matches: vec![
+                    Match::Destination(Ipv4Addr::new(127, 9, 9, 9), 32),
+                    Match::Transport(Transport::Tcp),
+                    if known {
+                        source
+                    } else {
+                        Match::Not(Box::new(source))
+                    },
+                ],
+                actions: vec![Action::RememberSource("known".into()), send(last)],
+            }
+        };
+        let chain = |name: &str, base, rules| Chain {
+            name: name.into(),
+            base,
+            rules,
+        };
+        let base = Base {
+            kind: ChainType::Nat,
+            hook: Hook::Output,
+            priority: -100,
+        };
+        let jump = Rule {
+            matches: Vec::new(),
+            actions: vec![Action::Goto(format!("to-{first}"))],
+        };
+        Table {
+            family: Family::Ip,
+            name: "sticky".into(),
+            sets: vec![Set {
+                name: "known".into(),
+                timeout,
+            }],
+            chains: vec![
+                chain("output", Some(base), vec![jump]),
+                chain(&format!("to-{first}"), None, vec![rule(true), rule(false)]),
+            ],
+        }
+    };
+    let long = Duration::from_secs(3600);
+    let service = SocketAddr::from(([127, 9, 9, 9], 80));
+    let (first, second) = (table(1, long), table(2, long));
+    first.replace().unwrap();
+    assert_eq!((call(service), call(service)), ("a".into(), "b".into()));
+    second.update(&first).unwrap();
+    assert_eq!(call(service), "a", "the source was still known");
+    // A set with another time is another set.
+    let short = table(1, Duration::from_millis(1500));
+    short.update(&second).unwrap();
+    assert_eq!((call(service), call(service)), ("a".into(), "b".into()));
+    std::thread::sleep(Duration::from_millis(2000));
+    assert_eq!(call(service), "a", "the source was forgotten in time");
+    // What the kernel does not hold can't be updated, and nothing is changed then.
+    let error = first.update(&second).unwrap_err().to_string();
+    assert!(error.contains("to-2"), "{error}");
+    assert_eq!(call(service), "b");
 }
 
 pub fn thousands_of_endpoints_and_chains_fit_one_transaction() {
@@ -115,6 +186,7 @@ pub fn thousands_of_endpoints_and_chains_fit_one_transaction() {
     let table = Table {
         family: Family::Ip,
         name: "large".into(),
+        sets: Vec::new(),
         chains,
     };
     table.replace().unwrap();
@@ -132,6 +204,7 @@ pub fn thousands_of_endpoints_and_chains_fit_one_transaction() {
     let table = Table {
         family: Family::Ip,
         name: "wrong".into(),
+        sets: Vec::new(),
         chains: vec![chain],
     };
     let error = table.replace().unwrap_err().to_string();
@@ -313,6 +386,7 @@ pub fn a_marked_connection_is_left_alone() {
     let table = Table {
         family: Family::Inet,
         name: "redirected".into(),
+        sets: Vec::new(),
         chains: vec![Chain {
             name: "output".into(),
             base: Some(Base {
