@@ -1,5 +1,6 @@
 //! The log: filter and form, changeable while the process runs.
 
+use std::io::IsTerminal;
 use std::sync::OnceLock;
 
 use tracing_subscriber::layer::SubscriberExt;
@@ -31,6 +32,12 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
     })
 }
 
+/// Whether standard error is read by a person who has not asked for plain text (no-color.org): only then lines are coloured.
+fn coloured() -> bool {
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    !plain && std::io::stderr().is_terminal()
+}
+
 /// Writes log lines to standard error from now on. `filter` is the default (as `info`); the variable `MESH_LOG` beats it. `json` makes
 /// one JSON object of each line.
 pub fn init(filter: &str, json: bool) -> Result<(), LogError> {
@@ -42,7 +49,11 @@ pub fn init(filter: &str, json: bool) -> Result<(), LogError> {
             .with(fmt::layer().json().with_writer(std::io::stderr))
             .try_init(),
         false => base
-            .with(fmt::layer().with_writer(std::io::stderr))
+            .with(
+                fmt::layer()
+                    .with_writer(std::io::stderr)
+                    .with_ansi(coloured()),
+            )
             .try_init(),
     };
     done.map_err(|error| LogError::State(error.to_string()))?;
