@@ -12,7 +12,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use mesh_cli::global::Global;
 
 /// A complete service mesh in one binary.
@@ -89,13 +91,52 @@ fn main() -> ExitCode {
     if let Some(code) = called_by_another_name(&args) {
         return code;
     }
-    match run(Mesh::parse_from(args)) {
+    match run(parse(args)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// The commands that no cluster is chosen for.
+const WITHOUT_CLUSTER: [&str; 4] = ["all-in-one", "proxy", "wait", "completion"];
+
+/// The command tree. Where the flags that choose a cluster mean nothing, they don't show in the help.
+fn command_line() -> clap::Command {
+    let tree = Mesh::command();
+    let global: Vec<clap::Arg> = tree
+        .get_arguments()
+        .filter(|arg| arg.is_global_set())
+        .map(|arg| arg.clone().hide(true))
+        .collect();
+    WITHOUT_CLUSTER.iter().fold(tree, |tree, name| {
+        tree.mut_subcommand(name, |command| command.args(&global))
+    })
+}
+
+fn parse(args: Vec<OsString>) -> Mesh {
+    let mut tree = command_line();
+    let matches = tree
+        .try_get_matches_from_mut(args)
+        .unwrap_or_else(|error| error.exit());
+    if let Some(name) = matches
+        .subcommand_name()
+        .filter(|name| WITHOUT_CLUSTER.contains(name))
+    {
+        let given = tree.get_arguments().find(|arg| {
+            arg.is_global_set()
+                && matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine)
+        });
+        if let Some(flag) = given.and_then(|arg| arg.get_long()) {
+            let message = format!(
+                "--{flag} chooses a cluster, and `mesh {name}` talks to none: leave it out"
+            );
+            tree.error(ErrorKind::ArgumentConflict, message).exit();
+        }
+    }
+    Mesh::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 /// `curl`, `sleep` and the like are links to this binary in the pods of the local cluster.
@@ -128,7 +169,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Wait(args) => block_on(mesh_cli::wait::run(args)),
         Command::Version(args) => block_on(mesh_cli::version::run(args, &global)),
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Mesh::command(), "mesh", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut command_line(), "mesh", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
         Command::Init { flags } => {
