@@ -3,6 +3,7 @@
 //! `worker.rs` is one pod's task: it keeps `state.rs`, asks `plan.rs` (pure) what comes next and lets `container.rs` do it; `launch.rs` and
 //! `rootfs.rs` run inside the container; the rest are parts named after what they make.
 
+pub mod attach;
 pub mod backend;
 pub mod cgroup;
 pub mod container;
@@ -20,6 +21,7 @@ pub mod rootfs;
 pub mod sandbox;
 pub mod state;
 pub mod status;
+pub mod terminal;
 pub mod unsupported;
 pub mod volumes;
 pub mod worker;

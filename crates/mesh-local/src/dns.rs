@@ -28,6 +28,9 @@ const MAX_FORWARDS: usize = 256;
 /// Records in one answer: more would not fit a message.
 const MAX_RECORDS: usize = 1000;
 
+/// Aliases of aliases that are followed; more is a circle.
+const MAX_ALIASES: usize = 8;
+
 /// Why DNS can't be served.
 #[derive(Debug, thiserror::Error)]
 #[error("serving cluster DNS on {address}: {source}")]
@@ -188,18 +191,10 @@ pub fn answer(table: &Table, request: &Message) -> Option<Message> {
     let [query] = &request.queries[..] else {
         return Some(failure(request, ResponseCode::FormErr));
     };
-    let name = query.name().to_ascii().to_ascii_lowercase();
-    let name = name.trim_end_matches('.');
-    let found = match name
-        .strip_suffix("cluster.local")
-        .map(|rest| rest.trim_end_matches('.'))
-    {
-        Some(rest) if name == "cluster.local" || name.ends_with(".cluster.local") => {
-            inside(table, rest, query)
-        }
-        _ if name.ends_with(".in-addr.arpa") => reverse(table, name, query)?,
-        _ => return None,
-    };
+    let mut found = lookup(table, query)?;
+    if let Some(records) = &mut found {
+        follow_aliases(table, query, records);
+    }
     let mut response = reply(request);
     response.metadata.authoritative = true;
     match found {
@@ -217,6 +212,42 @@ pub fn answer(table: &Table, request: &Message) -> Option<Message> {
         response.authorities.push(soa);
     }
     Some(response)
+}
+
+/// `None`: the name is not the cluster's; `Some(None)`: it does not exist.
+fn lookup(table: &Table, query: &Query) -> Option<Option<Vec<Record>>> {
+    let name = query.name().to_ascii().to_ascii_lowercase();
+    let name = name.trim_end_matches('.');
+    match name
+        .strip_suffix("cluster.local")
+        .map(|rest| rest.trim_end_matches('.'))
+    {
+        Some(rest) if name == "cluster.local" || name.ends_with(".cluster.local") => {
+            Some(inside(table, rest, query))
+        }
+        _ if name.ends_with(".in-addr.arpa") => reverse(table, name, query),
+        _ => None,
+    }
+}
+
+/// RFC 1034 section 3.6.2: an alias is answered with what it stands for, as far as that is known here. Clients don't ask again.
+fn follow_aliases(table: &Table, query: &Query, records: &mut Vec<Record>) {
+    if query.query_type == RecordType::CNAME {
+        return;
+    }
+    for _ in 0..MAX_ALIASES {
+        let Some(RData::CNAME(alias)) = records.last().map(|record| &record.data) else {
+            return;
+        };
+        let next = Query::query(alias.0.clone(), query.query_type);
+        let Some(Some(more)) = lookup(table, &next) else {
+            return;
+        };
+        if more.is_empty() {
+            return;
+        }
+        records.extend(more);
+    }
 }
 
 /// What is below `cluster.local`: `None` = the name does not exist, no records = it exists, but not of this type.
@@ -416,7 +447,7 @@ mod tests {
             external_name: None,
             ports: vec![],
             hosts: vec![],
-            affinity: false,
+            affinity: None,
         };
         let pod = Ipv4Addr::new(10, 244, 0, 5);
         let cluster = Entry {
@@ -435,13 +466,19 @@ mod tests {
         };
         let external = Entry {
             external_name: Some("example.org".into()),
-            ..base
+            ..base.clone()
+        };
+        let alias = |of: &str| Entry {
+            external_name: Some(format!("{of}.default.svc.cluster.local")),
+            ..base.clone()
         };
         let name = |n: &str| ("default".to_owned(), n.to_owned());
         [
             (name("reviews"), cluster),
             (name("db"), headless),
             (name("out"), external),
+            (name("alias"), alias("reviews")),
+            (name("circle"), alias("circle")),
         ]
         .into()
     }
@@ -485,6 +522,17 @@ mod tests {
         assert_eq!(
             ask("out.default.svc.cluster.local.", RecordType::A),
             ok(&["example.org."])
+        );
+        assert_eq!(
+            ask("alias.default.svc.cluster.local.", RecordType::A),
+            ok(&["reviews.default.svc.cluster.local.", "10.96.3.4"])
+        );
+        assert_eq!(
+            ask("circle.default.svc.cluster.local.", RecordType::A)
+                .unwrap()
+                .1
+                .len(),
+            1 + MAX_ALIASES
         );
         assert_eq!(
             ask("_http._tcp.db.default.svc.cluster.local.", RecordType::SRV),

@@ -5,15 +5,20 @@
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_net::nft::{
-    Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Table as NftTable,
+    Action, Base, Chain, ChainType, Family, Hook, Match, NftError, Rule, Set, Table as NftTable,
     Transport as NftTransport,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::agent::NODE_IP;
 use crate::services::{Port, Table, Transport};
+
+/// The network of the Services' addresses.
+const SERVICES: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 0);
 
 /// The nftables table.
 pub const TABLE: &str = "mesh-services";
@@ -23,12 +28,14 @@ const HAIRPIN_MARK: u32 = 0x4000;
 
 /// Keeps the rules in step with the Services until `shutdown`.
 pub async fn run(mut tables: watch::Receiver<Arc<Table>>, shutdown: CancellationToken) {
+    let mut held = None;
     loop {
         let rules = plan(&tables.borrow_and_update());
+        let before = held.take();
         // Netlink blocks, for less than a millisecond a hundred rules.
-        let applied = tokio::task::spawn_blocking(move || rules.replace()).await;
+        let applied = tokio::task::spawn_blocking(move || apply(before, rules)).await;
         match applied {
-            Ok(Ok(())) => {}
+            Ok(Ok(rules)) => held = Some(rules),
             Ok(Err(error)) => tracing::error!(%error, "the service network is not up to date"),
             Err(error) => tracing::error!(%error, "the service network is not up to date"),
         }
@@ -41,24 +48,44 @@ pub async fn run(mut tables: watch::Receiver<Arc<Table>>, shutdown: Cancellation
     }
 }
 
+/// Puts the rules into the kernel; what it remembers of clients stays, unless somebody else has changed the rules.
+fn apply(before: Option<NftTable>, rules: NftTable) -> Result<NftTable, NftError> {
+    let updated = before.map(|before| rules.update(&before));
+    if let Some(Err(error)) = &updated {
+        tracing::warn!(%error, "the service network is made anew");
+    }
+    if !matches!(updated, Some(Ok(()))) {
+        rules.replace()?;
+    }
+    Ok(rules)
+}
+
 /// The rules for these Services.
 pub fn plan(table: &Table) -> NftTable {
     let mut planner = Planner::default();
     for ((namespace, service), entry) in table {
-        if entry.affinity {
-            tracing::warn!(%service, %namespace, "sessionAffinity ClientIP is not applied by this version: connections go to all endpoints in turn");
-        }
         for port in &entry.ports {
             if let Some(address) = entry.address {
-                planner.service(&[Match::Destination(address, 32)], port.port, port);
+                planner.service(
+                    &format!("{namespace}-{service}"),
+                    address,
+                    port.port,
+                    port,
+                    entry.affinity,
+                );
             }
             if let Some(node_port) = port.node_port {
                 planner.service(
-                    &[Match::Destination(Ipv4Addr::new(10, 244, 0, 1), 32)],
+                    &format!("{namespace}-{service}"),
+                    NODE_IP,
                     node_port,
                     port,
+                    entry.affinity,
                 );
             }
+        }
+        if let Some(address) = entry.address.filter(|a| *a != crate::dns::ADDRESS) {
+            planner.no_such_port(address);
         }
     }
     planner.table()
@@ -66,19 +93,30 @@ pub fn plan(table: &Table) -> NftTable {
 
 #[derive(Default)]
 struct Planner {
+    sets: Vec<Set>,
     dispatch: Vec<Rule>,
     refuse: Vec<Rule>,
     endpoints: Vec<Chain>,
 }
 
 impl Planner {
-    fn service(&mut self, destination: &[Match], number: u16, port: &Port) {
+    fn service(
+        &mut self,
+        name: &str,
+        address: Ipv4Addr,
+        number: u16,
+        port: &Port,
+        affinity: Option<Duration>,
+    ) {
         let transport = match port.transport {
             Transport::Tcp => NftTransport::Tcp,
             Transport::Udp => NftTransport::Udp,
         };
-        let mut matches = destination.to_vec();
-        matches.extend([Match::Transport(transport), Match::DestinationPort(number)]);
+        let matches = vec![
+            Match::Destination(address, 32),
+            Match::Transport(transport),
+            Match::DestinationPort(number),
+        ];
         if port.endpoints.is_empty() {
             // As kube-proxy does: refused at once, in place of a timeout.
             let answer = if port.transport == Transport::Tcp {
@@ -89,13 +127,55 @@ impl Planner {
             self.refuse.push(Rule::counted(matches, answer));
             return;
         }
-        let chains = port
-            .endpoints
-            .iter()
-            .map(|endpoint| self.endpoint(*endpoint, transport))
-            .collect();
+        let mut chains = Vec::new();
+        for endpoint in &port.endpoints {
+            let to = self.endpoint(*endpoint, transport);
+            let Some(timeout) = affinity else {
+                chains.push(to);
+                continue;
+            };
+            // One memory for all addresses of the port, as kube-proxy has it.
+            let keep = format!("{name}-{}-{to}", port.port);
+            let known = Match::SourceIn(keep.clone());
+            self.dispatch.push(Rule::counted(
+                matches.iter().cloned().chain([known]),
+                Action::Goto(keep.clone()),
+            ));
+            self.remember(&keep, to, timeout);
+            chains.push(keep);
+        }
         self.dispatch
             .push(Rule::counted(matches, Action::InTurn(chains)));
+    }
+
+    /// The set of an endpoint's clients, and the chain that puts them there on the way to it.
+    fn remember(&mut self, name: &str, to: String, timeout: Duration) {
+        if self.sets.iter().any(|set| set.name == name) {
+            return;
+        }
+        self.sets.push(Set {
+            name: name.to_owned(),
+            timeout,
+        });
+        let remember = Rule {
+            matches: Vec::new(),
+            actions: vec![Action::RememberSource(name.to_owned()), Action::Goto(to)],
+        };
+        self.endpoints.push(Chain {
+            name: name.to_owned(),
+            base: None,
+            rules: vec![remember],
+        });
+    }
+
+    /// A Service's address refuses what it has no port for, as kube-proxy has it.
+    fn no_such_port(&mut self, address: Ipv4Addr) {
+        let service = Match::Destination(address, 32);
+        let tcp = Match::Transport(NftTransport::Tcp);
+        self.refuse
+            .push(Rule::counted([service.clone(), tcp], Action::RejectTcp));
+        self.refuse
+            .push(Rule::counted([service], Action::RejectUnreachable));
     }
 
     /// The chain that sends a connection to one endpoint.
@@ -124,7 +204,16 @@ impl Planner {
         name
     }
 
-    fn table(self) -> NftTable {
+    fn table(mut self) -> NftTable {
+        // No Service has the address, or the rules for it are not there yet. Without this the packet would go nowhere all the same, but the
+        // kernel would remember that its connection has no translation, and the sender's next tries would go nowhere too.
+        self.refuse.push(Rule::counted(
+            [
+                Match::Destination(SERVICES, 16),
+                Match::Not(Box::new(Match::Destination(crate::dns::ADDRESS, 32))),
+            ],
+            Action::Drop,
+        ));
         let base = |kind, hook, priority| {
             Some(Base {
                 kind,
@@ -185,6 +274,7 @@ impl Planner {
         NftTable {
             family: Family::Ip,
             name: TABLE.to_owned(),
+            sets: self.sets,
             chains,
         }
     }
@@ -211,15 +301,27 @@ mod tests {
             external_name: None,
             ports: vec![port(9080, vec![endpoint(5), endpoint(6)]), port(81, vec![])],
             hosts: vec![],
-            affinity: false,
+            affinity: None,
         };
-        let table = [(("default".to_owned(), "reviews".to_owned()), entry)].into();
+        let sticky = Entry {
+            address: Some(Ipv4Addr::new(10, 96, 3, 5)),
+            ports: vec![port(80, vec![endpoint(5), endpoint(6)])],
+            affinity: Some(Duration::from_secs(60)),
+            ..entry.clone()
+        };
+        let name = |service: &str| ("default".to_owned(), service.to_owned());
+        let table = [(name("reviews"), entry), (name("sticky"), sticky)].into();
         let text = plan(&table).to_text();
         for line in [
             "ip daddr 10.96.3.4 tcp dport 9080 counter numgen inc mod 2 vmap { 0 : goto to-tcp-10.244.0.5-9080, 1 : goto to-tcp-10.244.0.6-9080 }",
             "ip daddr 10.96.3.4 tcp dport 81 counter reject with tcp reset",
             "ip saddr 10.244.0.5 meta mark set 0x4000",
             "meta l4proto tcp dnat ip to 10.244.0.5:9080",
+            "ip daddr 10.96.3.4 meta l4proto tcp counter reject with tcp reset",
+            "ip daddr 10.96.3.5 tcp dport 80 ip saddr @default-sticky-80-to-tcp-10.244.0.6-9080 counter goto default-sticky-80-to-tcp-10.244.0.6-9080",
+            "update @default-sticky-80-to-tcp-10.244.0.6-9080 { ip saddr } goto to-tcp-10.244.0.6-9080",
+            "type ipv4_addr; flags dynamic,timeout; timeout 60000ms;",
+            "ip daddr 10.96.0.0/16 ip daddr != 10.96.0.10 counter drop",
         ] {
             assert!(text.contains(line), "{line}\nis not in\n{text}");
         }

@@ -36,12 +36,21 @@ pub(crate) struct NodeSetup {
 /// The file in the state directory through which [`NodeSetup`] travels; the node removes it.
 pub(crate) const SETUP_FILE: &str = "setup.json";
 
+/// The file in the state directory that a running cluster holds a lock on.
+const LOCK_FILE: &str = "lock";
+
 /// Runs the local cluster until it is stopped by SIGINT or SIGTERM, and says how it ended.
 ///
 /// Must be called before any thread exists. Fails with a message for people when a privilege is missing, the state directory is in use, or
 /// a host port is taken; nothing is left behind then.
-pub fn all_in_one(mut options: ClusterOptions) -> anyhow::Result<ExitCode> {
+pub fn all_in_one(options: ClusterOptions) -> anyhow::Result<ExitCode> {
     let state = State::open(&options.state_dir)?;
+    let code = in_state(&state, options);
+    state.clean_up();
+    code
+}
+
+fn in_state(state: &State, mut options: ClusterOptions) -> anyhow::Result<ExitCode> {
     let mut held = HashMap::new();
     let api = hold(
         &mut held,
@@ -74,15 +83,15 @@ pub fn all_in_one(mut options: ClusterOptions) -> anyhow::Result<ExitCode> {
         .process_group(0)
         .spawn()
         .context("starting the node process")?;
-    let code = serve(ours, &mut held, &signals, &mut child);
-    state.clean_up();
-    code
+    serve(ours, &mut held, &signals, &mut child)
 }
 
 /// The state directory, locked for as long as this lives.
 struct State {
     path: PathBuf,
     temporary: bool,
+    /// The directories that were made for it, the innermost first.
+    made: Vec<PathBuf>,
     _lock: File,
 }
 
@@ -106,9 +115,14 @@ impl State {
                     )
                 })
         };
+        let made: Vec<PathBuf> = path
+            .ancestors()
+            .take_while(|dir| !dir.exists())
+            .map(Path::to_owned)
+            .collect();
         make(&path)?;
         let path = path.canonicalize()?;
-        let lock_path = path.join("lock");
+        let lock_path = path.join(LOCK_FILE);
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -128,6 +142,7 @@ impl State {
         Ok(Self {
             path,
             temporary,
+            made,
             _lock: lock,
         })
     }
@@ -137,7 +152,19 @@ impl State {
         let _ = std::fs::remove_file(self.path.join(SETUP_FILE));
         if self.temporary {
             let _ = std::fs::remove_dir_all(&self.path);
+        } else if !self.made.is_empty() && self.holds_nothing() {
+            let _ = std::fs::remove_dir(self.path.join("run"));
+            let _ = std::fs::remove_file(self.path.join(LOCK_FILE));
+            // Stops at the first that somebody else has put something into.
+            self.made.iter().all(|dir| std::fs::remove_dir(dir).is_ok());
         }
+    }
+
+    /// Whether the start failed before the cluster wrote anything.
+    fn holds_nothing(&self) -> bool {
+        let ours = |name: &std::ffi::OsStr| name == LOCK_FILE || name == "run";
+        std::fs::read_dir(&self.path)
+            .is_ok_and(|mut all| all.all(|e| e.is_ok_and(|e| ours(&e.file_name()))))
     }
 }
 

@@ -5,7 +5,7 @@
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
@@ -52,7 +52,7 @@ impl HostPorts {
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         socket.write_all(&serde_json::to_vec(&BindRequest { address })?)?;
         let mut buffer = [0; MAX_MESSAGE];
-        let (length, fd) = receive(&socket, &mut buffer)?;
+        let (length, fd) = receive(socket.as_fd(), &mut buffer)?;
         let reply: BindReply = serde_json::from_slice(&buffer[..length])?;
         match (fd, reply) {
             (Some(fd), _) => Ok(TcpListener::from(fd)),
@@ -102,22 +102,35 @@ pub(crate) fn answer(
         },
     };
     let message = serde_json::to_vec(&reply)?;
+    send(socket, &message, listener.as_ref().ok().map(|l| l.as_fd()))
+}
+
+/// Sends a message, which must be short and not empty, with a descriptor (unix(7), SCM_RIGHTS).
+pub(crate) fn send(
+    socket: &UnixStream,
+    message: &[u8],
+    descriptor: Option<BorrowedFd<'_>>,
+) -> std::io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = listener.as_ref().ok().map(|l| [l.as_fd()]);
-    if let Some(fds) = &fds {
-        control.push(SendAncillaryMessage::ScmRights(fds));
+    let descriptors = descriptor.map(|d| [d]);
+    if let Some(descriptors) = &descriptors {
+        control.push(SendAncillaryMessage::ScmRights(descriptors));
     }
     rustix::net::sendmsg(
         socket,
-        &[IoSlice::new(&message)],
+        &[IoSlice::new(message)],
         &mut control,
         SendFlags::NOSIGNAL,
     )?;
     Ok(())
 }
 
-fn receive(socket: &UnixStream, buffer: &mut [u8]) -> std::io::Result<(usize, Option<OwnedFd>)> {
+/// Receives what [`send`] sent: the message's length and the descriptor. The end of the stream is an error.
+pub(crate) fn receive(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> std::io::Result<(usize, Option<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = rustix::net::recvmsg(

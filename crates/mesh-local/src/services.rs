@@ -20,6 +20,9 @@ pub type Name = (String, String);
 /// What follows a first change within this time is taken together.
 const COALESCE: Duration = Duration::from_millis(10);
 
+/// How long a client keeps its endpoint when the Service does not say (Kubernetes, `ClientIPConfig`: three hours).
+const AFFINITY: Duration = Duration::from_secs(10_800);
+
 /// A transport protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Transport {
@@ -77,8 +80,8 @@ pub struct Entry {
     pub ports: Vec<Port>,
     /// The ready pods behind it, sorted.
     pub hosts: Vec<Host>,
-    /// Session affinity was asked for, which is not applied.
-    pub affinity: bool,
+    /// How long after its last connection a client keeps its endpoint (`sessionAffinity: ClientIP`); `None`: it does not.
+    pub affinity: Option<Duration>,
 }
 
 /// All Services. Never changes after it is published.
@@ -237,7 +240,14 @@ fn entry(service: &Service, slices: &[&EndpointSlice]) -> Entry {
             .flatten(),
         ports: ports.collect(),
         hosts: hosts(slices),
-        affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+        affinity: (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
+            let seconds = spec
+                .session_affinity_config
+                .and_then(|c| c.client_ip?.timeout_seconds);
+            seconds
+                .and_then(|s| u64::try_from(s).ok())
+                .map_or(AFFINITY, Duration::from_secs)
+        }),
     }
 }
 
@@ -297,7 +307,7 @@ mod tests {
     fn only_ready_endpoints_of_the_port_count() {
         let service: Service = serde_json::from_value(json!({
             "metadata": {"name": "a", "namespace": "n"},
-            "spec": {"clusterIP": "10.96.1.2", "type": "NodePort", "ports": [
+            "spec": {"clusterIP": "10.96.1.2", "type": "NodePort", "sessionAffinity": "ClientIP", "ports": [
                 {"name": "http", "port": 80, "targetPort": 8080, "nodePort": 30080}, {"name": "dns", "port": 53, "protocol": "UDP"}]},
         }))
         .unwrap();
@@ -318,6 +328,7 @@ mod tests {
         );
         let entry = &table[&name];
         assert_eq!(entry.kind, Kind::NodePort);
+        assert_eq!(entry.affinity, Some(AFFINITY));
         assert_eq!(
             entry.ports[0].endpoints,
             [

@@ -1,7 +1,7 @@
 //! Logs, exec, attach and port-forward for the API server.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::Arc;
 
@@ -10,17 +10,15 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
 use mesh_apiserver::node::{
-    Duplex, ExecRequest, ExecSession, ExitStatus, LogRequest, NodeBackend, NodeError,
-    NodeErrorKind, TerminalSize,
+    Duplex, ExecRequest, ExecSession, ExitStatus, LogRequest, NodeBackend, NodeError, NodeErrorKind,
 };
-use nix::pty::openpty;
-use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::process::{Target, exit_code};
 use super::registry::{Entry, Registry};
 use super::sandbox::on_thread;
+use super::terminal::Terminal;
 
 /// The node agent as the API server sees it. Works from the start; knows a pod once its sandbox exists.
 #[derive(Debug, Clone, Default)]
@@ -90,7 +88,13 @@ impl NodeBackend for Backend {
                 ))
             })?;
             if request.attach {
-                return attach(entry, &request);
+                let streams = entry.streams.ok_or_else(|| {
+                    bad(format!(
+                        "container \"{}\" is not running",
+                        request.container
+                    ))
+                })?;
+                return Ok(streams.attach(&request));
             }
             if request.tty {
                 exec_tty(&target, request).await
@@ -124,41 +128,6 @@ impl NodeBackend for Backend {
         }
         .boxed()
     }
-}
-
-/// What the container prints from now on; its standard input is /dev/null.
-fn attach(entry: Entry, request: &ExecRequest) -> Result<ExecSession, NodeError> {
-    let log = entry
-        .log
-        .ok_or_else(|| bad("the container has no output".to_owned()))?;
-    let (send, mut receive) = mpsc::channel::<Bytes>(64);
-    let follow = LogRequest {
-        follow: true,
-        tail_lines: Some(0),
-        ..LogRequest::default()
-    };
-    tokio::spawn(log.stream(follow, send));
-    let (mut writer, reader) = tokio::io::duplex(64 << 10);
-    let (done, ended) = tokio::sync::oneshot::channel();
-    tokio::spawn(async move {
-        while let Some(bytes) = receive.recv().await {
-            if writer.write_all(&bytes).await.is_err() {
-                break;
-            }
-        }
-        let _ = done.send(());
-    });
-    let exit = async move {
-        let _ = ended.await;
-        ExitStatus::Code(0)
-    };
-    Ok(ExecSession {
-        stdin: request.stdin.then(|| Box::pin(tokio::io::sink()) as _),
-        stdout: request.stdout.then(|| Box::pin(reader) as _),
-        stderr: None,
-        resize: mpsc::channel(1).0,
-        exit: exit.boxed(),
-    })
 }
 
 async fn exec_pipes(target: &Target, request: ExecRequest) -> Result<ExecSession, NodeError> {
@@ -195,55 +164,26 @@ async fn wait(mut child: tokio::process::Child) -> ExitStatus {
 }
 
 async fn exec_tty(target: &Target, request: ExecRequest) -> Result<ExecSession, NodeError> {
-    let pty = openpty(None, None).map_err(internal)?;
-    let side = || pty.slave.try_clone().map(Stdio::from).map_err(internal);
-    let streams = [side()?, side()?, side()?];
+    let (ours, theirs) = UnixStream::pair().map_err(internal)?;
+    let streams = [
+        Stdio::from(OwnedFd::from(theirs)),
+        Stdio::null(),
+        Stdio::null(),
+    ];
     let child = target
         .spawn(request.command, true, streams)
         .await
         .map_err(internal)?;
-    drop(pty.slave);
-    let master = pty.master;
-    let (resize, mut sizes) = mpsc::channel::<TerminalSize>(4);
-    let handle = master.try_clone().map_err(internal)?;
-    tokio::spawn(async move {
-        while let Some(size) = sizes.recv().await {
-            let size = rustix::termios::Winsize {
-                ws_row: size.height,
-                ws_col: size.width,
-                ws_xpixel: 0,
-                ws_ypixel: 0,
-            };
-            let _ = rustix::termios::tcsetwinsize(&handle, size);
-        }
-    });
-    let file = |fd: OwnedFd| tokio::fs::File::from_std(File::from(fd));
-    let input = master.try_clone().map_err(internal)?;
+    let terminal = Terminal::receive(ours)
+        .await
+        .map_err(|e| internal(format!("the command ended before it had a terminal: {e}")))?;
+    let (resize, sizes) = mpsc::channel(4);
+    terminal.window.follow(sizes);
     Ok(ExecSession {
-        stdin: request.stdin.then(|| Box::pin(file(input)) as _),
-        stdout: Some(Box::pin(TtyOutput(file(master)))),
+        stdin: request.stdin.then(|| Box::pin(terminal.keys) as _),
+        stdout: Some(Box::pin(terminal.screen)),
         stderr: None,
         resize,
         exit: wait(child).boxed(),
     })
-}
-
-/// A terminal's output: reading fails with EIO once the last process has closed the other side, which is its end of file.
-struct TtyOutput(tokio::fs::File);
-
-impl tokio::io::AsyncRead for TtyOutput {
-    fn poll_read(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-        buffer: &mut tokio::io::ReadBuf<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        match std::pin::Pin::new(&mut self.0).poll_read(context, buffer) {
-            std::task::Poll::Ready(Err(e))
-                if e.raw_os_error() == Some(nix::errno::Errno::EIO as i32) =>
-            {
-                std::task::Poll::Ready(Ok(()))
-            }
-            other => other,
-        }
-    }
 }

@@ -11,8 +11,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::Child;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::attach::{self, Streams};
 use super::env::{Addresses, environment};
 use super::launch::{LaunchFailure, LaunchSpec, ProcessSpec};
 use super::logs::RunLog;
@@ -24,11 +26,19 @@ use super::sandbox::Sandbox;
 use super::state::Ended;
 use super::{Shared, cgroup, etc, volumes};
 
+/// A container gets this much after SIGTERM although its hook, or the containers that ended before it, used the grace period up (the
+/// kubelet's minimum).
+const LAST_GRACE: Duration = Duration::from_secs(2);
+/// How long the last output of a container that has ended may take to be read: a client that is attached and reads nothing holds it up.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// Ask a container to end by this moment.
 #[derive(Debug, Clone, Copy)]
 pub struct Stop {
     /// SIGKILL comes then.
     pub deadline: Instant,
+    /// Without a moment for SIGTERM: the pod object is gone already.
+    pub forced: bool,
 }
 
 /// What a run reports.
@@ -100,7 +110,7 @@ impl Run {
     /// Runs it to its end.
     pub async fn drive(self, stops: mpsc::Receiver<Stop>) {
         match self.launch().await {
-            Ok((child, target, log)) => self.watch(child, target, log, stops).await,
+            Ok(started) => self.watch(started, stops).await,
             Err(failure) => {
                 self.event(
                     true,
@@ -112,8 +122,8 @@ impl Run {
         }
     }
 
-    async fn launch(&self) -> Result<(Child, Target, Arc<RunLog>), LaunchFailure> {
-        let spec = self.launch_spec().await?;
+    async fn launch(&self) -> Result<Started, LaunchFailure> {
+        let mut spec = self.launch_spec().await?;
         let name = &self.spec.name;
         self.event(false, "Created", format!("Created container: {name}"));
         let broken =
@@ -122,17 +132,31 @@ impl Run {
         std::fs::create_dir_all(&logs).map_err(broken)?;
         let log =
             RunLog::create(logs.join(format!("{name}-{}.log", self.attempt))).map_err(broken)?;
-        let mut child = process::start(self.sandbox.clone(), &spec).await?;
-        for (stream, pipe) in [
-            ("stdout", child.stdout.take().map(Pipe::Out)),
-            ("stderr", child.stderr.take().map(Pipe::Err)),
-        ] {
-            let log = log.clone();
-            match pipe {
-                Some(Pipe::Out(pipe)) => drop(tokio::spawn(log.copy(stream, pipe))),
-                Some(Pipe::Err(pipe)) => drop(tokio::spawn(log.copy(stream, pipe))),
-                None => {}
-            }
+        let unstreamed = |e: std::io::Error| {
+            failure(
+                "CreateContainerError",
+                format!("making the standard streams: {e}"),
+            )
+        };
+        let (prepared, input) = attach::prepare(&self.spec).map_err(unstreamed)?;
+        if spec.process.tty {
+            spec.process.describe_terminal();
+        }
+        let mut child = process::start(self.sandbox.clone(), &spec, input).await?;
+        let (streams, screen) = Streams::connect(prepared, &self.spec)
+            .await
+            .map_err(unstreamed)?;
+        let (out, err) = (streams.out.clone(), streams.err.clone());
+        let mut copies = Vec::new();
+        if let Some(screen) = screen {
+            let copy = log.clone().copy("stdout", screen, out.clone());
+            copies.push(tokio::spawn(copy));
+        }
+        if let Some(pipe) = child.stdout.take() {
+            copies.push(tokio::spawn(log.clone().copy("stdout", pipe, out)));
+        }
+        if let Some(pipe) = child.stderr.take() {
+            copies.push(tokio::spawn(log.clone().copy("stderr", pipe, err)));
         }
         let target = Target {
             sandbox: self.sandbox.clone(),
@@ -141,7 +165,13 @@ impl Run {
             cgroup: spec.cgroup,
             run: self.shared.run.clone(),
         };
-        Ok((child, target, log))
+        Ok(Started {
+            child,
+            target,
+            log,
+            streams: Arc::new(streams),
+            copies,
+        })
     }
 
     async fn launch_spec(&self) -> Result<LaunchSpec, LaunchFailure> {
@@ -220,7 +250,7 @@ impl Run {
                 env,
                 cwd: program.cwd,
                 privileges: who,
-                tty: false,
+                tty: self.spec.tty == Some(true),
             },
             cgroup,
         })
@@ -246,18 +276,24 @@ impl Run {
         env
     }
 
-    async fn watch(
-        &self,
-        mut child: Child,
-        target: Target,
-        log: Arc<RunLog>,
-        mut stops: mpsc::Receiver<Stop>,
-    ) {
+    async fn watch(&self, started: Started, mut stops: mpsc::Receiver<Stop>) {
+        let Started {
+            mut child,
+            target,
+            log,
+            streams,
+            copies,
+        } = started;
         let (namespace, pod) = self.names();
         let pid = target.pid;
-        self.shared
-            .registry
-            .started(namespace, pod, &self.spec.name, target.clone(), log.clone());
+        self.shared.registry.started(
+            namespace,
+            pod,
+            &self.spec.name,
+            target.clone(),
+            streams.clone(),
+            log.clone(),
+        );
         let started_at = Timestamp::now();
         let id = format!("mesh://{}", uuid::Uuid::new_v4().simple());
         self.event(
@@ -284,7 +320,10 @@ impl Run {
         if let Some(probes) = probes {
             probes.abort();
         }
+        // All processes of the container have ended, so what they wrote is there to be read.
+        let _ = tokio::time::timeout(LAST_WORDS, futures::future::join_all(copies)).await;
         log.end();
+        streams.end();
         self.shared
             .registry
             .ended(namespace, pod, &self.spec.name, pid);
@@ -380,7 +419,7 @@ impl Run {
             "Killing",
             format!("Stopping container {}", self.spec.name),
         );
-        let mut deadline = stop.deadline;
+        let (mut deadline, mut forced) = (stop.deadline, stop.forced);
         if let Some(handler) = self
             .spec
             .lifecycle
@@ -393,8 +432,14 @@ impl Run {
                 result = self.hook(handler, target, limit) => if let Err(error) = result {
                     self.event(true, "FailedPreStopHook", format!("PreStopHook failed: {error}"));
                 },
-                Some(sooner) = stops.recv() => deadline = deadline.min(sooner.deadline),
+                Some(sooner) = stops.recv() => {
+                    deadline = deadline.min(sooner.deadline);
+                    forced |= sooner.forced;
+                }
             }
+        }
+        if !forced {
+            deadline = deadline.max(Instant::now() + LAST_GRACE);
         }
         let _ = kill(Pid::from_raw(target.pid as i32), Signal::SIGTERM);
         loop {
@@ -409,9 +454,14 @@ impl Run {
     }
 }
 
-enum Pipe {
-    Out(tokio::process::ChildStdout),
-    Err(tokio::process::ChildStderr),
+/// A run whose program was started.
+struct Started {
+    child: Child,
+    target: Target,
+    log: Arc<RunLog>,
+    streams: Arc<Streams>,
+    /// The tasks that copy its output; they end with it.
+    copies: Vec<JoinHandle<()>>,
 }
 
 fn failure(reason: &str, message: String) -> LaunchFailure {

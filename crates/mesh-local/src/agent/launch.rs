@@ -5,6 +5,7 @@
 //! closes on a successful exec.
 
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,12 @@ use serde::{Deserialize, Serialize};
 
 use super::resolve::Privileges;
 use super::rootfs::{RootSpec, make_root};
+use super::terminal::take_terminal;
+use crate::pass;
 use crate::stage::{next_stage, reap, take_stdin};
+
+/// Where a container has our binary, and links to it by the names of its image's programs (`rootfs.rs`).
+const APPLETS: &str = "/usr/local/bin";
 
 /// Everything a container's processes need to know.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -43,8 +49,17 @@ pub struct ProcessSpec {
     pub cwd: String,
     /// Who it runs as.
     pub privileges: Privileges,
-    /// Standard input is the terminal to take over (exec only).
+    /// It gets a terminal; the descriptor that came with this is the socket over which the agent waits for the terminal's other end.
     pub tty: bool,
+}
+
+impl ProcessSpec {
+    /// Tells the program what its terminal can do, unless its own environment does; container runtimes say the same.
+    pub fn describe_terminal(&mut self) {
+        if !self.env.iter().any(|(name, _)| name == "TERM") {
+            self.env.push(("TERM".to_owned(), "xterm".to_owned()));
+        }
+    }
 }
 
 /// What `exec` needs: the container's mount namespace and the program.
@@ -74,12 +89,12 @@ pub(crate) fn container_stage() -> anyhow::Result<ExitCode> {
         report(agent, "CreateContainerError", &error);
         Ok(ExitCode::from(128))
     };
-    let spec: LaunchSpec = match read_spec(&mut agent) {
-        Ok(spec) => spec,
+    let (spec, input) = match read_spec::<LaunchSpec>(&mut agent) {
+        Ok(received) => received,
         Err(error) => return failed(&mut agent, error),
     };
     let signals = block_all();
-    match start(&spec, &mut agent) {
+    match start(&spec, input, &mut agent) {
         Ok(Some(main)) => {
             // The agent takes the end of this socket for "it runs".
             drop(agent);
@@ -116,7 +131,11 @@ fn wait(main: Pid, signals: &SigSet) -> u8 {
 }
 
 /// Makes the root file system and starts the program; `None` when the program itself could not be run (already reported).
-fn start(spec: &LaunchSpec, agent: &mut UnixStream) -> anyhow::Result<Option<Pid>> {
+fn start(
+    spec: &LaunchSpec,
+    input: Option<OwnedFd>,
+    agent: &mut UnixStream,
+) -> anyhow::Result<Option<Pid>> {
     if let Some(cgroup) = &spec.cgroup {
         std::fs::write(cgroup.join("cgroup.procs"), "0")
             .with_context(|| format!("joining the control group {}", cgroup.display()))?;
@@ -131,7 +150,7 @@ fn start(spec: &LaunchSpec, agent: &mut UnixStream) -> anyhow::Result<Option<Pid
     let child = next_stage("enter", theirs.into())
         .spawn()
         .context("starting the container's program")?;
-    send_spec(&mut ours, &spec.process)?;
+    send_spec(&mut ours, &spec.process, input)?;
     let mut answer = Vec::new();
     ours.read_to_end(&mut answer)?;
     let main = Pid::from_raw(child.id() as i32);
@@ -145,8 +164,8 @@ fn start(spec: &LaunchSpec, agent: &mut UnixStream) -> anyhow::Result<Option<Pid
 /// The `enter` stage.
 pub(crate) fn enter_stage() -> anyhow::Result<ExitCode> {
     let mut socket = UnixStream::from(take_stdin()?);
-    let process: ProcessSpec = read_spec(&mut socket)?;
-    let error = become_process(&process);
+    let (process, input) = read_spec::<ProcessSpec>(&mut socket)?;
+    let error = become_process(&process, input);
     report(&mut socket, "RunContainerError", &error);
     Ok(ExitCode::from(
         if error
@@ -161,6 +180,7 @@ pub(crate) fn enter_stage() -> anyhow::Result<ExitCode> {
 }
 
 /// The `exec` stage; `path` is a file with an [`ExecSpec`], which is removed once read (it holds the environment, so it is not an argument).
+/// Standard input is the command's, or with a terminal the socket for it.
 pub(crate) fn exec_stage(path: &str) -> anyhow::Result<ExitCode> {
     let json = std::fs::read(path).context("reading the exec specification")?;
     let _ = std::fs::remove_file(path);
@@ -171,46 +191,65 @@ pub(crate) fn exec_stage(path: &str) -> anyhow::Result<ExitCode> {
     let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", spec.pid))
         .context("finding the container")?;
     setns(mounts, CloneFlags::CLONE_NEWNS).context("entering the container's file system")?;
-    let error = become_process(&spec.process);
+    let console = spec.process.tty.then(take_stdin).transpose()?;
+    let error = become_process(&spec.process, console);
     eprintln!("{error:#}");
     Ok(ExitCode::from(127))
 }
 
 /// Gives up what is not the program's and becomes it. Only returns with an error.
-fn become_process(process: &ProcessSpec) -> anyhow::Error {
-    match prepare(process) {
-        Ok(mut command) => {
-            let program = process.argv.first().map(String::as_str).unwrap_or_default();
-            let error = command.exec();
-            let what = match error.kind() {
-                std::io::ErrorKind::NotFound if program.contains('/') => {
-                    "no such file or directory"
-                }
-                std::io::ErrorKind::NotFound => "executable file not found in $PATH",
-                std::io::ErrorKind::PermissionDenied => "permission denied",
-                _ => "can't be executed",
-            };
-            anyhow::Error::new(error).context(format!("exec: \"{program}\": {what}"))
-        }
-        Err(error) => error,
+fn become_process(process: &ProcessSpec, input: Option<OwnedFd>) -> anyhow::Error {
+    let program = process.argv.first().map(String::as_str).unwrap_or_default();
+    if let Err(error) = prepare(process, input) {
+        return error;
     }
+    let mut error = command(process, Path::new(program)).exec();
+    if error.kind() == std::io::ErrorKind::NotFound
+        && let Some(applet) = applet_for(program)
+    {
+        error = command(process, &applet).exec();
+    }
+    let what = match error.kind() {
+        std::io::ErrorKind::NotFound if program.contains('/') => "no such file or directory",
+        std::io::ErrorKind::NotFound => "executable file not found in $PATH",
+        std::io::ErrorKind::PermissionDenied => "permission denied",
+        _ => "can't be executed",
+    };
+    anyhow::Error::new(error).context(format!("exec: \"{program}\": {what}"))
 }
 
-fn prepare(process: &ProcessSpec) -> anyhow::Result<Command> {
-    let _ = nix::unistd::setsid();
-    if process.tty {
-        rustix::process::ioctl_tiocsctty(std::io::stdin()).context("taking the terminal")?;
-    }
-    drop_privileges(&process.privileges)?;
-    let (program, args) = process.argv.split_first().context("no command")?;
-    std::env::set_current_dir(&process.cwd)
-        .with_context(|| format!("changing to the working directory {}", process.cwd))?;
+/// Real images have a program where ours has it as an applet of the binary, such as /usr/bin/fortio: its name decides.
+fn applet_for(program: &str) -> Option<PathBuf> {
+    let name = Path::new(program)
+        .file_name()
+        .filter(|_| program.starts_with('/'))?;
+    let link = Path::new(APPLETS).join(name);
+    let is_applet = std::fs::read_link(&link).is_ok_and(|target| target == Path::new("mesh"));
+    is_applet.then_some(link)
+}
+
+fn command(process: &ProcessSpec, program: &Path) -> Command {
     let mut command = Command::new(program);
     command
-        .args(args)
+        .args(process.argv.iter().skip(1))
         .env_clear()
         .envs(process.env.iter().map(|(k, v)| (k, v)));
-    Ok(command)
+    command
+}
+
+fn prepare(process: &ProcessSpec, input: Option<OwnedFd>) -> anyhow::Result<()> {
+    let _ = nix::unistd::setsid();
+    match input {
+        Some(console) if process.tty => take_terminal(console, process.privileges.uid)?,
+        Some(pipe) => nix::unistd::dup2_stdin(pipe).context("taking over standard input")?,
+        None => {}
+    }
+    drop_privileges(&process.privileges)?;
+    if process.argv.is_empty() {
+        bail!("no command");
+    }
+    std::env::set_current_dir(&process.cwd)
+        .with_context(|| format!("changing to the working directory {}", process.cwd))
 }
 
 fn drop_privileges(privileges: &Privileges) -> anyhow::Result<()> {
@@ -258,36 +297,39 @@ fn drop_privileges(privileges: &Privileges) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends a value as a length and its JSON.
-pub(crate) fn send_spec(socket: &mut impl Write, value: &impl Serialize) -> anyhow::Result<()> {
-    let bytes = encode_spec(value)?;
-    socket
-        .write_all(&bytes)
-        .context("sending the container's specification")
+/// Sends a value as a length and its JSON, with a descriptor.
+fn send_spec(
+    socket: &mut UnixStream,
+    value: &impl Serialize,
+    descriptor: Option<OwnedFd>,
+) -> anyhow::Result<()> {
+    let (length, json) = encode_spec(value)?;
+    let sent = pass::send(socket, &length, descriptor.as_ref().map(OwnedFd::as_fd))
+        .and_then(|()| socket.write_all(&json));
+    sent.context("sending the container's specification")
 }
 
 /// The length and the JSON of a value.
-pub(crate) fn encode_spec(value: &impl Serialize) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn encode_spec(value: &impl Serialize) -> anyhow::Result<([u8; 4], Vec<u8>)> {
     let json = serde_json::to_vec(value)?;
-    let mut bytes = u32::try_from(json.len())?.to_le_bytes().to_vec();
-    bytes.extend(json);
-    Ok(bytes)
+    Ok((u32::try_from(json.len())?.to_le_bytes(), json))
 }
 
-fn read_spec<T: serde::de::DeserializeOwned>(socket: &mut UnixStream) -> anyhow::Result<T> {
+fn read_spec<T: serde::de::DeserializeOwned>(
+    socket: &mut UnixStream,
+) -> anyhow::Result<(T, Option<OwnedFd>)> {
+    const WHAT: &str = "reading the container's specification";
     let mut length = [0; 4];
-    socket
-        .read_exact(&mut length)
-        .context("reading the container's specification")?;
+    // The descriptor comes with the first byte.
+    let (received, descriptor) = pass::receive(socket.as_fd(), &mut length).context(WHAT)?;
+    socket.read_exact(&mut length[received..]).context(WHAT)?;
     let length = u32::from_le_bytes(length) as usize;
     if length > 64 << 20 {
         bail!("the container's specification is too large");
     }
     let mut json = vec![0; length];
-    socket
-        .read_exact(&mut json)
-        .context("reading the container's specification")?;
-    Ok(serde_json::from_slice(&json)?)
+    socket.read_exact(&mut json).context(WHAT)?;
+    Ok((serde_json::from_slice(&json)?, descriptor))
 }
 
 fn report(socket: &mut UnixStream, reason: &str, error: &anyhow::Error) {

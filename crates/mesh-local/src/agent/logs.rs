@@ -8,13 +8,17 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use jiff::Timestamp;
 use mesh_apiserver::node::LogRequest;
-use tokio::io::{AsyncBufReadExt, AsyncRead};
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::{mpsc, watch};
+
+use super::attach::Listeners;
 
 /// A file is put aside at this size; one generation is kept.
 const MAX_BYTES: u64 = 10 << 20;
 /// A longer line is written in parts, as the CRI's.
-const MAX_LINE: u64 = 16 << 10;
+const MAX_LINE: usize = 16 << 10;
+/// Bytes read from a container at a time.
+const CHUNK: usize = 8 << 10;
 
 /// The log of one run of one container.
 #[derive(Debug)]
@@ -50,26 +54,39 @@ impl RunLog {
         }))
     }
 
-    /// Copies a stream of the container into the log until it ends.
-    pub async fn copy(self: Arc<Self>, stream: &'static str, input: impl AsyncRead + Unpin) {
-        use tokio::io::AsyncReadExt;
-        let mut input = tokio::io::BufReader::new(input);
+    /// Copies a stream of the container into the log until it ends, and to whoever is attached to it.
+    pub async fn copy(
+        self: Arc<Self>,
+        stream: &'static str,
+        mut input: impl AsyncRead + Unpin,
+        listeners: Listeners,
+    ) {
+        let mut buffer = vec![0; CHUNK];
         let mut line = Vec::new();
-        loop {
-            line.clear();
-            match (&mut input)
-                .take(MAX_LINE)
-                .read_until(b'\n', &mut line)
-                .await
-            {
-                Ok(0) | Err(_) => return,
-                Ok(_) => {}
+        while let Ok(length @ 1..) = input.read(&mut buffer).await {
+            self.split(stream, &mut line, &buffer[..length]);
+            listeners.tell(&buffer[..length]).await;
+        }
+        if !line.is_empty() {
+            self.write(stream, false, &line);
+        }
+    }
+
+    /// Writes the lines of `bytes` that are whole or too long; what is left stays in `line`.
+    fn split(&self, stream: &str, line: &mut Vec<u8>, bytes: &[u8]) {
+        for mut part in bytes.split_inclusive(|b| *b == b'\n') {
+            while line.len() + part.len() > MAX_LINE {
+                let (now, later) = part.split_at(MAX_LINE - line.len());
+                line.extend(now);
+                self.write(stream, false, line);
+                line.clear();
+                part = later;
             }
-            let whole = line.last() == Some(&b'\n');
-            if whole {
-                line.pop();
+            line.extend(part);
+            if line.pop_if(|last| *last == b'\n').is_some() {
+                self.write(stream, true, line);
+                line.clear();
             }
-            self.write(stream, whole, &line);
         }
     }
 
@@ -283,7 +300,9 @@ mod tests {
     async fn tail_limit_timestamps_and_follow() {
         let dir = tempfile::tempdir().unwrap();
         let log = RunLog::create(dir.path().join("0.log")).unwrap();
-        log.clone().copy("stdout", &b"one\ntwo\nthree"[..]).await;
+        log.clone()
+            .copy("stdout", &b"one\ntwo\nthree"[..], Listeners::default())
+            .await;
         assert_eq!(read(&log, LogRequest::default()).await, "one\ntwo\nthree");
         assert_eq!(
             read(
@@ -348,10 +367,25 @@ mod tests {
         while log.written.receiver_count() == 0 {
             tokio::task::yield_now().await;
         }
-        log.clone().copy("stderr", &b"four\n"[..]).await;
+        log.clone()
+            .copy("stderr", &b"four\n"[..], Listeners::default())
+            .await;
         log.end();
         let followed = following.await.unwrap();
         assert!(followed.is_empty() || followed == "four\n", "{followed}");
+    }
+
+    #[tokio::test]
+    async fn a_long_line_is_written_in_parts_and_read_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = RunLog::create(dir.path().join("0.log")).unwrap();
+        let text = format!("{}\nend\n", "x".repeat(3 * MAX_LINE));
+        log.clone()
+            .copy("stdout", text.as_bytes(), Listeners::default())
+            .await;
+        assert_eq!(read(&log, LogRequest::default()).await, text);
+        let longest = read_lines(&log.path).iter().map(Vec::len).max();
+        assert!(longest < Some(MAX_LINE + 100), "{longest:?}");
     }
 
     #[tokio::test]

@@ -3,6 +3,8 @@
 //! Faster than the kubelet at the start: until a probe has succeeded once it is tried after 25, 50, 100 ms ... up to `periodSeconds`.
 //! Only failures that are a whole period apart count towards `failureThreshold`, so that nothing is killed sooner than on Kubernetes.
 
+mod tls;
+
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -13,6 +15,7 @@ use k8s_openapi::api::core::v1::{
     Container, ExecAction, GRPCAction, HTTPGetAction, Probe, TCPSocketAction,
 };
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use mesh_apiserver::node::Duplex;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
@@ -52,8 +55,8 @@ pub enum Verdict {
     Passing,
     /// One failure that counts; for the Event.
     Unhealthy(String),
-    /// The failure threshold is reached.
-    Failing(String),
+    /// The failure threshold is reached; for the Event, and the probe's own grace period in seconds for the container to end, if it has one.
+    Failing(String, Option<i64>),
 }
 
 /// Runs the probes of a started container until the task is aborted; verdicts go to `out`.
@@ -110,7 +113,10 @@ async fn run(
                 }
                 // The very first failure of a program that has not come up yet is no news.
                 match (due, failures >= allowed) {
-                    (true, true) => Some(Verdict::Failing(message)),
+                    (true, true) => Some(Verdict::Failing(
+                        message,
+                        probe.termination_grace_period_seconds,
+                    )),
                     (true, false) if passed_once || failures > 1 => {
                         Some(Verdict::Unhealthy(message))
                     }
@@ -221,24 +227,37 @@ async fn tcp_connect(
         .map_err(|e| format!("dial tcp {address}: {e}"))
 }
 
-/// GETs the action's URL; a status from 200 to 399 is success (Kubernetes, "Define a liveness HTTP request"). No certificate is asked for
-/// with scheme HTTPS on Kubernetes; here that scheme only connects.
+/// GETs the action's URL; a status from 200 to 399 is success (Kubernetes, "Define a liveness HTTP request").
 pub async fn http_get(
     get: &HTTPGetAction,
     container: &Container,
     target: &Target,
 ) -> Result<(), String> {
     let address = resolve(get.host.as_deref(), &get.port, container, target)?;
-    let stream = TcpStream::connect(address)
-        .await
-        .map_err(|e| format!("Get \"http://{address}\": {e}"))?;
-    if get
+    let secure = get
         .scheme
         .as_deref()
-        .is_some_and(|s| s.eq_ignore_ascii_case("https"))
-    {
-        return Ok(());
-    }
+        .is_some_and(|s| s.eq_ignore_ascii_case("https"));
+    let base = format!("{}://{address}", if secure { "https" } else { "http" });
+    let failed = |error: String| format!("Get \"{base}\": {error}");
+    let stream = TcpStream::connect(address)
+        .await
+        .map_err(|e| failed(e.to_string()))?;
+    let stream: Box<dyn Duplex> = if secure {
+        let secured = tls::connect(stream, address.ip()).await;
+        Box::new(secured.map_err(failed)?)
+    } else {
+        Box::new(stream)
+    };
+    get_over(stream, get, address, &base).await
+}
+
+async fn get_over(
+    stream: Box<dyn Duplex>,
+    get: &HTTPGetAction,
+    address: SocketAddr,
+    base: &str,
+) -> Result<(), String> {
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake::<_, Empty<Bytes>>(TokioIo::new(stream))
             .await
@@ -267,7 +286,7 @@ pub async fn http_get(
     let answer = sender
         .send_request(request)
         .await
-        .map_err(|e| format!("Get \"http://{address}{path}\": {e}"));
+        .map_err(|e| format!("Get \"{base}{path}\": {e}"));
     let result = match answer {
         Ok(answer) if (200..400).contains(&answer.status().as_u16()) => Ok(()),
         Ok(answer) => {

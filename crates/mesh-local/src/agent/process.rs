@@ -4,6 +4,7 @@
 //! other threads stay where they are and the process is still the agent's child.
 
 use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use tokio::process::{Child, Command};
 
 use super::launch::{ExecSpec, LaunchFailure, LaunchSpec, ProcessSpec, encode_spec};
 use super::sandbox::{Sandbox, on_thread};
+use crate::pass;
 use crate::stage::{STAGE, next_stage};
 
 /// Output of a probe or hook command that is kept, in bytes.
@@ -28,11 +30,16 @@ fn failure(error: &anyhow::Error) -> LaunchFailure {
     }
 }
 
-/// Starts a container; its output is piped. Returns when the program runs, or with the reason why it does not.
-pub async fn start(sandbox: Arc<Sandbox>, spec: &LaunchSpec) -> Result<Child, LaunchFailure> {
-    let message = encode_spec(spec).map_err(|e| failure(&e))?;
-    let (child, socket) = spawn_stage(sandbox).await.map_err(|e| failure(&e))?;
-    let mut socket = socket;
+/// Starts a container; its output is piped. `input` is its standard input, or the socket for its terminal. Returns when the program runs,
+/// or with the reason why it does not.
+pub async fn start(
+    sandbox: Arc<Sandbox>,
+    spec: &LaunchSpec,
+    input: Option<OwnedFd>,
+) -> Result<Child, LaunchFailure> {
+    let (length, message) = encode_spec(spec).map_err(|e| failure(&e))?;
+    let started = spawn_stage(sandbox, length, input).await;
+    let (child, mut socket) = started.map_err(|e| failure(&e))?;
     let mut answer = Vec::new();
     let exchange = async {
         socket.write_all(&message).await?;
@@ -55,10 +62,15 @@ pub async fn start(sandbox: Arc<Sandbox>, spec: &LaunchSpec) -> Result<Child, La
     Err(serde_json::from_slice(&answer).unwrap_or_else(|e| failure(&e.into())))
 }
 
-async fn spawn_stage(sandbox: Arc<Sandbox>) -> anyhow::Result<(Child, tokio::net::UnixStream)> {
+async fn spawn_stage(
+    sandbox: Arc<Sandbox>,
+    length: [u8; 4],
+    input: Option<OwnedFd>,
+) -> anyhow::Result<(Child, tokio::net::UnixStream)> {
     let runtime = tokio::runtime::Handle::current();
     let (child, ours) = on_thread(move || {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        pass::send(&ours, &length, input.as_ref().map(OwnedFd::as_fd))?;
         sandbox.enter().context("entering the pod's namespaces")?;
         unshare(CloneFlags::CLONE_NEWPID).context("making a PID namespace")?;
         let mut command = Command::from(next_stage("container", theirs.into()));
@@ -95,18 +107,21 @@ pub struct Target {
 }
 
 impl Target {
-    /// Starts a command in the container with the given standard streams.
+    /// Starts a command in the container with the given standard streams. With `tty` the first of them is the socket for its terminal.
     pub async fn spawn(
         &self,
         argv: Vec<String>,
         tty: bool,
         streams: [Stdio; 3],
     ) -> anyhow::Result<Child> {
-        let process = ProcessSpec {
+        let mut process = ProcessSpec {
             argv,
             tty,
             ..self.process.clone()
         };
+        if tty {
+            process.describe_terminal();
+        }
         let spec = ExecSpec {
             pid: self.pid,
             process,

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::attach::Streams;
 use super::logs::RunLog;
 use super::process::Target;
 use super::sandbox::Sandbox;
@@ -12,6 +13,8 @@ use super::sandbox::Sandbox;
 pub struct Entry {
     /// The running process.
     pub target: Option<Target>,
+    /// Its standard streams.
+    pub streams: Option<Arc<Streams>>,
     /// The log of this run, or of the last one.
     pub log: Option<Arc<RunLog>>,
     /// The log of the run before.
@@ -61,6 +64,7 @@ impl Registry {
         pod: &str,
         container: &str,
         target: Target,
+        streams: Arc<Streams>,
         log: Arc<RunLog>,
     ) {
         if let Some(pod) = self.pods().get_mut(&(namespace.to_owned(), pod.to_owned())) {
@@ -68,6 +72,7 @@ impl Registry {
             entry.previous = entry.log.take();
             entry.log = Some(log);
             entry.target = Some(target);
+            entry.streams = Some(streams);
         }
     }
 
@@ -78,6 +83,7 @@ impl Registry {
             && entry.target.as_ref().is_some_and(|t| t.pid == pid)
         {
             entry.target = None;
+            entry.streams = None;
         }
     }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use nix::sched::{CloneFlags, setns, unshare};
+use rtnetlink::packet_route::link::{LinkAttribute, State as LinkState};
 use rtnetlink::packet_route::route::RouteScope;
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
@@ -19,11 +20,17 @@ use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 pub const NODE_IP: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 1);
 /// The bridge that the pods hang on.
 const BRIDGE: &str = "cni0";
+/// Its hardware address, made from the node's as container networks do. Without one of its own a bridge takes the lowest of its ports', and
+/// what the pods before a new one remember is wrong: everything that they send to the node is lost until they ask again.
+const BRIDGE_MAC: [u8; 6] = [0x0a, 0x58, 10, 244, 0, 1];
 /// Prefix of the pods' network and of the services'.
 const PREFIX: u8 = 16;
 const SERVICES: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 0);
 /// How long an address rests before another pod gets it, so that nobody still sends there what was meant for the old one.
 const REST: Duration = Duration::from_secs(30);
+
+/// How long a new link may take until it works; it is a millisecond or two on a machine with nothing to do.
+const WORKING_LIMIT: Duration = Duration::from_secs(2);
 
 /// The addresses of the pods.
 #[derive(Debug, Default)]
@@ -101,18 +108,10 @@ impl Sandbox {
         }
     }
 
-    /// Makes the namespaces, and the link with the address `ip`.
+    /// Makes the namespaces, and the link with the address `ip`. When this returns, packets pass in both directions.
     pub async fn create(ip: Ipv4Addr, hostname: String, index: u64) -> anyhow::Result<Self> {
-        let node =
-            File::open("/proc/self/ns/net").context("opening the node's network namespace")?;
         let peer = format!("veth{index:x}");
-        let name = peer.clone();
-        let namespaces = on_thread(move || make_namespaces(ip, &hostname, &name, &node)).await?;
-        let (handle, connection) = connect()?;
-        let connection = tokio::spawn(connection);
-        let attached = attach(&handle, &peer).await;
-        connection.abort();
-        attached.with_context(|| format!("attaching {peer} to {BRIDGE}"))?;
+        let namespaces = on_thread(move || make_namespaces(ip, &hostname, &peer)).await?;
         Ok(Self {
             ip,
             namespaces: Some(namespaces),
@@ -179,29 +178,62 @@ async fn attach(handle: &Handle, peer: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Waits until the kernel has put a link to work. It does so in the background after a carrier came, and until then drops what is sent:
+/// a first packet that is lost costs its sender a second.
+async fn operational(handle: &Handle, name: &str) -> anyhow::Result<()> {
+    use futures::TryStreamExt;
+    let until = Instant::now() + WORKING_LIMIT;
+    loop {
+        let mut links = handle.link().get().match_name(name.to_owned()).execute();
+        let link = links.try_next().await;
+        let link = link.with_context(|| format!("looking at the link {name}"))?;
+        let works = |attribute: &LinkAttribute| {
+            matches!(attribute, LinkAttribute::OperState(LinkState::Up))
+        };
+        if link.is_some_and(|link| link.attributes.iter().any(works)) {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            tracing::warn!("the link {name} does not get to work; the pod starts all the same");
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
 fn make_namespaces(
     ip: Ipv4Addr,
     hostname: &str,
     peer: &str,
-    node: &File,
 ) -> anyhow::Result<[(File, CloneFlags); 3]> {
     let kinds = [
         CloneFlags::CLONE_NEWNET,
         CloneFlags::CLONE_NEWUTS,
         CloneFlags::CLONE_NEWIPC,
     ];
-    unshare(kinds[0] | kinds[1] | kinds[2]).context("making the pod's namespaces")?;
-    nix::unistd::sethostname(hostname).context("setting the host name")?;
-    // Unprivileged processes of a pod may use every port, and ping, as container runtimes have it.
-    write_sysctl("net/ipv4/ip_unprivileged_port_start", "0")?;
+    let node =
+        File::open("/proc/thread-self/ns/net").context("opening the node's network namespace")?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting a runtime")?;
     runtime.block_on(async {
-        let (handle, connection) = connect()?;
+        // A netlink socket stays in the namespace that it was opened in.
+        let (outside, connection) = connect()?;
         tokio::spawn(connection);
-        pod_links(&handle, ip, peer, node).await
+        unshare(kinds[0] | kinds[1] | kinds[2]).context("making the pod's namespaces")?;
+        nix::unistd::sethostname(hostname).context("setting the host name")?;
+        // Unprivileged processes of a pod may use every port, and ping, as container runtimes have it.
+        write_sysctl("net/ipv4/ip_unprivileged_port_start", "0")?;
+        let (inside, connection) = connect()?;
+        tokio::spawn(connection);
+        pod_links(&inside, ip, peer, &node).await?;
+        let attached = attach(&outside, peer).await;
+        attached.with_context(|| format!("attaching {peer} to {BRIDGE}"))?;
+        operational(&inside, "eth0").await?;
+        operational(&outside, peer).await?;
+        // It has no carrier before its first pod.
+        operational(&outside, BRIDGE).await
     })?;
     let open = |name: &str| {
         File::open(format!("/proc/thread-self/ns/{name}")).context("opening the pod's namespaces")
@@ -298,7 +330,7 @@ async fn node_links(handle: &Handle) -> anyhow::Result<()> {
         .context("setting lo up")?;
     handle
         .link()
-        .add(LinkBridge::new(BRIDGE).build())
+        .add(LinkBridge::new(BRIDGE).address(BRIDGE_MAC.to_vec()).build())
         .execute()
         .await
         .context("making the bridge")?;

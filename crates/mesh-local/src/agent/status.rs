@@ -52,7 +52,8 @@ pub fn status(
         .map(|c| c.name.as_str())
         .collect();
     let finished = matches!(plan.outcome, Outcome::Succeeded);
-    let ready = unready.is_empty() && !state.terminating;
+    // A pod that is ending stays ready as long as its containers are: what to make of that is up to whoever sees its deletionTimestamp.
+    let ready = unready.is_empty() && !finished;
     let (reason, message) = if finished {
         ("PodCompleted", String::new())
     } else {

@@ -31,14 +31,9 @@ pub fn unsupported(pod: &Pod, uids_mapped: bool, cgroups: bool) -> Vec<String> {
         "this node does not watch the deadline",
     );
     add(
-        spec.dns_config.is_some(),
-        "spec.dnsConfig",
-        "pods get the cluster's resolv.conf",
-    );
-    add(
-        spec.dns_policy.as_deref() == Some("None"),
-        "spec.dnsPolicy",
-        "pods get the cluster's resolv.conf",
+        spec.dns_policy.as_deref() == Some("Default"),
+        "spec.dnsPolicy: Default",
+        "the node has no resolvers of its own, the pod asks the cluster's",
     );
     add(
         spec.runtime_class_name.is_some(),
@@ -83,16 +78,6 @@ fn container_fields(
             limits && !cgroups,
             "resources.limits",
             "mesh can't write control groups (version 2) here",
-        ),
-        (
-            container.stdin == Some(true),
-            "stdin",
-            "containers have no standard input here; use kubectl exec -i",
-        ),
-        (
-            container.tty == Some(true),
-            "tty",
-            "containers have no terminal here; use kubectl exec -it",
         ),
         (
             container.volume_devices.is_some(),

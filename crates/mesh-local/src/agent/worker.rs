@@ -227,7 +227,7 @@ impl Worker {
             for action in &plan.actions {
                 match action {
                     Action::Start(index) => self.start(*index),
-                    Action::Stop(index) => self.stop(*index),
+                    Action::Stop(index) => self.stop(*index, None),
                 }
             }
             self.publish(&plan);
@@ -323,7 +323,7 @@ impl Worker {
         let ip: Ipv4Addr =
             ip.ok_or_else(|| anyhow::anyhow!("all addresses of the pod network are in use"))?;
         let index = self.shared.counter.fetch_add(1, Ordering::Relaxed);
-        let made = Sandbox::create(ip, etc::hostname(&self.pod), index).await;
+        let made = Sandbox::create(ip, etc::kernel_hostname(&self.pod), index).await;
         if made.is_err() {
             self.shared.ipam.release(ip, std::time::Instant::now());
         }
@@ -403,13 +403,18 @@ impl Worker {
         Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
     }
 
-    fn stop(&mut self, index: usize) {
-        let deadline = self.end_by.unwrap_or_else(|| Instant::now() + self.grace());
+    /// Ends a container; `grace` is for this time only, else the pod's counts.
+    fn stop(&mut self, index: usize, grace: Option<Duration>) {
+        let grace = grace.unwrap_or_else(|| self.grace());
+        let deadline = self.end_by.unwrap_or_else(|| Instant::now() + grace);
         if let Some(container) = self.state.containers.get_mut(index) {
             container.stopping = true;
         }
         if let Some(stop) = self.stops.get(&index) {
-            let _ = stop.try_send(Stop { deadline });
+            let _ = stop.try_send(Stop {
+                deadline,
+                forced: self.removed,
+            });
         }
     }
 
@@ -446,7 +451,10 @@ impl Worker {
                 .get(*index)
                 .is_some_and(|c| c.stopping)
             {
-                let _ = stop.try_send(Stop { deadline: by });
+                let _ = stop.try_send(Stop {
+                    deadline: by,
+                    forced: self.removed,
+                });
             }
         }
     }
@@ -511,7 +519,7 @@ impl Worker {
         if !matches!(container.run, RunState::Running { .. }) || container.stopping {
             return;
         }
-        if let Verdict::Unhealthy(message) | Verdict::Failing(message) = &verdict {
+        if let Verdict::Unhealthy(message) | Verdict::Failing(message, _) = &verdict {
             let message = format!("{} probe failed: {message}", kind.word());
             self.shared
                 .recorder
@@ -523,8 +531,8 @@ impl Worker {
                 container.ready = !container.readiness_probe;
             }
             (Kind::Readiness, Verdict::Passing) => container.ready = true,
-            (Kind::Readiness, Verdict::Failing(_)) => container.ready = false,
-            (Kind::Startup | Kind::Liveness, Verdict::Failing(_)) => {
+            (Kind::Readiness, Verdict::Failing(..)) => container.ready = false,
+            (Kind::Startup | Kind::Liveness, Verdict::Failing(_, grace)) => {
                 let message = format!(
                     "Container {name} failed {} probe, will be restarted",
                     kind.word().to_lowercase()
@@ -532,7 +540,8 @@ impl Worker {
                 self.shared
                     .recorder
                     .normal(&self.pod, Some((list, &name)), "Killing", message);
-                self.stop(index);
+                let grace = grace.and_then(|s| u64::try_from(s).ok());
+                self.stop(index, grace.map(Duration::from_secs));
             }
             (Kind::Liveness, Verdict::Passing) | (_, Verdict::Unhealthy(_)) => {}
         }

@@ -7,6 +7,7 @@
 
 mod api;
 mod pods;
+mod streams;
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;

@@ -12,6 +12,7 @@ use mesh_local::agent::backend::Backend;
 use mesh_local::agent::registry::Registry;
 use mesh_local::agent::worker::{self, Change};
 use mesh_local::agent::{Shared, sandbox};
+use nix::net::if_::InterfaceFlags;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
@@ -19,15 +20,15 @@ use tokio::task::JoinHandle;
 
 use crate::api::Api;
 
-struct Running {
-    api: Api,
-    backend: Backend,
+pub struct Running {
+    pub api: Api,
+    pub backend: Backend,
     pod: Pod,
     changes: mpsc::UnboundedSender<Change>,
     task: JoinHandle<()>,
 }
 
-fn start(run: &Path, api: Api, spec: Value) -> Running {
+pub fn start(run: &Path, api: Api, spec: Value) -> Running {
     let pod = json!({"metadata": {"name": "p", "namespace": "shop", "uid": uuid::Uuid::new_v4().to_string(), "labels": {"app": "web"}}, "spec": spec});
     let pod: Pod = serde_json::from_value(pod).unwrap();
     let registry = Arc::new(Registry::default());
@@ -49,7 +50,7 @@ fn start(run: &Path, api: Api, spec: Value) -> Running {
 }
 
 impl Running {
-    async fn logs(&self, container: &str, previous: bool) -> String {
+    pub async fn logs(&self, container: &str, previous: bool) -> String {
         let request = LogRequest {
             namespace: "shop".into(),
             pod: "p".into(),
@@ -84,7 +85,7 @@ impl Running {
         (out.trim().to_owned(), session.exit.await)
     }
 
-    async fn delete(mut self) -> Api {
+    pub async fn delete(mut self) -> Api {
         self.pod.metadata.deletion_timestamp =
             Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
         self.pod.metadata.deletion_grace_period_seconds = Some(5);
@@ -97,7 +98,7 @@ impl Running {
     }
 }
 
-fn ready(status: &Value) -> bool {
+pub fn ready(status: &Value) -> bool {
     status["conditions"].as_array().is_some_and(|c| {
         c.iter()
             .any(|c| c["type"] == "Ready" && c["status"] == "True")
@@ -106,9 +107,11 @@ fn ready(status: &Value) -> bool {
 
 pub async fn all(run: &Path) {
     sandbox::prepare_node().await.unwrap();
+    a_new_link_works_at_once().await;
     life_of_a_pod(run).await;
     pods_that_can_not_run(run).await;
     a_finished_pod(run).await;
+    crate::streams::all(run).await;
     assert_eq!(
         other_processes(),
         BTreeSet::new(),
@@ -137,6 +140,37 @@ fn other_processes() -> BTreeSet<u32> {
         .filter_map(|e| e.file_name().to_str()?.parse().ok())
         .filter(|pid| *pid != 1)
         .collect()
+}
+
+/// A link that is only "up" loses what is sent before the kernel has put it to work; and a bridge that takes its ports' hardware addresses
+/// loses what pods send to the one that it had before.
+async fn a_new_link_works_at_once() {
+    let of_bridge = || {
+        let addresses = nix::ifaddrs::getifaddrs().unwrap();
+        addresses
+            .filter(|a| a.interface_name == "cni0")
+            .find_map(|a| a.address?.as_link_addr()?.addr())
+            .unwrap()
+    };
+    let before = of_bridge();
+    let mut pods = Vec::new();
+    for number in 0..4 {
+        let ip = std::net::Ipv4Addr::new(10, 244, 9, number);
+        let index = 0xf00 + u64::from(number);
+        let pod = sandbox::Sandbox::create(ip, "p".into(), index).await;
+        pods.push(pod.unwrap());
+        for name in ["cni0".to_owned(), format!("veth{index:x}")] {
+            let found = nix::ifaddrs::getifaddrs().unwrap();
+            let link = found.into_iter().find(|a| a.interface_name == name);
+            // IFF_RUNNING is the operational state of RFC 2863 (netdevice(7)).
+            let flags = link.unwrap().flags;
+            assert!(
+                flags.contains(InterfaceFlags::IFF_RUNNING),
+                "{name} {flags:?}"
+            );
+        }
+        assert_eq!(of_bridge(), before);
+    }
 }
 
 async fn life_of_a_pod(run: &Path) {
