@@ -82,6 +82,22 @@ impl Mesh {
         None
     }
 
+    /// True if a service stands for a name that the mesh does not know, so that only DNS can say where it is.
+    pub fn is_outside(&self, service: &Service) -> bool {
+        let mut current = service;
+        // A longer chain is a loop, or as good as one.
+        for _ in 0..8 {
+            match &current.external_name {
+                None => return false,
+                Some(name) => match self.services.get(name) {
+                    None => return !name.is_empty(),
+                    Some(next) => current = next,
+                },
+            }
+        }
+        false
+    }
+
     /// Services that a client in a namespace sees, ordered by host.
     pub fn visible_services<'a>(
         &'a self,

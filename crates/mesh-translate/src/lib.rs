@@ -50,7 +50,7 @@ pub fn translate(mesh: &Mesh, node: &Node) -> Resources {
 fn add_services(mesh: &Mesh, node: &Node, resources: &mut Resources) {
     for service in mesh
         .visible_services(&node.namespace)
-        .filter(|service| service.external_name.is_none())
+        .filter(|service| service.external_name.is_none() || mesh.is_outside(service))
     {
         let rule = mesh.destination_rule_for(&service.host, node);
         let subsets: Vec<&str> = rule

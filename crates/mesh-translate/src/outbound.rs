@@ -31,10 +31,12 @@ pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
     services.sort_by_key(|service| (service.created, &service.host));
     for service in services
         .into_iter()
-        .filter(|service| service.external_name.is_none())
+        .filter(|service| service.external_name.is_none() || mesh.is_outside(service))
     {
         for port in &service.ports {
-            if port.protocol.is_http() {
+            // A name outside has no address to listen on: requests are told by their Host, other connections pass through.
+            let by_host = service.external_name.is_some() && port.protocol == Protocol::Auto;
+            if port.protocol.is_http() || by_host {
                 http_ports.insert(port.number);
                 continue;
             }

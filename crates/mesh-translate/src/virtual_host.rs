@@ -159,13 +159,17 @@ fn shared_hosts(served: &[(Option<String>, String)], rule: &VirtualService) -> B
     pairs.map(str::to_owned).collect()
 }
 
-/// The service behind `service` if it has an HTTP port of this number.
+/// The service behind `service` (itself, if that is outside the mesh) if it has an HTTP port of this number.
 fn http_target<'a>(
     mesh: &'a Mesh,
     service: &'a Arc<Service>,
     port: u16,
 ) -> Option<&'a Arc<Service>> {
-    let target = mesh.resolve_alias(service)?;
+    let target = match mesh.resolve_alias(service) {
+        Some(target) => target,
+        None if mesh.is_outside(service) => service,
+        None => return None,
+    };
     let protocol = target.port(port)?.protocol;
     (protocol.is_http() || protocol == Protocol::Auto).then_some(target)
 }

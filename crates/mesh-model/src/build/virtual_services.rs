@@ -37,6 +37,7 @@ pub(crate) fn build(
             let mut report = Reporter::new(key, problems);
             let rule = virtual_service(key, object, mesh, &mut delegates, &mut report);
             check_gateways(&rule, objects, &gateways, &mut report);
+            check_connections(&rule, mesh, &mut report);
             rules.push(Arc::new(rule));
         }
     }
@@ -107,13 +108,17 @@ fn hosts(spec: &Spec, key: &ObjectKey, mesh: &Mesh, report: &mut Reporter<'_>) -
     hosts
 }
 
-/// Makes names of gateways absolute: `name` belongs to the namespace of the rule.
+/// Makes names of gateways absolute: `name` and `./name` belong to the namespace of the rule; `name.namespace` and what may follow it is an old form.
 fn gateway_names(names: &[String], namespace: &str) -> Vec<String> {
-    let absolute = |name: &String| {
-        if name == MESH_GATEWAY || name.contains('/') {
-            name.clone()
-        } else {
-            format!("{namespace}/{name}")
+    let absolute = |name: &String| match name.split_once('/') {
+        _ if name == MESH_GATEWAY => name.clone(),
+        Some((".", name)) => format!("{namespace}/{name}"),
+        Some(_) => name.clone(),
+        None => {
+            let mut labels = name.splitn(3, '.');
+            let name = labels.next().unwrap_or_default();
+            let of = labels.next().unwrap_or(namespace);
+            format!("{of}/{name}")
         }
     };
     names.iter().map(absolute).collect()
@@ -172,6 +177,26 @@ fn serves(gateway: &Gateway, host: &str, namespace: &str) -> bool {
     hosts
         .filter(|(only, _)| only.as_deref().is_none_or(|only| only == namespace))
         .any(|(_, served)| hostname::intersection(served, host).is_some())
+}
+
+/// Rules for TLS and TCP are on the listeners of services in sidecars: without a service there is no listener.
+fn check_connections(rule: &VirtualService, mesh: &Mesh, report: &mut Reporter<'_>) {
+    if !rule.is_bound_to(MESH_GATEWAY) || (rule.tls.is_empty() && rule.tcp.is_empty()) {
+        return;
+    }
+    for (index, host) in rule.hosts.iter().enumerate() {
+        let known = mesh
+            .services
+            .keys()
+            .any(|service| hostname::covers(host, service));
+        // Rules for gateways alone often name hosts that only clients outside know.
+        let elsewhere = rule.gateways.len() > 1;
+        if !known && !elsewhere {
+            let message =
+                format!("there is no service {host}; tls and tcp rules for it have no effect");
+            report.not_found(format!("spec.hosts[{index}]"), message);
+        }
+    }
 }
 
 /// In sidecars only the HTTP rules of the oldest object for a host count; those for TLS and TCP are joined.

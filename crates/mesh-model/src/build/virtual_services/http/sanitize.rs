@@ -84,10 +84,8 @@ fn header_operations(
             format!("{name:?} is not the name of a header that may be changed")
         } else if !is_header_value(value) {
             format!("{value:?} is not a header value")
-        } else if value.matches('%').count() % 2 == 1 {
-            format!(
-                "{value:?} has a single %; write %% for the character, %NAME% for a value of the request"
-            )
+        } else if let Err(message) = check_commands(value) {
+            message
         } else {
             return true;
         };
@@ -109,6 +107,72 @@ fn header_operations(
         }
         good
     });
+}
+
+/// What may stand between two `%` in the value of a header (Envoy's substitution format), as far as mesh's own proxy knows it. An unknown one would cost
+/// the whole route table.
+const COMMANDS: [&str; 26] = [
+    "BYTES_RECEIVED",
+    "BYTES_SENT",
+    "DOWNSTREAM_DIRECT_REMOTE_ADDRESS",
+    "DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT",
+    "DOWNSTREAM_DIRECT_REMOTE_PORT",
+    "DOWNSTREAM_LOCAL_ADDRESS",
+    "DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT",
+    "DOWNSTREAM_LOCAL_PORT",
+    "DOWNSTREAM_REMOTE_ADDRESS",
+    "DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT",
+    "DOWNSTREAM_REMOTE_PORT",
+    "DURATION",
+    "HOSTNAME",
+    "PROTOCOL",
+    "REQUESTED_SERVER_NAME",
+    "RESPONSE_CODE",
+    "RESPONSE_FLAGS",
+    "ROUTE_NAME",
+    "START_TIME",
+    "UPSTREAM_CLUSTER",
+    "UPSTREAM_HOST",
+    "UPSTREAM_REMOTE_ADDRESS",
+    "UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT",
+    "UPSTREAM_REMOTE_PORT",
+    "UPSTREAM_REQUEST_ATTEMPT_COUNT",
+    "VIRTUAL_HOST_NAME",
+];
+/// The same with an argument in parentheses, the name of a header.
+const COMMANDS_WITH_ARGUMENT: [&str; 3] = ["REQ", "RESP", "TRAILER"];
+
+/// Whether the proxy can fill in what a value asks for.
+fn check_commands(value: &str) -> Result<(), String> {
+    let mut rest = value;
+    while let Some((_, after)) = rest.split_once('%') {
+        let Some((command, after)) = after.split_once('%') else {
+            return Err(format!(
+                "{value:?} has a single %; write %% for the character, %NAME% for a value of the request"
+            ));
+        };
+        let (name, argument) = match command.split_once('(') {
+            Some((name, argument)) => (name, Some(argument)),
+            None => (command.split(':').next().unwrap_or_default(), None),
+        };
+        let known = match argument {
+            _ if command.is_empty() => true,
+            None => COMMANDS.contains(&name),
+            Some(argument) => {
+                let header = argument.split([')', '?', ':']).next().unwrap_or_default();
+                COMMANDS_WITH_ARGUMENT.contains(&name)
+                    && argument.contains(')')
+                    && (is_header_name(header) || argument.starts_with(':'))
+            }
+        };
+        if !known {
+            return Err(format!(
+                "%{command}% in {value:?} is nothing that mesh's proxy can fill in; write %% for the character"
+            ));
+        }
+        rest = after;
+    }
+    Ok(())
 }
 
 fn retry_conditions(retries: &mut HttpRetry, field: &str, report: &mut Reporter<'_>) {
@@ -197,4 +261,29 @@ pub(super) fn is_header_value(value: &str) -> bool {
     value
         .bytes()
         .all(|byte| byte == b'\t' || (byte >= b' ' && byte != 0x7f))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_proxy_can_fill_in_passes() {
+        for (value, expected) in [
+            ("plain", true),
+            ("100%%", true),
+            ("%REQ(x-id)%", true),
+            ("%REQ(:path):10%", true),
+            ("%REQ(x-a?x-b)%-%PROTOCOL%", true),
+            ("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%", true),
+            ("50%", false),
+            ("%NOPE%", false),
+            ("%REQ%", false),
+            ("%REQ()%", false),
+            ("%REQ(a b)%", false),
+            ("%DYNAMIC_METADATA(a:b)%", false),
+        ] {
+            assert_eq!(check_commands(value).is_ok(), expected, "{value}");
+        }
+    }
 }
