@@ -3,10 +3,15 @@
 // Control planes still send some of Envoy's deprecated fields.
 #![allow(deprecated)]
 
+mod balancing;
 mod config;
 mod control;
+mod filters;
+mod floods;
 mod http;
 mod http2;
 mod process;
+mod retries;
+mod smuggling;
 mod stage;
 mod tcp;
