@@ -13,7 +13,7 @@ use crate::errors::ApiError;
 use crate::registry::Resource;
 use crate::request::Request;
 use crate::selector::LabelSelector;
-use crate::{ApiServer, convert};
+use crate::{ApiServer, convert, rules};
 
 /// What is being done to the object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -198,10 +198,78 @@ fn concerned(
             return Ok(None);
         }
     }
-    Ok(Some(Hook {
+    let hook = Hook {
         config: config.clone(),
         resource,
-    }))
+    };
+    let wanted = conditions_hold(subject, &hook, object)?;
+    Ok(wanted.then_some(hook))
+}
+
+/// Whether all of the webhook's match conditions hold. One that can't be evaluated counts as the failure policy says: the request is
+/// refused, or the webhook left out.
+fn conditions_hold(
+    subject: &Subject<'_>,
+    hook: &Hook,
+    object: Option<&Value>,
+) -> Result<bool, ApiError> {
+    let Some(conditions) = hook.config["matchConditions"]
+        .as_array()
+        .filter(|list| !list.is_empty())
+    else {
+        return Ok(true);
+    };
+    let shown = |object: Option<&Value>| {
+        object.map_or(Value::Null, |o| {
+            convert::to_version(&hook.resource, o.clone())
+        })
+    };
+    let (object, old) = (shown(object), shown(subject.old));
+    let facts = condition_facts(subject, hook);
+    let mut failure = None;
+    for condition in conditions {
+        let source = condition["expression"].as_str().unwrap_or_default();
+        match rules::condition(source, [&object, &old, &facts]) {
+            Ok(true) => {}
+            // One that does not hold decides, whatever the others came to.
+            Ok(false) => return Ok(false),
+            Err(reason) => {
+                let name = condition["name"].as_str().unwrap_or_default().to_owned();
+                failure = Some((name, reason));
+            }
+        }
+    }
+    match failure {
+        None => Ok(true),
+        Some(_) if hook.config["failurePolicy"] == "Ignore" => Ok(false),
+        Some((name, reason)) => Err(ApiError::forbidden(
+            &subject.request.target.resource,
+            subject.request.target.name.as_deref().unwrap_or_default(),
+            &format!(
+                "evaluating the match condition {name:?} of webhook {:?}: {reason}",
+                hook.name()
+            ),
+        )),
+    }
+}
+
+/// The variable `request` of a match condition: the AdmissionRequest without its objects.
+fn condition_facts(subject: &Subject<'_>, hook: &Hook) -> Value {
+    let target = &subject.request.target;
+    let identity = &subject.request.identity;
+    let (asked, shown) = (&target.resource, &hook.resource);
+    json!({
+        "kind": { "group": shown.group, "version": shown.version, "kind": shown.kind },
+        "resource": { "group": shown.group, "version": shown.version, "resource": shown.plural },
+        "requestKind": { "group": asked.group, "version": asked.version, "kind": asked.kind },
+        "requestResource": { "group": asked.group, "version": asked.version, "resource": asked.plural },
+        "subResource": target.subresource.as_deref().unwrap_or_default(),
+        "name": target.name.as_deref().unwrap_or_default(),
+        "namespace": target.namespace.as_deref().unwrap_or_default(),
+        "operation": subject.operation.name(),
+        "userInfo": { "username": identity.username, "groups": identity.groups },
+        "dryRun": subject.dry_run,
+    })
 }
 
 /// The version of the request's resource that the rules name; with `Equivalent` another version of the same objects counts.

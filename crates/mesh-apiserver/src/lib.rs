@@ -33,6 +33,7 @@ mod registry;
 mod request;
 mod respond;
 mod reviews;
+mod rules;
 mod scale;
 mod schema;
 mod selector;

@@ -12,6 +12,8 @@ use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
 
+use crate::rules::Rule;
+
 /// JSON type of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SchemaKind {
@@ -82,6 +84,10 @@ pub struct Schema {
     pub embedded: bool,
     /// The remaining OpenAPI constraints of a custom resource: lengths, bounds, patterns, `oneOf` and its kin.
     pub rules: Map<String, Value>,
+    /// The CEL rules of a custom resource's value.
+    pub validations: Vec<Arc<Rule>>,
+    /// This node or one below it has such rules.
+    pub has_validations: bool,
     /// The compiled `pattern` of `rules`; `Err` carries what is wrong with it.
     pub pattern: OnceLock<Result<regex::Regex, String>>,
 }
@@ -107,6 +113,8 @@ impl Schema {
             preserve_unknown: kind == SchemaKind::Any,
             embedded: false,
             rules: Map::new(),
+            validations: Vec::new(),
+            has_validations: false,
             pattern: OnceLock::new(),
         }
     }

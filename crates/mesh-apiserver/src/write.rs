@@ -13,7 +13,7 @@ use crate::request::Request;
 use crate::schema::check;
 use crate::storage::{Expect, WriteError};
 use crate::strategy;
-use crate::{ApiServer, convert, names};
+use crate::{ApiServer, convert, names, rules};
 
 /// Rounds of an update that others keep overtaking.
 const ATTEMPTS: usize = 16;
@@ -417,6 +417,7 @@ impl<'a> Writer<'a> {
         names::validate_metadata(resource, &object["metadata"], &mut errors);
         check::validate(object, &resource.schema, "", &mut errors);
         if errors.is_empty() {
+            rules::validate(object, old, &resource.schema, &mut errors);
             strategy::validate(
                 resource,
                 self.request.target.subresource.as_deref(),

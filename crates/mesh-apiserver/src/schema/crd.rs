@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::{ListType, Schema, SchemaKind, builtin};
+use crate::rules::Rule;
 
 /// Constraints that are kept as they are and looked at while validating.
 const RULES: [&str; 17] = [
@@ -106,6 +107,11 @@ pub fn from_json(raw: &Value) -> Schema {
             schema.rules.insert(rule.to_owned(), value.clone());
         }
     }
+    schema.validations = Rule::of(raw);
+    let below = schema.props.iter().map(|(_, field)| field);
+    let below = below.chain(&schema.additional).chain(&schema.items);
+    schema.has_validations =
+        !schema.validations.is_empty() || below.into_iter().any(|field| field.has_validations);
     schema
 }
 

@@ -5,6 +5,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use crate::errors::FieldError;
+use crate::rules::{CONDITION_VARIABLES, Expression};
 
 /// Bytes of data in one object (as in Kubernetes).
 const MAX_DATA: usize = 1 << 20;
@@ -136,14 +137,16 @@ pub fn validate_webhooks(object: &Value, errors: &mut Vec<FieldError>) {
                 detail,
             ));
         }
-        if webhook["matchConditions"]
-            .as_array()
-            .is_some_and(|c| !c.is_empty())
-        {
-            errors.push(FieldError::forbidden(
-                at("matchConditions"),
-                "CEL is not supported by this server",
-            ));
+        let conditions = webhook["matchConditions"].as_array();
+        for (index, condition) in conditions.into_iter().flatten().enumerate() {
+            let source = condition["expression"].as_str().unwrap_or_default();
+            if let Err(reason) = Expression::compile(source, &CONDITION_VARIABLES) {
+                errors.push(FieldError::invalid(
+                    at(&format!("matchConditions[{index}].expression")),
+                    source,
+                    &format!("compilation failed: {reason}"),
+                ));
+            }
         }
     }
 }

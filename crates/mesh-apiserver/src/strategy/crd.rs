@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::errors::{FieldError, FieldErrorKind};
+use crate::rules;
 use crate::write::now;
 
 /// Fills in names and status. A definition is served as soon as it is stored, so the conditions are true at once.
@@ -127,6 +128,8 @@ pub fn validate(object: &Value, old: Option<&Value>, errors: &mut Vec<FieldError
                 "must be object at the root",
             ));
         }
+        let compared = format!("{at}.schema.openAPIV3Schema");
+        rules::validate_definition(schema, &compared, true, errors);
         if versions[..index]
             .iter()
             .any(|v| v["name"] == version["name"])
