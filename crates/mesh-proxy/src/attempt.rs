@@ -205,7 +205,6 @@ impl<'a> Plan<'a> {
             update_frequency: policy
                 .and_then(|policy| policy.avoid_previous_priorities)
                 .unwrap_or(0),
-            ..Wish::default()
         };
         self.state.pick(&wish, &worker.peers, || worker.random())
     }
