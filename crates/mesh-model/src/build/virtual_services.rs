@@ -181,21 +181,19 @@ fn serves(gateway: &Gateway, host: &str, namespace: &str) -> bool {
 
 /// Rules for TLS and TCP are on the listeners of services in sidecars: without a service there is no listener.
 fn check_connections(rule: &VirtualService, mesh: &Mesh, report: &mut Reporter<'_>) {
-    if !rule.is_bound_to(MESH_GATEWAY) || (rule.tls.is_empty() && rule.tcp.is_empty()) {
-        return;
-    }
-    for (index, host) in rule.hosts.iter().enumerate() {
-        let known = mesh
-            .services
-            .keys()
-            .any(|service| hostname::covers(host, service));
-        // Rules for gateways alone often name hosts that only clients outside know.
-        let elsewhere = rule.gateways.len() > 1;
-        if !known && !elsewhere {
-            let message =
-                format!("there is no service {host}; tls and tcp rules for it have no effect");
-            report.not_found(format!("spec.hosts[{index}]"), message);
-        }
+    // Rules that are for gateways too often name hosts that only clients outside know.
+    let sidecars_only = rule.gateways.iter().all(|name| name == MESH_GATEWAY);
+    let any_service = || {
+        let mut services = mesh.services.keys();
+        services.any(|service| {
+            rule.hosts
+                .iter()
+                .any(|host| hostname::covers(host, service))
+        })
+    };
+    if sidecars_only && !(rule.tls.is_empty() && rule.tcp.is_empty()) && !any_service() {
+        let message = "no service has any of these names; tls and tcp rules have no effect";
+        report.not_found("spec.hosts", message);
     }
 }
 

@@ -109,9 +109,10 @@ fn header_operations(
     });
 }
 
-/// What may stand between two `%` in the value of a header (Envoy's substitution format), as far as mesh's own proxy knows it. An unknown one would cost
+/// What may stand between two `%` in the value of a header (Envoy's substitution format), as far as both stock Envoy and
+/// mesh's own proxy know it. An unknown one would cost
 /// the whole route table.
-const COMMANDS: [&str; 26] = [
+const COMMANDS: [&str; 25] = [
     "BYTES_RECEIVED",
     "BYTES_SENT",
     "DOWNSTREAM_DIRECT_REMOTE_ADDRESS",
@@ -137,7 +138,6 @@ const COMMANDS: [&str; 26] = [
     "UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT",
     "UPSTREAM_REMOTE_PORT",
     "UPSTREAM_REQUEST_ATTEMPT_COUNT",
-    "VIRTUAL_HOST_NAME",
 ];
 /// The same with an argument in parentheses, the name of a header.
 const COMMANDS_WITH_ARGUMENT: [&str; 3] = ["REQ", "RESP", "TRAILER"];
