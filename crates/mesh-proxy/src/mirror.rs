@@ -88,7 +88,7 @@ impl Feed {
 
     /// The length of the body as announced.
     pub fn size_hint(&self) -> SizeHint {
-        self.announced.clone()
+        self.announced
     }
 
     /// False where nobody reads any more, or too slowly.

@@ -34,7 +34,7 @@ struct Part {
 enum Source {
     Header(HeaderName, Option<Substitution>),
     Cookie(Cookie),
-    SourceIp,
+    Address,
     Query(Box<str>),
 }
 
@@ -84,7 +84,7 @@ impl HashPolicy {
                 Source::Cookie(cookie) => {
                     cookie.hash(request.headers, remote, local, &mut hash.set_cookies)
                 }
-                Source::SourceIp => Some(of_ip(remote.ip())),
+                Source::Address => Some(of_ip(remote.ip())),
                 Source::Query(name) => query(request.path_and_query, name),
             };
             hash.value = combine(hash.value, new);
@@ -120,7 +120,7 @@ impl Source {
             Some(PolicySpecifier::Cookie(cookie)) => {
                 Self::Cookie(Cookie::compile(cookie).within("cookie")?)
             }
-            Some(PolicySpecifier::ConnectionProperties(m)) if m.source_ip => Self::SourceIp,
+            Some(PolicySpecifier::ConnectionProperties(m)) if m.source_ip => Self::Address,
             Some(PolicySpecifier::ConnectionProperties(_)) => return Ok(None),
             Some(PolicySpecifier::QueryParameter(m)) => Self::Query(m.name.as_str().into()),
             Some(PolicySpecifier::FilterState(_)) => {
