@@ -315,13 +315,6 @@ impl ClusterState {
         let hosts = self.hosts_of(&set, peers);
         let balancer = common.balancer(&set, &cluster.config.lb);
         self.cursor.renew();
-        if cluster.config.close_on_failure {
-            let out = |host: &&Rc<Host>| host.endpoint.monitor.is_ejected();
-            hosts
-                .iter()
-                .filter(out)
-                .for_each(|host| host.retire_connections());
-        }
         self.aligned.replace(Aligned {
             epoch,
             newest: hosts.iter().map(|host| host.endpoint.added).max(),

@@ -71,8 +71,6 @@ pub struct ClusterConfig {
     pub breakers: Breakers,
     /// When endpoints are taken out.
     pub outlier: Option<OutlierDetection>,
-    /// Unused connections to endpoints that are taken out are closed.
-    pub close_on_failure: bool,
     /// The service behind it, for metrics.
     pub service: Service,
 }
@@ -141,7 +139,6 @@ impl ClusterConfig {
                 .map(OutlierDetection::compile)
                 .transpose()
                 .within("outlier_detection")?,
-            close_on_failure: m.close_connections_on_host_health_failure,
             service: compile_service(m),
         };
         config.discovery = compile_discovery(m)?;
@@ -169,7 +166,7 @@ fn refuse_others(m: &pb::Cluster) -> Result<()> {
         name, alt_stat_name, connect_timeout, lb_policy, load_assignment, eds_cluster_config, cluster_discovery_type,
         max_requests_per_connection, http2_protocol_options, typed_extension_protocol_options, upstream_bind_config, common_lb_config,
         metadata, lb_config, load_balancing_policy, circuit_breakers, transport_socket, outlier_detection, upstream_connection_options,
-        close_connections_on_host_health_failure, dns_refresh_rate, dns_jitter, dns_failure_refresh_rate, respect_dns_ttl,
+        dns_refresh_rate, dns_jitter, dns_failure_refresh_rate, respect_dns_ttl,
         dns_lookup_family, dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
     }
     // Statistics, buffer sizes (bodies are streamed), cleaning intervals and hints: no effect on what is sent where.
@@ -182,7 +179,8 @@ fn refuse_others(m: &pb::Cluster) -> Result<()> {
     }
     refused {
         transport_socket_matches, transport_socket_matcher, health_checks, common_http_protocol_options,
-        lb_subset_config, protocol_selection, filters, upstream_config, connection_pool_per_downstream_connection,
+        lb_subset_config, protocol_selection, filters, close_connections_on_host_health_failure, upstream_config,
+        connection_pool_per_downstream_connection,
     });
     if let Some(socket) = &m.transport_socket
         && socket.name != "envoy.transport_sockets.raw_buffer"

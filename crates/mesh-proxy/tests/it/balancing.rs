@@ -24,20 +24,20 @@ use crate::config::{action, cluster, http_listener, prefix, route_to, state, tab
 use crate::stage::{App, Client, Proxy, free_port, wait};
 
 /// An application whose answers can be held back, and whose status can be changed.
-struct Held {
-    address: SocketAddr,
+pub struct Held {
+    pub address: SocketAddr,
     /// Connections accepted and connections open.
     accepted: Arc<AtomicUsize>,
     open: Arc<AtomicUsize>,
     /// Requests that have arrived.
     requests: Arc<AtomicUsize>,
     /// Each permit lets an answer out.
-    gate: Arc<Semaphore>,
+    pub gate: Arc<Semaphore>,
     status: Arc<AtomicU16>,
 }
 
 impl Held {
-    fn start(name: &'static str) -> Self {
+    pub fn start(name: &'static str) -> Self {
         let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         socket.set_nonblocking(true).expect("non-blocking");
         let app = Self {
@@ -87,11 +87,11 @@ impl Held {
     }
 
     /// Answers at once from now on.
-    fn release(&self) {
+    pub fn release(&self) {
         self.gate.add_permits(1 << 20);
     }
 
-    fn requests(&self) -> usize {
+    pub fn requests(&self) -> usize {
         self.requests.load(Ordering::SeqCst)
     }
 

@@ -6,6 +6,7 @@
 mod balancing;
 mod config;
 mod control;
+mod drain;
 mod filters;
 mod floods;
 mod http;
@@ -15,3 +16,4 @@ mod retries;
 mod smuggling;
 mod stage;
 mod tcp;
+mod upgrades;

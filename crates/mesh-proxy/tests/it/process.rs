@@ -13,7 +13,7 @@ use prost::Message;
 use crate::config::{action, cluster, http_listener, prefix, route_to, table};
 use crate::stage::{App, Client, Reply, free_port, wait};
 
-fn options(state_dir: &Path) -> ProxyOptions {
+pub fn options(state_dir: &Path) -> ProxyOptions {
     let mut options =
         ProxyOptions::from_vars(Role::Sidecar, BTreeMap::new(), Path::new("/nowhere"))
             .expect("options");
@@ -23,7 +23,7 @@ fn options(state_dir: &Path) -> ProxyOptions {
     options
 }
 
-async fn keep(dir: &Path, resources: Vec<(&'static str, String, Vec<u8>)>) {
+pub async fn keep(dir: &Path, resources: Vec<(&'static str, String, Vec<u8>)>) {
     let keeper = Keeper::open(dir).expect("a store");
     let mut receiver = Receiver::new(Shared::new(options(dir)), Some(keeper));
     for (type_url, name, value) in resources {
@@ -42,7 +42,7 @@ async fn keep(dir: &Path, resources: Vec<(&'static str, String, Vec<u8>)>) {
     }
 }
 
-fn ask(port: u16, method: &str, path: &str, headers: &str) -> Reply {
+pub fn ask(port: u16, method: &str, path: &str, headers: &str) -> Reply {
     let mut client = Client::connect(([127, 0, 0, 1], port).into());
     client.send(&format!(
         "{method} {path} HTTP/1.1\r\n{headers}content-length: 0\r\n\r\n"
@@ -50,7 +50,7 @@ fn ask(port: u16, method: &str, path: &str, headers: &str) -> Reply {
     client.reply().expect("a reply")
 }
 
-const LOCAL: &str = "host: localhost\r\n";
+pub const LOCAL: &str = "host: localhost\r\n";
 
 #[tokio::test]
 async fn a_process_serves_its_ports_and_ends_when_asked() {

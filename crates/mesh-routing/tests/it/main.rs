@@ -5,6 +5,7 @@
 
 mod balancing;
 mod chains;
+mod clusters;
 mod filters;
 mod routes;
 mod snapshots;

@@ -1,0 +1,254 @@
+//! SIGTERM: what is under way ends in peace. The proxy runs in a process of its own, since a signal is for a whole process.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::Request;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use mesh_proxy::{Ports, run};
+use mesh_routing::compile::{CLUSTER, LISTENER, ROUTE};
+use prost::Message;
+
+use crate::balancing::Held;
+use crate::config::{action, cluster, http_listener, prefix, route_to, table, tcp_listener};
+use crate::process::{LOCAL, ask, keep, options};
+use crate::stage::{Client, free_port, wait};
+
+/// Set for the process that is the proxy: state directory, health port, admin port, seconds to drain.
+const CHILD: &str = "MESH_PROXY_DRAIN_TEST";
+
+/// Not a test by itself: the entry of the other process.
+#[test]
+fn the_other_process() {
+    let Ok(text) = std::env::var(CHILD) else {
+        return;
+    };
+    let mut parts = text.splitn(4, ' ');
+    let mut number = || parts.next().and_then(|p| p.parse().ok()).expect("a number");
+    let (health, admin, seconds): (u16, u16, u16) = (number(), number(), number());
+    let mut options = options(Path::new(parts.next().expect("a folder")));
+    options.termination_drain = Duration::from_secs(seconds.into());
+    options.ports = Ports {
+        admin,
+        health,
+        agent: 0,
+        metrics: 0,
+    };
+    run(options).expect("a clean end");
+}
+
+struct Proxy {
+    process: Child,
+    health: u16,
+    admin: u16,
+    http: SocketAddr,
+    tcp: SocketAddr,
+    _dir: tempfile::TempDir,
+}
+
+impl Proxy {
+    async fn start(app: SocketAddr, echo: SocketAddr, seconds: u16) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (http, tcp) = (free_port(), free_port());
+        let listeners = [http_listener(http, |_| {}), tcp_listener(tcp, "echo")];
+        let routes = table(vec![route_to(prefix("/"), action("app"))]);
+        let mut resources = vec![
+            (
+                CLUSTER,
+                "app".to_owned(),
+                cluster("app", &[app]).encode_to_vec(),
+            ),
+            (
+                CLUSTER,
+                "echo".to_owned(),
+                cluster("echo", &[echo]).encode_to_vec(),
+            ),
+            (ROUTE, "routes".to_owned(), routes.encode_to_vec()),
+        ];
+        resources.extend(
+            listeners
+                .iter()
+                .map(|l| (LISTENER, l.name.clone(), l.encode_to_vec())),
+        );
+        keep(dir.path(), resources).await;
+        let (health, admin) = (free_port().port(), free_port().port());
+        let process = Command::new(std::env::current_exe().expect("this program"))
+            .args(["--exact", "drain::the_other_process", "--nocapture"])
+            .env(
+                CHILD,
+                format!("{health} {admin} {seconds} {}", dir.path().display()),
+            )
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("another process");
+        wait(|| TcpStream::connect((Ipv4Addr::LOCALHOST, health)).is_ok());
+        wait(|| ask(health, "GET", "/healthz/ready", LOCAL).status == 200);
+        Self {
+            process,
+            health,
+            admin,
+            http,
+            tcp,
+            _dir: dir,
+        }
+    }
+
+    fn terminate(&self) {
+        let pid = i32::try_from(self.process.id()).expect("a process id");
+        let pid = rustix::process::Pid::from_raw(pid).expect("a process id");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("its process");
+        wait(|| ask(self.health, "GET", "/healthz/ready", LOCAL).status == 503);
+    }
+
+    fn wait_for_end(&mut self) {
+        for _ in 0..1000 {
+            if let Some(status) = self.process.try_wait().expect("its status") {
+                assert!(status.success(), "{status}");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the proxy does not end");
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // Where a test fails half-way.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn echo() -> SocketAddr {
+    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let address = socket.local_addr().expect("its address");
+    std::thread::spawn(move || {
+        for stream in socket.incoming() {
+            let mut stream = stream.expect("a connection");
+            std::thread::spawn(move || {
+                let mut reader = stream.try_clone().expect("a second handle");
+                let _ = std::io::copy(&mut reader, &mut stream);
+            });
+        }
+    });
+    address
+}
+
+fn say(stream: &mut TcpStream, text: &str) -> bool {
+    let mut back = vec![0; text.len()];
+    stream.write_all(text.as_bytes()).is_ok()
+        && stream.read_exact(&mut back).is_ok()
+        && back == text.as_bytes()
+}
+
+#[tokio::test]
+async fn sigterm_lets_everything_end_in_peace() {
+    let app = Held::start("app");
+    let mut proxy = Proxy::start(app.address, echo(), 4).await;
+    app.gate.add_permits(2);
+    let mut idle = Client::connect(proxy.http);
+    assert_eq!(idle.get("/", "").status, 200);
+    let stream = tokio::net::TcpStream::connect(proxy.http)
+        .await
+        .expect("a connection");
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+        .await
+        .expect("a handshake");
+    let connection = tokio::spawn(connection);
+    let request = || {
+        Request::get("http://app.test/")
+            .body(Full::<Bytes>::default())
+            .expect("a request")
+    };
+    let response = sender.send_request(request()).await.expect("a response");
+    assert_eq!(response.status(), 200);
+    let running_http2 = tokio::spawn(sender.send_request(request()));
+    let at = proxy.http;
+    let running = std::thread::spawn(move || Client::connect(at).get("/", ""));
+    let mut tcp = TcpStream::connect(proxy.tcp).expect("a connection");
+    assert!(say(&mut tcp, "before"));
+    // Both are with the application.
+    for _ in 0..500 {
+        if app.requests() == 4 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let clusters = ask(proxy.admin, "GET", "/clusters", LOCAL).body;
+    assert!(
+        clusters.contains(&format!("app::{}::rq_active::2\n", app.address))
+            && clusters.contains(&format!("app::{}::rq_success::2\n", app.address)),
+        "{clusters}"
+    );
+
+    let started = Instant::now();
+    proxy.terminate();
+    assert!(idle.is_closed(), "an idle HTTP/1 connection is closed");
+    assert!(say(&mut tcp, "still there"));
+    app.release();
+    let last = tokio::task::spawn_blocking(move || running.join())
+        .await
+        .expect("a thread")
+        .expect("a reply");
+    assert_eq!(
+        (last.status, last.header("connection")),
+        (200, Some("close"))
+    );
+    let last = running_http2.await.expect("a task").expect("a response");
+    assert_eq!(last.status(), 200, "the stream under way is finished");
+    // GOAWAY: the connection ends by itself once its streams are done.
+    tokio::time::timeout(Duration::from_secs(3), connection)
+        .await
+        .expect("the HTTP/2 connection ends")
+        .expect("a task")
+        .expect("without an error");
+    // Who comes late is served, and told to go.
+    let mut late = Client::connect(proxy.http);
+    let reply = late.get("/", "");
+    assert_eq!(
+        (reply.status, reply.header("connection")),
+        (200, Some("close"))
+    );
+    assert!(say(&mut tcp, "to the end"));
+    tokio::task::spawn_blocking(move || {
+        proxy.wait_for_end();
+        drop(proxy);
+    })
+    .await
+    .expect("the end");
+    assert!(
+        started.elapsed() >= Duration::from_secs(3),
+        "TCP had its time"
+    );
+    assert!(!say(&mut tcp, "too late"));
+}
+
+#[tokio::test]
+async fn with_nothing_under_way_it_ends_at_once() {
+    let app = Held::start("app");
+    app.release();
+    let mut proxy = Proxy::start(app.address, echo(), 60).await;
+    let mut idle = Client::connect(proxy.http);
+    assert_eq!(idle.get("/", "").status, 200);
+    let stats = ask(
+        proxy.admin,
+        "GET",
+        "/stats?filter=app.*rq_(total|2xx)",
+        LOCAL,
+    )
+    .body;
+    assert_eq!(
+        stats,
+        "cluster.app.upstream_rq_2xx: 1\ncluster.app.upstream_rq_total: 1\n"
+    );
+    proxy.terminate();
+    proxy.wait_for_end();
+}
