@@ -13,7 +13,7 @@ use http::header::{HOST, ORIGIN};
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
 use serde_json::json;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::agent;
 use crate::serve::Answer;
@@ -81,7 +81,35 @@ pub async fn handle(
             format!("{path} changes something: use POST\n"),
         );
     }
-    page(&shared, &quit, path, query)
+    match path {
+        "/config_dump" => config_dump(shared, parameter(query, "include_eds").is_some()).await,
+        _ => page(&shared, &quit, path, query),
+    }
+}
+
+/// On a thread of its own: what it needs (the descriptors of all messages above all) goes back to the system when that ends.
+async fn config_dump(shared: Arc<Shared>, with_endpoints: bool) -> Answer {
+    let (tell, told) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("config-dump".to_owned());
+    let started = thread.spawn(move || {
+        let answer = match dump::config(&shared, with_endpoints) {
+            Ok(value) => Answer::json(&value),
+            Err(error) => failed(&error),
+        };
+        // Who asked may have gone.
+        let _ = tell.send(answer);
+    });
+    match started {
+        Ok(_) => told.await.unwrap_or_else(|error| failed(&error)),
+        Err(error) => failed(&error),
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> Answer {
+    Answer::status(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        format!("writing the configuration as JSON: {error}\n"),
+    )
 }
 
 fn page(shared: &Shared, quit: &watch::Sender<bool>, path: &str, query: &str) -> Answer {
@@ -90,13 +118,6 @@ fn page(shared: &Shared, quit: &watch::Sender<bool>, path: &str, query: &str) ->
         "/certs" => Answer::json(&json!({ "certificates": [] })),
         "/clusters" if json_wanted => Answer::json(&clusters::json(shared)),
         "/clusters" => Answer::text(clusters::text(shared)),
-        "/config_dump" => match dump::config(shared, parameter(query, "include_eds").is_some()) {
-            Ok(value) => Answer::json(&value),
-            Err(error) => Answer::status(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                format!("writing the configuration as JSON: {error}\n"),
-            ),
-        },
         "/listeners" if json_wanted => Answer::json(&dump::listeners_json(shared)),
         "/listeners" => Answer::text(dump::listeners_text(shared)),
         "/healthcheck/fail" => set(&shared.failing, true),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_routing::compile::{CLUSTER, ENDPOINTS, LISTENER, ROUTE};
-use mesh_xds::json::{JsonError, Naming, any_to_json};
+use mesh_xds::json::{Descriptors, JsonError, Naming, any_to_json};
 use prost::Message;
 use serde_json::{Value, json};
 
@@ -12,6 +12,7 @@ use crate::shared::Shared;
 
 /// `/config_dump`.
 pub fn config(shared: &Shared, with_endpoints: bool) -> Result<Value, JsonError> {
+    let _read_once = Descriptors::hold();
     let state = shared.snapshot().state();
     let node = json!({
         "id": shared.options.node_id(),
