@@ -237,6 +237,7 @@ async fn follow(
         report.host = Some(exchange.authority.clone());
     }
     let (policy, timeouts) = limits(route, manager, exchange, &mut parts);
+    connection.allow_silence(timeouts.idle);
     let origin = Origin::keep(&matched, Some(&target), &parts);
     let hash = hooks::hash(route, cluster, exchange, &parts);
     let mirrors = hooks::mirrors(route, exchange, &parts);

@@ -38,6 +38,9 @@ const MAX_STREAMS: u32 = 100;
 /// Streams that we reset because of the client's doing before the connection is closed (rapid reset, CVE-2023-44487 and successors).
 const MAX_RESETS: usize = 100;
 
+/// Seconds that the sweep leaves to a stream's own timer.
+const SWEEP_GRACE: u64 = 2;
+
 /// A connection on its way through a worker.
 pub struct Downstream {
     /// The worker.
@@ -59,6 +62,7 @@ pub struct Downstream {
     /// Second in which the last request ended, or the connection began.
     idle_since: Cell<u32>,
     idle_limit: Cell<Option<Duration>>,
+    silence: Cell<Option<Duration>>,
     head_limit: Cell<u32>,
     closing: Cell<Closing>,
     waker: RefCell<Option<Waker>>,
@@ -113,9 +117,15 @@ struct Activity {
     two_lengths: AtomicBool,
     /// The last request had a body.
     had_body: AtomicBool,
+    /// Second in which bytes last passed in either direction.
+    moved: AtomicU32,
 }
 
 impl Activity {
+    fn note_moved(&self) {
+        self.moved.store(clock::now(), Ordering::Relaxed);
+    }
+
     fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
     }
@@ -199,6 +209,7 @@ async fn serve_inner(
         activity: Arc::default(),
         idle_since: Cell::new(clock::now()),
         idle_limit: Cell::new(None),
+        silence: Cell::new(None),
         head_limit: Cell::new(HEADER_TIMEOUT),
         closing: Cell::new(Closing::No),
         waker: RefCell::default(),
@@ -460,6 +471,17 @@ impl Downstream {
         last || self.worker.shared.draining.load(Ordering::Relaxed)
     }
 
+    /// The longest silence that a request allows its stream (`None`: any). Of several requests the most patient one counts.
+    pub fn allow_silence(&self, limit: Option<Duration>) {
+        let alone = self.activity.in_flight() <= 1;
+        let longest = match (alone, self.silence.get(), limit) {
+            (true, _, limit) => limit,
+            (false, Some(other), Some(limit)) => Some(limit.max(other)),
+            (false, ..) => None,
+        };
+        self.silence.set(longest);
+    }
+
     /// Has the client sent a head with two kinds of length? (The codec takes one of them away.)
     pub fn sent_two_lengths(&self) -> bool {
         self.activity.two_lengths.load(Ordering::Relaxed)
@@ -473,10 +495,20 @@ impl Downstream {
 
     /// Called every second.
     pub fn check_timeouts(&self) {
+        let now = clock::now();
         if self.activity.in_flight() > 0 {
+            // Streams look after themselves as long as their client reads; one that does not is only seen here.
+            let moved = self.activity.moved.load(Ordering::Relaxed);
+            let silent = u64::from(now.saturating_sub(moved));
+            if self
+                .silence
+                .get()
+                .is_some_and(|limit| silent > limit.as_secs() + SWEEP_GRACE)
+            {
+                self.close(Closing::Now);
+            }
             return;
         }
-        let now = clock::now();
         let head = self.activity.head_since.load(Ordering::Relaxed);
         if head > 0 && now.saturating_sub(head) > self.head_limit.get() {
             self.close(Closing::Now);
@@ -530,6 +562,7 @@ impl Prefixed {
         if bytes.is_empty() {
             return;
         }
+        self.activity.note_moved();
         let begins = self.activity.note_read();
         if let Some(scan) = &mut self.scan {
             if begins {
@@ -572,7 +605,11 @@ impl AsyncWrite for Prefixed {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let done = Pin::new(&mut self.stream).poll_write(cx, buf);
+        if done.is_ready() {
+            self.activity.note_moved();
+        }
+        done
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -588,7 +625,11 @@ impl AsyncWrite for Prefixed {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let done = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        if done.is_ready() {
+            self.activity.note_moved();
+        }
+        done
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -43,8 +43,6 @@ pub struct Facts<'a> {
     pub upstream_cluster: &'a str,
     /// The route's name.
     pub route: &'a str,
-    /// The virtual host's name.
-    pub virtual_host: &'a str,
     /// SNI.
     pub server_name: &'a str,
     /// The proxy's host name.
@@ -82,7 +80,6 @@ enum Operator {
     ResponseCode,
     ResponseFlags,
     RouteName,
-    VirtualHostName,
     ServerName,
     Hostname,
     StartTime,
@@ -274,7 +271,6 @@ impl Operator {
             "RESPONSE_CODE" => Self::ResponseCode,
             "RESPONSE_FLAGS" => Self::ResponseFlags,
             "ROUTE_NAME" => Self::RouteName,
-            "VIRTUAL_HOST_NAME" => Self::VirtualHostName,
             "REQUESTED_SERVER_NAME" => Self::ServerName,
             "HOSTNAME" => Self::Hostname,
             "START_TIME" => Self::StartTime,
@@ -314,7 +310,6 @@ impl Operator {
             Self::ResponseCode => number(facts.status.into()),
             Self::ResponseFlags => Some(facts.flags.into()),
             Self::RouteName => Some(facts.route.into()),
-            Self::VirtualHostName => Some(facts.virtual_host.into()),
             Self::ServerName => Some(facts.server_name.into()),
             Self::Hostname => Some(facts.hostname.into()),
             Self::StartTime => Some(Cow::Owned(timestamp(facts.started?))),

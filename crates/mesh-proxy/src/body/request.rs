@@ -175,6 +175,9 @@ impl RequestBody {
     }
 }
 
+/// A frame, and whether it came from the client just now.
+type Passed = (Frame<Bytes>, bool);
+
 impl Reading {
     fn new(kept: &Rc<Kept>, turn: u32) -> Self {
         Self {
@@ -185,11 +188,8 @@ impl Reading {
         }
     }
 
-    /// The next frame, and whether it came from the client just now.
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<(Frame<Bytes>, bool), BodyError>>> {
+    /// The next frame.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Passed, BodyError>>> {
         let kept = &*self.kept;
         if kept.turn.get() != self.turn {
             return Poll::Ready(Some(Err(BodyError::Superseded)));
@@ -289,7 +289,7 @@ impl Body for RequestBody {
             Source::Whole(Some(bytes)) => SizeHint::with_exact(bytes.len() as u64),
             Source::Copy(feed) => feed.size_hint(),
             Source::Stream(inner) => inner.size_hint(),
-            Source::Kept(reading) if reading.next == 0 => reading.kept.announced.clone(),
+            Source::Kept(reading) if reading.next == 0 => reading.kept.announced,
             Source::Kept(_) => SizeHint::default(),
         }
     }

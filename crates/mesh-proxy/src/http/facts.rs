@@ -73,7 +73,6 @@ pub(super) fn facts<'a>(
             _ => "",
         },
         route: &matched.route.name,
-        virtual_host: &matched.host.name,
         hostname: &connection.worker.shared.identity.hostname,
         started: SystemTime::now().checked_sub(elapsed),
         duration: Some(elapsed),

@@ -198,7 +198,7 @@ fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
 fn grpc_text(millis: u64) -> String {
     match millis {
         0..=99_999_999 => format!("{millis}m"),
-        ..=99_999_999_999 => format!("{}S", millis / 1000),
+        100_000_000..=99_999_999_999 => format!("{}S", millis / 1000),
         _ => format!("{}H", (millis / 3_600_000).min(99_999_999)),
     }
 }
