@@ -154,10 +154,7 @@ async fn let_go(api: &ApiServer, definition: &Value) -> Result<(), ApiError> {
             list.retain(|name| name != FINALIZER);
         }
         if let Some(conditions) = new["status"]["conditions"].as_array_mut() {
-            for condition in conditions
-                .iter_mut()
-                .filter(|c| c["type"] == "Terminating")
-            {
+            for condition in conditions.iter_mut().filter(|c| c["type"] == "Terminating") {
                 condition["status"] = "False".into();
                 condition["reason"] = "InstanceDeletionCompleted".into();
                 condition["message"] = "removed all instances".into();

@@ -66,13 +66,13 @@ impl Expression {
             .map_err(|errors| errors.to_string().replace('\n', " "))?;
         let mut found = Names::default();
         found.read(program.expression(), &mut Vec::new());
-        if let Some(unknown) = found
-            .functions
-            .iter()
-            .find(|name| !functions::is_known(name))
-        {
+        let mut missing: Vec<_> = found.functions.iter().map(String::as_str).collect();
+        missing.retain(|name| !functions::is_known(name));
+        missing.sort_unstable();
+        if !missing.is_empty() {
             return Err(format!(
-                "undeclared reference to '{unknown}' (in function '{unknown}'): this server does not have it"
+                "undeclared reference to '{}': this server does not have such functions",
+                missing.join("', '")
             ));
         }
         let known =
@@ -206,13 +206,13 @@ impl Rule {
             let variables = ["self", "oldSelf"];
             let rule = Expression::compile(self.text("rule"), &variables)
                 .map_err(|error| format!("rule: compilation failed: {error}"))?;
-            let message = match self.text("messageExpression") {
-                "" => None,
-                text => Some(
-                    Expression::compile(text, &variables)
-                        .map_err(|error| format!("messageExpression: compilation failed: {error}"))?,
-                ),
-            };
+            let message =
+                match self.text("messageExpression") {
+                    "" => None,
+                    text => Some(Expression::compile(text, &variables).map_err(|error| {
+                        format!("messageExpression: compilation failed: {error}")
+                    })?),
+                };
             Ok(Compiled { rule, message })
         })
     }
@@ -389,13 +389,15 @@ pub fn validate_definition(
         validate_definition(&raw["items"], &at, correlatable && keyed, errors);
     }
     for combination in ["allOf", "anyOf", "oneOf"] {
-        for (index, branch) in raw[combination].as_array().into_iter().flatten().enumerate() {
+        for (index, branch) in raw[combination]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .enumerate()
+        {
             if branch.get("x-kubernetes-validations").is_some() {
                 let at = format!("{path}.{combination}[{index}].x-kubernetes-validations");
-                errors.push(FieldError::forbidden(
-                    at,
-                    "must be empty to be structural",
-                ));
+                errors.push(FieldError::forbidden(at, "must be empty to be structural"));
             }
         }
     }

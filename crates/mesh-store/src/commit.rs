@@ -92,7 +92,10 @@ impl Drop for Committer {
     fn drop(&mut self) {
         self.shared.queue().closed = true;
         self.shared.wake.notify_one();
-        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(thread) = thread.take()
             // The last owner may be what the thread itself has just called.
             && thread.thread().id() != std::thread::current().id()

@@ -13,8 +13,27 @@ use crate::schema::{Schema, SchemaKind};
 
 /// CEL's reserved words, which can't be field names as they are.
 const RESERVED: [&str; 21] = [
-    "true", "false", "null", "in", "as", "break", "const", "continue", "else", "for", "function",
-    "if", "import", "let", "loop", "package", "namespace", "return", "var", "void", "while",
+    "true",
+    "false",
+    "null",
+    "in",
+    "as",
+    "break",
+    "const",
+    "continue",
+    "else",
+    "for",
+    "function",
+    "if",
+    "import",
+    "let",
+    "loop",
+    "package",
+    "namespace",
+    "return",
+    "var",
+    "void",
+    "while",
 ];
 
 /// A value of this schema. Of metadata only the names can be seen.
@@ -180,7 +199,12 @@ mod tests {
 
     #[test]
     fn durations_are_read_as_go_does() {
-        for (text, milliseconds) in [("1h", 3_600_000), ("1m30s", 90_000), ("-1.5s", -1500), ("20ms", 20)] {
+        for (text, milliseconds) in [
+            ("1h", 3_600_000),
+            ("1m30s", 90_000),
+            ("-1.5s", -1500),
+            ("20ms", 20),
+        ] {
             assert_eq!(
                 duration(text).map(|d| d.num_milliseconds()),
                 Some(milliseconds),

@@ -9,37 +9,122 @@ use cel::{Context, Env, ExecutionError, Value};
 
 /// Names by which functions and types are qualified, and types that can be mentioned.
 const NAMESPACES: [&str; 17] = [
-    "math", "strings", "optional", "cel", "int", "uint", "double", "bool", "string", "bytes",
-    "list", "map", "null_type", "type", "dyn", "google", "lists",
+    "math",
+    "strings",
+    "optional",
+    "cel",
+    "int",
+    "uint",
+    "double",
+    "bool",
+    "string",
+    "bytes",
+    "list",
+    "map",
+    "null_type",
+    "type",
+    "dyn",
+    "google",
+    "lists",
 ];
 
 /// All functions that are not operators.
 const FUNCTIONS: [&str; 82] = [
     // The standard library.
-    "size", "contains", "startsWith", "endsWith", "matches", "string", "int", "uint", "double",
-    "bytes", "bool", "dyn", "type", "duration", "timestamp", "getFullYear", "getMonth", "getDate",
-    "getDayOfMonth", "getDayOfWeek", "getDayOfYear", "getHours", "getMinutes", "getSeconds",
+    "size",
+    "contains",
+    "startsWith",
+    "endsWith",
+    "matches",
+    "string",
+    "int",
+    "uint",
+    "double",
+    "bytes",
+    "bool",
+    "dyn",
+    "type",
+    "duration",
+    "timestamp",
+    "getFullYear",
+    "getMonth",
+    "getDate",
+    "getDayOfMonth",
+    "getDayOfWeek",
+    "getDayOfYear",
+    "getHours",
+    "getMinutes",
+    "getSeconds",
     "getMilliseconds",
     // Optional values.
-    "of", "ofNonZeroValue", "none", "hasValue", "value", "or", "orValue",
+    "of",
+    "ofNonZeroValue",
+    "none",
+    "hasValue",
+    "value",
+    "or",
+    "orValue",
     // Strings.
-    "charAt", "indexOf", "lastIndexOf", "join", "lowerAscii", "upperAscii", "replace", "split",
-    "substring", "trim", "quote",
+    "charAt",
+    "indexOf",
+    "lastIndexOf",
+    "join",
+    "lowerAscii",
+    "upperAscii",
+    "replace",
+    "split",
+    "substring",
+    "trim",
+    "quote",
     // Lists.
-    "flatten", "distinct", "sort", "slice", "range", "reverse",
+    "flatten",
+    "distinct",
+    "sort",
+    "slice",
+    "range",
+    "reverse",
     // Math.
-    "greatest", "least", "ceil", "floor", "round", "trunc", "abs", "sign", "sqrt", "isNaN",
-    "isInf", "isFinite", "bitAnd", "bitOr", "bitXor", "bitNot", "bitShiftLeft", "bitShiftRight",
+    "greatest",
+    "least",
+    "ceil",
+    "floor",
+    "round",
+    "trunc",
+    "abs",
+    "sign",
+    "sqrt",
+    "isNaN",
+    "isInf",
+    "isFinite",
+    "bitAnd",
+    "bitOr",
+    "bitXor",
+    "bitNot",
+    "bitShiftLeft",
+    "bitShiftRight",
     // Kubernetes' lists and regular expressions.
-    "isSorted", "sum", "min", "max", "find", "findAll",
+    "isSorted",
+    "sum",
+    "min",
+    "max",
+    "find",
+    "findAll",
     // The same by the names under which structures and macros appear in a parsed expression.
-    "math.greatest", "math.least", "strings.quote", "lists.range", "optional.of",
-    "optional.ofNonZeroValue", "optional.none", "", "optMap",
+    "math.greatest",
+    "math.least",
+    "strings.quote",
+    "lists.range",
+    "optional.of",
+    "optional.ofNonZeroValue",
+    "optional.none",
+    "",
+    "optMap",
 ];
 
 /// Whether rules may call it.
 pub fn is_known(name: &str) -> bool {
-    let operator = !name.starts_with(|c: char| c.is_ascii_alphabetic());
+    // Operators and what macros expand to, such as `_&&_` and `math.@max`.
+    let operator = name.contains('@') || !name.starts_with(|c: char| c.is_ascii_alphabetic());
     operator || FUNCTIONS.contains(&name)
 }
 
@@ -101,7 +186,12 @@ fn sum(This(list): This<Arc<Vec<Value>>>) -> Result<Value, ExecutionError> {
                     .ok_or_else(|| ExecutionError::function_error("sum", "overflow"))?,
             ),
             (Value::Float(a), Value::Float(b)) => Value::Float(a + b),
-            _ => return Err(ExecutionError::function_error("sum", "not a list of numbers")),
+            _ => {
+                return Err(ExecutionError::function_error(
+                    "sum",
+                    "not a list of numbers",
+                ));
+            }
         };
     }
     Ok(total)

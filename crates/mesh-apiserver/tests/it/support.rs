@@ -52,6 +52,21 @@ impl Api {
         Api { server, router }
     }
 
+    pub fn in_dir(dir: &Path) -> Api {
+        Api::open(options(Some(dir)))
+    }
+
+    /// Asks until the answer is as wanted, at most ten seconds.
+    pub async fn until(&self, path: &str, wanted: impl Fn(&Answer) -> bool) {
+        for _ in 0..1000 {
+            if wanted(&self.get(path).await) {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("not within ten seconds: {path}");
+    }
+
     pub fn client(&self) -> kube::Client {
         kube::Client::new(self.router.clone(), "default")
     }

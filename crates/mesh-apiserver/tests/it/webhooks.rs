@@ -276,3 +276,55 @@ async fn dry_runs_spare_webhooks_with_effects() {
         .await
         .fails(400);
 }
+
+#[tokio::test]
+async fn match_conditions_decide_who_is_asked() {
+    let bench = bench(deny).await;
+    bench
+        .register("Validating", |hook| {
+            hook["matchConditions"] = json!([
+                { "name": "not-exempt", "expression": "!object.metadata.name.startsWith('exempt')" },
+                { "name": "created", "expression": "request.operation == 'CREATE' && request.userInfo.username != ''" },
+            ])
+        })
+        .await;
+    let exempt = config_map("exempt-a", json!({ "a": "b" }));
+    bench.api.post(CONFIG_MAPS, &exempt).await.ok();
+    let denied = config_map("other", json!({ "a": "b" }));
+    bench.api.post(CONFIG_MAPS, &denied).await.fails(403);
+    assert_eq!(bench.seen.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_condition_that_fails_counts_as_the_failure_policy_says() {
+    for (policy, code) in [("Fail", 403), ("Ignore", 201)] {
+        let bench = bench(deny).await;
+        bench
+            .register("Validating", |hook| {
+                hook["failurePolicy"] = policy.into();
+                hook["matchConditions"] =
+                    json!([{ "name": "broken", "expression": "object.data.missing == 'x'" }]);
+            })
+            .await;
+        let answer = bench
+            .api
+            .post(CONFIG_MAPS, &config_map("a", json!({ "a": "b" })))
+            .await;
+        assert_eq!(answer.code, code, "{}", answer.body);
+        assert!(bench.seen.lock().unwrap().is_empty());
+    }
+    let api = Api::new();
+    let body = json!({ "metadata": { "name": "x" }, "webhooks": [{
+        "name": "check.example.com", "admissionReviewVersions": ["v1"], "sideEffects": "None",
+        "clientConfig": { "url": "https://127.0.0.1:1/" },
+        "matchConditions": [{ "name": "a", "expression": "authorizer.group('').check('x').allowed()" }],
+    }] });
+    let path = format!("{HOOKS}/validatingwebhookconfigurations");
+    let status = api.post(&path, &body).await.fails(422);
+    assert!(
+        status["message"]
+            .as_str()
+            .unwrap()
+            .contains("undeclared reference")
+    );
+}
