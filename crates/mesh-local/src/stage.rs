@@ -200,6 +200,7 @@ fn wait_readable(fds: &[std::os::fd::BorrowedFd<'_>]) -> anyhow::Result<Vec<Poll
 fn init(state: &Path) -> anyhow::Result<ExitCode> {
     let signals = signal_fd()?;
     let socket = take_stdin()?;
+    nix::unistd::sethostname(crate::agent::NODE_NAME).context("naming the node")?;
     let run = prepare_mounts(state)?;
     let node_socket = socket.try_clone().context("sharing the parent's socket")?;
     let node = next_stage("node", node_socket)

@@ -9,8 +9,11 @@ const DNS: &str = "10.96.0.10";
 /// The cluster's domain.
 const DOMAIN: &str = "cluster.local";
 
-/// The pod's host name: `spec.hostname`, else its name, at most 63 characters.
+/// The pod's host name: `spec.hostname`, else its name, at most 63 characters; the node's in the node's network.
 pub fn hostname(pod: &Pod) -> String {
+    if pod.spec.as_ref().and_then(|s| s.host_network) == Some(true) {
+        return super::NODE_NAME.to_owned();
+    }
     let given = pod
         .spec
         .as_ref()

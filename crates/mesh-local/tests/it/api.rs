@@ -1,5 +1,6 @@
 //! As much of a Kubernetes API as a pod's worker needs: reads find what the test put in, writes are recorded.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -16,6 +17,7 @@ pub struct Api {
     statuses: watch::Sender<Value>,
     events: Arc<Mutex<Vec<Value>>>,
     deleted: watch::Sender<bool>,
+    tokens: Arc<AtomicU64>,
 }
 
 impl Api {
@@ -25,6 +27,7 @@ impl Api {
             statuses: watch::Sender::new(Value::Null),
             events: Arc::default(),
             deleted: watch::Sender::new(false),
+            tokens: Arc::default(),
         }
     }
 
@@ -75,8 +78,12 @@ impl Api {
             }
             Method::POST if path.ends_with("/token") => {
                 let mut body = body;
+                let token = match self.tokens.fetch_add(1, Ordering::Relaxed) {
+                    0 => "a-token".to_owned(),
+                    number => format!("token-{number}"),
+                };
                 body["status"] =
-                    json!({"token": "a-token", "expirationTimestamp": "2999-01-01T00:00:00Z"});
+                    json!({"token": token, "expirationTimestamp": "2999-01-01T00:00:00Z"});
                 axum::Json(body).into_response()
             }
             Method::DELETE => {

@@ -6,7 +6,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod api;
+mod lifecycle;
 mod pods;
+mod server;
 mod streams;
 
 use std::io::{BufRead, BufReader};
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
     match args.get(1).and_then(|a| a.to_str()) {
         Some("outer") => outer(args.get(2).is_some_and(|mode| mode == "user")),
         Some("inner") => inner(),
+        Some("probed") => server::main(),
         Some("cluster") => cluster(args.get(2).is_some_and(|mode| mode == "user"), true),
         Some("running") => cluster(args.get(2).is_some_and(|mode| mode == "user"), false),
         Some("stop") => stop(

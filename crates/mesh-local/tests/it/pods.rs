@@ -63,7 +63,7 @@ impl Running {
         String::from_utf8(parts.concat()).unwrap()
     }
 
-    async fn exec(&self, container: &str, command: &str, tty: bool) -> (String, ExitStatus) {
+    pub async fn exec(&self, container: &str, command: &str, tty: bool) -> (String, ExitStatus) {
         let request = ExecRequest {
             namespace: "shop".into(),
             pod: "p".into(),
@@ -85,10 +85,15 @@ impl Running {
         (out.trim().to_owned(), session.exit.await)
     }
 
-    pub async fn delete(mut self) -> Api {
+    pub async fn delete(self) -> Api {
+        self.delete_within(5).await
+    }
+
+    /// `seconds`: the grace period.
+    pub async fn delete_within(mut self, seconds: i64) -> Api {
         self.pod.metadata.deletion_timestamp =
             Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
-        self.pod.metadata.deletion_grace_period_seconds = Some(5);
+        self.pod.metadata.deletion_grace_period_seconds = Some(seconds);
         self.changes
             .send(Change::Pod(Box::new(self.pod.clone())))
             .unwrap();
@@ -112,6 +117,7 @@ pub async fn all(run: &Path) {
     pods_that_can_not_run(run).await;
     a_finished_pod(run).await;
     crate::streams::all(run).await;
+    crate::lifecycle::all(run).await;
     assert_eq!(
         other_processes(),
         BTreeSet::new(),
