@@ -33,6 +33,9 @@ pub struct Args {
     /// Readiness, and debug pages for the loopback address
     #[arg(long = "httpAddr", value_name = "ADDR", default_value = "0.0.0.0:8080")]
     http: SocketAddr,
+    /// Revision of this installation, where several run in one cluster
+    #[arg(long, value_name = "NAME", env = "REVISION", default_value = "default")]
+    revision: String,
     /// Log filter, such as info or mesh_control=debug
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: String,
@@ -49,7 +52,7 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         monitoring: args.monitoring,
         http: args.http,
         namespace: global.istio_namespace.clone(),
-        ..Options::new(client, env!("CARGO_PKG_VERSION"))
+        ..Options::new(client, env!("CARGO_PKG_VERSION")).of_revision(&args.revision)
     };
     Control::bind(options).await?.run(stopped()).await?;
     Ok(ExitCode::SUCCESS)

@@ -11,7 +11,9 @@
 mod http;
 mod metrics;
 mod nodes;
+mod leader;
 mod publish;
+mod refusals;
 mod serving;
 mod status;
 mod table;
@@ -35,6 +37,8 @@ pub struct Options {
     pub namespace: String,
     /// Our Service in it; the webhooks' certificate carries its names. Default `istiod`.
     pub service: String,
+    /// Which of several installations in the cluster this one is; its ConfigMaps' names end in it. Default `default`, which is left out of names.
+    pub revision: String,
     /// Shown by `/version` and to proxies.
     pub version: String,
     /// Discovery in plain text. Default `0.0.0.0:15010`.
@@ -47,7 +51,20 @@ pub struct Options {
     pub http: SocketAddr,
 }
 
+/// The revision of an installation that names none.
+const DEFAULT_REVISION: &str = "default";
+
 impl Options {
+    /// These options for an installation of a revision, whose Service is called `istiod-REVISION`; empty means `default`.
+    #[must_use]
+    pub fn of_revision(mut self, revision: &str) -> Self {
+        if !revision.is_empty() {
+            revision.clone_into(&mut self.revision);
+            self.service = revisioned(&self.service, revision);
+        }
+        self
+    }
+
     /// The defaults named at the fields.
     #[must_use]
     pub fn new(client: kube::Client, version: &str) -> Self {
@@ -56,12 +73,21 @@ impl Options {
             client,
             namespace: "istio-system".to_owned(),
             service: "istiod".to_owned(),
+            revision: DEFAULT_REVISION.to_owned(),
             version: version.to_owned(),
             grpc: any(15010),
             webhook: any(15017),
             monitoring: any(15014),
             http: any(8080),
         }
+    }
+}
+
+/// Istio's way to name the objects of a revision.
+fn revisioned(name: &str, revision: &str) -> String {
+    match revision {
+        DEFAULT_REVISION => name.to_owned(),
+        revision => format!("{name}-{revision}"),
     }
 }
 
@@ -191,8 +217,9 @@ impl Control {
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ControlError> {
         let options = Arc::new(self.options);
         let metrics = Arc::new(metrics::Metrics::new(&options.version));
-        let (publisher, published, problems, shared) = publish::new(Arc::clone(&metrics));
-        let nodes = nodes::Nodes::new(published, Arc::clone(&metrics));
+        let (publisher, published, problems, shared) = publish::new(&options.revision, Arc::clone(&metrics));
+        let refusals = refusals::Board::new();
+        let nodes = nodes::Nodes::new(published, Arc::clone(&metrics), refusals.clone());
         let mut tasks = JoinSet::new();
         let kinds = watch::kinds(&options.namespace);
         let changes = publisher.changes();
@@ -204,9 +231,15 @@ impl Control {
         }
         drop(changes);
         tasks.spawn(ended("publishing", publisher.run(kinds.len())));
+        let identity = leader::identity();
+        let (leading, leader) = leader::new();
+        tasks.spawn(ended(
+            "leader election",
+            leader::run(Arc::clone(&options), identity.clone(), leading),
+        ));
         tasks.spawn(ended(
             "statuses",
-            status::run(options.client.clone(), problems),
+            status::run(options.client.clone(), problems, refusals, leader.clone()),
         ));
         let certificate = serving::Certificate::default();
         tasks.spawn(ended(
@@ -265,6 +298,9 @@ impl Control {
             }
         }
         drop(stop);
+        tasks.abort_all();
+        let grace = std::time::Duration::from_secs(2);
+        let _ = tokio::time::timeout(grace, leader::resign(&options, &identity, &leader)).await;
         // Proxies are told to go to another control plane; whoever does not listen is left behind.
         let grace = std::time::Duration::from_secs(5);
         let _ = tokio::time::timeout(grace, discovery).await;

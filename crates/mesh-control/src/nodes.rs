@@ -1,13 +1,13 @@
 //! Connected proxies: what each gets, and how it takes it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use envoy_types::pb::google::protobuf::{Struct, Value as Wire, value::Kind};
-use mesh_model::NodeKind;
+use mesh_model::{NodeKind, ObjectKey};
 use mesh_translate::{Resources, translate};
 use mesh_xds::json::{self, Naming};
 use mesh_xds::resources::ByName;
@@ -21,7 +21,10 @@ use tokio::time::Instant;
 
 use crate::metrics::{Connected, Metrics};
 use crate::publish::{Newest, Published};
+use crate::refusals::{self, Board};
 
+/// What a node's failed patches stand under, beside the types that it refused.
+const PATCHES: &str = "patches";
 /// Depth of a node's metadata; deeper is cut off.
 const MAX_DEPTH: usize = 16;
 
@@ -32,12 +35,14 @@ pub(crate) struct Nodes {
     metrics: Arc<Metrics>,
     table: Arc<Mutex<BTreeMap<u64, Arc<Entry>>>>,
     next: Arc<AtomicU64>,
+    refusals: Board,
     /// Translations at a time: as many as there are processors, so that the others find the newest mesh when their turn comes.
     turns: Arc<Semaphore>,
 }
 
 /// One stream of one proxy.
 struct Entry {
+    number: u64,
     node: mesh_model::Node,
     peer: Option<SocketAddr>,
     connected: jiff::Timestamp,
@@ -47,10 +52,14 @@ struct Entry {
 #[derive(Default)]
 struct EntryState {
     set: Option<Arc<ResourceSet>>,
+    patched_by: PatchedBy,
     /// When the oldest change in the present set was seen; taken when it is sent.
     since: Option<Instant>,
     types: BTreeMap<String, TypeStatus>,
 }
+
+/// EnvoyFilters that changed a resource, by its type URL and name.
+type PatchedBy = BTreeMap<(&'static str, String), BTreeSet<ObjectKey>>;
 
 /// How one type stands on a stream.
 #[derive(Clone, Default, Serialize)]
@@ -62,6 +71,33 @@ struct TypeStatus {
     /// Refused by the last answer.
     rejected: BTreeMap<String, String>,
     error: String,
+}
+
+impl EntryState {
+    /// Refused resources by the objects that they were made from.
+    fn blamed(
+        &self,
+        node: &mesh_model::Node,
+        type_url: &str,
+        rejections: &[Rejection],
+    ) -> Vec<(ObjectKey, refusals::Refusal)> {
+        let node = described(node);
+        let known = self.set.as_ref().and_then(|set| set.of_type(type_url));
+        let mut blamed = Vec::new();
+        for Rejection { name, message } in rejections {
+            let body = known.and_then(|by_name| by_name.get(name));
+            let body = body.map_or(&[][..], |resource| resource.value.as_ref());
+            let patched = self.patched_by.iter();
+            let patched = patched
+                .filter(|((of_type, of_name), _)| *of_type == type_url && of_name == name)
+                .map(|(_, objects)| objects)
+                .next();
+            blamed.extend(refusals::of_resource(
+                &node, type_url, name, message, body, patched,
+            ));
+        }
+        blamed
+    }
 }
 
 impl TypeStatus {
@@ -80,13 +116,14 @@ impl TypeStatus {
 }
 
 impl Nodes {
-    pub(crate) fn new(newest: Newest, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(newest: Newest, metrics: Arc<Metrics>, refusals: Board) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             newest,
             metrics,
             table: Arc::default(),
             next: Arc::default(),
+            refusals,
             turns: Arc::new(Semaphore::new(processors)),
         }
     }
@@ -161,6 +198,7 @@ impl Nodes {
             .into_iter()
             .rfind(|entry| proxy_id(&entry.node) == proxy)?;
         let set = lock(&entry.state).set.clone().unwrap_or_default();
+        let _held = json::Descriptors::hold();
         let mut configs = Vec::new();
         for type_url in types::PUSH_ORDER {
             for resource in set
@@ -200,6 +238,7 @@ impl NodeSource for Nodes {
         tracing::info!(node = node.id, ?peer, "proxy connected");
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let entry = Arc::new(Entry {
+            number,
             node,
             peer,
             connected: jiff::Timestamp::now(),
@@ -212,15 +251,18 @@ impl NodeSource for Nodes {
             Arc::clone(&entry),
             sender,
             Arc::clone(&self.turns),
+            self.refusals.clone(),
         ));
         Ok(Connection {
             sets,
             report: Box::new(Reporter {
                 entry,
                 metrics: Arc::clone(&self.metrics),
+                refusals: self.refusals.clone(),
                 _connected: self.metrics.node_connected(),
                 _place: Place {
                     table: Arc::clone(&self.table),
+                    refusals: self.refusals.clone(),
                     number,
                 },
             }),
@@ -234,6 +276,7 @@ async fn feed(
     entry: Arc<Entry>,
     sets: watch::Sender<Option<Arc<ResourceSet>>>,
     turns: Arc<Semaphore>,
+    refusals: Board,
 ) {
     loop {
         let published = newest.borrow_and_update().clone();
@@ -241,7 +284,7 @@ async fn feed(
             let Ok(_turn) = turns.acquire().await else {
                 return;
             };
-            push(published, &entry, &sets).await;
+            push(published, &entry, &sets, &refusals).await;
         }
         tokio::select! {
             changed = newest.changed() => if changed.is_err() { return },
@@ -254,6 +297,7 @@ async fn push(
     published: Arc<Published>,
     entry: &Arc<Entry>,
     sets: &watch::Sender<Option<Arc<ResourceSet>>>,
+    refusals: &Board,
 ) {
     let since = published.since;
     let previous = lock(&entry.state).set.clone();
@@ -264,32 +308,41 @@ async fn push(
             for note in &resources.notes {
                 tracing::warn!(node = entry.node.id, note, "not translated");
             }
-            let set = to_set(resources);
-            match &previous {
+            let node = described(&entry.node);
+            let failed = resources.problems.iter();
+            let failed = failed
+                .map(|problem| refusals::of_patch(&node, problem))
+                .collect();
+            let (set, patched_by) = to_set(resources);
+            let set = match &previous {
                 Some(previous) => set.sharing(previous),
                 None => set,
-            }
+            };
+            (set, patched_by, failed)
         })
         .await
     };
-    match translated {
-        Ok(set) if previous.as_deref() == Some(&set) => {}
-        Ok(set) => {
-            let set = Arc::new(set);
-            {
-                let mut state = lock(&entry.state);
-                state.set = Some(Arc::clone(&set));
-                state.since.get_or_insert(since);
-            }
-            sets.send_replace(Some(set));
-        }
+    let (set, patched_by, failed) = match translated {
+        Ok(translated) => translated,
         Err(error) => {
             tracing::error!(node = entry.node.id, %error, "translating failed; the node keeps what it has");
+            return;
         }
+    };
+    refusals.set(entry.number, PATCHES, failed);
+    let mut state = lock(&entry.state);
+    state.patched_by = patched_by;
+    if previous.as_deref() == Some(&set) {
+        return;
     }
+    let set = Arc::new(set);
+    state.set = Some(Arc::clone(&set));
+    state.since.get_or_insert(since);
+    drop(state);
+    sets.send_replace(Some(set));
 }
 
-fn to_set(resources: Resources) -> ResourceSet {
+fn to_set(resources: Resources) -> (ResourceSet, PatchedBy) {
     let mut set = ResourceSet::new();
     for (type_url, by_name) in [
         (types::CLUSTER, resources.clusters),
@@ -311,13 +364,14 @@ fn to_set(resources: Resources) -> ResourceSet {
             .collect();
         set.set_type(type_url, Arc::new(by_name));
     }
-    set
+    (set, resources.patched_by)
 }
 
 /// Keeps the status of a stream; dropped with it.
 struct Reporter {
     entry: Arc<Entry>,
     metrics: Arc<Metrics>,
+    refusals: Board,
     _connected: Connected,
     _place: Place,
 }
@@ -325,11 +379,13 @@ struct Reporter {
 /// A stream's place in the table.
 struct Place {
     table: Arc<Mutex<BTreeMap<u64, Arc<Entry>>>>,
+    refusals: Board,
     number: u64,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        self.refusals.remove(self.number);
         if let Some(entry) = lock(&self.table).remove(&self.number) {
             tracing::info!(node = entry.node.id, "proxy disconnected");
         }
@@ -358,7 +414,10 @@ impl Report for Reporter {
                 version,
             } => {
                 self.metrics.accepted(&type_url);
-                let status = state.types.entry(type_url).or_default();
+                let status = state.types.entry(type_url.clone()).or_default();
+                if !status.error.is_empty() {
+                    self.refusals.set(self.entry.number, &type_url, Vec::new());
+                }
                 status.nonce_acked = nonce;
                 status.version_acked = version;
                 status.rejected.clear();
@@ -377,6 +436,8 @@ impl Report for Reporter {
                     "a proxy refused resources"
                 );
                 self.metrics.rejected(&type_url, rejections.len());
+                let blamed = state.blamed(&self.entry.node, &type_url, &rejections);
+                self.refusals.set(self.entry.number, &type_url, blamed);
                 let status = state.types.entry(type_url).or_default();
                 status.error = message;
                 status.rejected = rejections
@@ -392,6 +453,11 @@ impl Report for Reporter {
 /// A panic elsewhere must not take the status pages with it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `sidecar reviews-v1.default`.
+fn described(node: &mesh_model::Node) -> String {
+    format!("{} {}", kind_name(node.kind), proxy_id(node))
 }
 
 fn proxy_id(node: &mesh_model::Node) -> String {

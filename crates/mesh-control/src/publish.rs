@@ -85,13 +85,16 @@ pub(crate) struct Publisher {
 }
 
 /// A publisher and what it gives to others.
-pub(crate) fn new(metrics: Arc<Metrics>) -> (Publisher, Newest, Wishes, Arc<Shared>) {
+pub(crate) fn new(
+    revision: &str,
+    metrics: Arc<Metrics>,
+) -> (Publisher, Newest, Wishes, Arc<Shared>) {
     let (sender, receiver) = mpsc::channel(QUEUE);
     let (published, newest) = watch::channel(None);
     let (wishes, wanted) = watch::channel(Arc::new(Vec::new()));
     let (state, view) = watch::channel(State::default());
     let publisher = Publisher {
-        table: Table::default(),
+        table: Table::new(revision),
         sender,
         receiver,
         published,

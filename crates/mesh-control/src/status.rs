@@ -1,6 +1,7 @@
 //! Findings about Istio objects, written to their status: so that `kubectl describe` shows what has no effect, and why.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use kube::Api;
 use kube::api::{Patch, PatchParams};
@@ -8,7 +9,18 @@ use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use mesh_model::{ObjectKey, Problem, Severity};
 use serde_json::{Value, json};
 
+use crate::leader::Leader;
 use crate::publish::Wishes;
+use crate::refusals::{Board, Refusal};
+
+/// Condition about the object itself.
+const RECONCILED: &str = "Reconciled";
+/// Condition about the proxies that were given what the object says; it appears once one of them refuses it.
+const ACCEPTED: &str = "Accepted";
+/// Proxies that a status names at most.
+const MAX_REFUSALS: usize = 5;
+/// Refusals are collected for so long before they are written: a bad object is refused by many proxies at once.
+const COLLECT: Duration = Duration::from_millis(200);
 
 /// What an object's status should tell.
 #[derive(Clone, Debug)]
@@ -21,19 +33,61 @@ pub(crate) struct Wish {
     pub(crate) problems: Vec<Problem>,
 }
 
-/// Writes what differs, for ever. A status that can't be written is logged; the next mesh tries again.
-pub(crate) async fn run(client: kube::Client, mut wishes: Wishes) {
+/// What was written for an object.
+#[derive(Clone, PartialEq)]
+struct Mark {
+    generation: i64,
+    problems: Vec<Problem>,
+    refusals: BTreeSet<Refusal>,
+}
+
+/// Writes what differs, for ever, while this control plane is the leader. A status that can't be written is logged; the next mesh tries again.
+pub(crate) async fn run(
+    client: kube::Client,
+    mut wishes: Wishes,
+    refusals: Board,
+    mut leader: Leader,
+) {
     // What we wrote, by object: the view of the watch may lag behind it.
-    let mut written: BTreeMap<ObjectKey, (i64, Vec<Problem>)> = BTreeMap::new();
-    while wishes.changed().await.is_ok() {
+    let mut written: BTreeMap<ObjectKey, Mark> = BTreeMap::new();
+    let mut refused = refusals.changes();
+    loop {
+        let alive = tokio::select! {
+            changed = wishes.changed() => changed,
+            changed = leader.changed() => changed,
+            changed = refused.changed() => {
+                tokio::time::sleep(COLLECT).await;
+                refused.mark_unchanged();
+                changed
+            }
+        };
+        if alive.is_err() {
+            return;
+        }
+        if !*leader.borrow_and_update() {
+            // Another one writes meanwhile.
+            written.clear();
+            continue;
+        }
         let wanted = std::sync::Arc::clone(&wishes.borrow_and_update());
+        let mut refusals = refusals.all();
         written.retain(|key, _| wanted.iter().any(|wish| wish.key == *key));
         for wish in wanted.iter() {
-            let mark = (wish.generation, wish.problems.clone());
+            let mark = Mark {
+                generation: wish.generation,
+                problems: wish.problems.clone(),
+                refusals: refusals.remove(&wish.key).unwrap_or_default(),
+            };
             if written.get(&wish.key) == Some(&mark) {
                 continue;
             }
-            if let Some(status) = desired(wish, &jiff::Timestamp::now().to_string()) {
+            // After a write of ours the view may still be the one before it.
+            let current = match written.get(&wish.key) {
+                Some(_) => read(&client, wish).await,
+                None => wish.current.clone(),
+            };
+            let now = jiff::Timestamp::now().to_string();
+            if let Some(status) = desired(wish, &current, &mark.refusals, &now) {
                 match write(&client, wish, status).await {
                     Ok(()) => {}
                     // It went away meanwhile.
@@ -49,72 +103,78 @@ pub(crate) async fn run(client: kube::Client, mut wishes: Wishes) {
     }
 }
 
+/// The status as it is now, or as last seen where it can't be read.
+async fn read(client: &kube::Client, wish: &Wish) -> Value {
+    let Some(api) = api(client, wish) else {
+        return wish.current.clone();
+    };
+    match api.get(&wish.key.name).await {
+        Ok(object) => object.data.get("status").cloned().unwrap_or_default(),
+        Err(_) => wish.current.clone(),
+    }
+}
+
 async fn write(client: &kube::Client, wish: &Wish, status: Value) -> Result<(), kube::Error> {
-    let Some(info) = mesh_api::KINDS
-        .iter()
-        .find(|info| info.kind == wish.key.kind)
-    else {
+    let Some(api) = api(client, wish) else {
         return Ok(());
     };
-    let version = wish.api_version.rsplit('/').next().unwrap_or_default();
-    let gvk = GroupVersionKind::gvk(info.group, version, info.kind);
-    let resource = ApiResource::from_gvk_with_plural(&gvk, info.plural);
-    let api: Api<DynamicObject> =
-        Api::namespaced_with(client.clone(), &wish.key.namespace, &resource);
     let patch = Patch::Merge(json!({ "status": status }));
     api.patch_status(&wish.key.name, &PatchParams::default(), &patch)
         .await
         .map(|_| ())
 }
 
+fn api(client: &kube::Client, wish: &Wish) -> Option<Api<DynamicObject>> {
+    let info = mesh_api::KINDS
+        .iter()
+        .find(|info| info.kind == wish.key.kind)?;
+    let version = wish.api_version.rsplit('/').next().unwrap_or_default();
+    let gvk = GroupVersionKind::gvk(info.group, version, info.kind);
+    let resource = ApiResource::from_gvk_with_plural(&gvk, info.plural);
+    Some(Api::namespaced_with(
+        client.clone(),
+        &wish.key.namespace,
+        &resource,
+    ))
+}
+
 /// The status to be written, or nothing if the present one says it already. An object without problems is left alone unless
 /// its status tells of some.
-fn desired(wish: &Wish, now: &str) -> Option<Value> {
-    let condition = reconciled(&wish.current);
+fn desired(wish: &Wish, current: &Value, refusals: &BTreeSet<Refusal>, now: &str) -> Option<Value> {
     let messages: Vec<Value> = wish.problems.iter().map(message).collect();
-    let had_messages = wish.current["validationMessages"]
+    let had_messages = current["validationMessages"]
         .as_array()
         .is_some_and(|list| !list.is_empty());
-    if messages.is_empty() && !had_messages && condition.is_none_or(|c| c["status"] == "True") {
+    let quiet = |kind: &str| condition(current, kind).is_none_or(|c| c["status"] == "True");
+    let reconciled = !messages.is_empty() || had_messages || !quiet(RECONCILED);
+    let accepted = !refusals.is_empty() || !quiet(ACCEPTED);
+    if !reconciled && !accepted {
         return None;
     }
-    let worst = wish.problems.iter().map(|problem| problem.severity).max();
-    let (status, reason) = match worst {
-        Some(Severity::Error) => ("False", "ErrorsFound"),
-        Some(Severity::Warning) => ("True", "WarningsFound"),
-        _ => ("True", "Reconciled"),
-    };
-    let text = wish
-        .problems
-        .iter()
-        .map(describe)
-        .collect::<Vec<_>>()
-        .join("; ");
-    let same = condition.is_some_and(|condition| {
-        condition["status"] == status && condition["message"] == text.as_str()
+    let mut ours = Vec::new();
+    // Once a condition is there it is kept up to date.
+    if reconciled || condition(current, RECONCILED).is_some() {
+        ours.push(of_problems(&wish.problems));
+    }
+    if accepted || condition(current, ACCEPTED).is_some() {
+        ours.push(of_refusals(refusals));
+    }
+    let same = ours.iter().all(|wanted| {
+        condition(current, wanted.kind).is_some_and(|present| {
+            present["status"] == wanted.status && present["message"] == wanted.message.as_str()
+        })
     });
-    if same && number(&wish.current["observedGeneration"]) == wish.generation.to_string() {
+    if same && number(&current["observedGeneration"]) == wish.generation.to_string() {
         return None;
     }
-    let since = condition
-        .filter(|condition| condition["status"] == status)
-        .and_then(|condition| condition["lastTransitionTime"].as_str())
-        .unwrap_or(now);
-    let mut conditions: Vec<Value> = wish.current["conditions"]
+    let mut conditions: Vec<Value> = current["conditions"]
         .as_array()
         .into_iter()
         .flatten()
-        .filter(|condition| condition["type"] != "Reconciled")
+        .filter(|present| ours.iter().all(|wanted| present["type"] != wanted.kind))
         .cloned()
         .collect();
-    conditions.push(json!({
-        "type": "Reconciled",
-        "status": status,
-        "reason": reason,
-        "message": text,
-        "lastTransitionTime": since,
-        "lastProbeTime": now,
-    }));
+    conditions.extend(ours.iter().map(|wanted| wanted.to_json(current, now)));
     Some(json!({
         "observedGeneration": wish.generation,
         "conditions": conditions,
@@ -122,11 +182,77 @@ fn desired(wish: &Wish, now: &str) -> Option<Value> {
     }))
 }
 
-fn reconciled(status: &Value) -> Option<&Value> {
+/// A condition as it should be.
+struct Condition {
+    kind: &'static str,
+    status: &'static str,
+    reason: &'static str,
+    message: String,
+}
+
+impl Condition {
+    fn to_json(&self, current: &Value, now: &str) -> Value {
+        let since = condition(current, self.kind)
+            .filter(|condition| condition["status"] == self.status)
+            .and_then(|condition| condition["lastTransitionTime"].as_str())
+            .unwrap_or(now);
+        json!({
+            "type": self.kind,
+            "status": self.status,
+            "reason": self.reason,
+            "message": self.message,
+            "lastTransitionTime": since,
+            "lastProbeTime": now,
+        })
+    }
+}
+
+fn of_problems(problems: &[Problem]) -> Condition {
+    let worst = problems.iter().map(|problem| problem.severity).max();
+    let (status, reason) = match worst {
+        Some(Severity::Error) => ("False", "ErrorsFound"),
+        Some(Severity::Warning) => ("True", "WarningsFound"),
+        _ => ("True", "Reconciled"),
+    };
+    let texts: Vec<String> = problems.iter().map(describe).collect();
+    Condition {
+        kind: RECONCILED,
+        status,
+        reason,
+        message: texts.join("; "),
+    }
+}
+
+fn of_refusals(refusals: &BTreeSet<Refusal>) -> Condition {
+    if refusals.is_empty() {
+        return Condition {
+            kind: ACCEPTED,
+            status: "True",
+            reason: "Accepted",
+            message: "no connected proxy refuses it any more".to_owned(),
+        };
+    }
+    let mut texts: Vec<String> = refusals
+        .iter()
+        .take(MAX_REFUSALS)
+        .map(|refusal| format!("{}: {}", refusal.node, refusal.message))
+        .collect();
+    if refusals.len() > MAX_REFUSALS {
+        texts.push(format!("and {} more", refusals.len() - MAX_REFUSALS));
+    }
+    Condition {
+        kind: ACCEPTED,
+        status: "False",
+        reason: "Rejected",
+        message: texts.join("; "),
+    }
+}
+
+fn condition<'a>(status: &'a Value, kind: &str) -> Option<&'a Value> {
     status["conditions"]
         .as_array()?
         .iter()
-        .find(|condition| condition["type"] == "Reconciled")
+        .find(|condition| condition["type"] == kind)
 }
 
 /// A generation as text: Istio's own control plane writes it as a string, since it is a 64-bit number in protobuf.
@@ -179,34 +305,65 @@ mod tests {
         }
     }
 
+    fn written(wish: &Wish, now: &str) -> Option<Value> {
+        desired(wish, &wish.current, &BTreeSet::new(), now)
+    }
+
     #[test]
     fn an_object_without_problems_is_left_alone() {
-        assert_eq!(desired(&wish(Vec::new(), Value::Null), "now"), None);
+        assert_eq!(written(&wish(Vec::new(), Value::Null), "now"), None);
     }
 
     #[test]
     fn written_once_and_cleared_later() {
         let broken = vec![problem(Severity::Error)];
-        let status = desired(&wish(broken.clone(), Value::Null), "t1").unwrap();
+        let status = written(&wish(broken.clone(), Value::Null), "t1").unwrap();
         assert_eq!(status["conditions"][0]["status"], "False");
         assert_eq!(
             status["conditions"][0]["message"],
             "spec.hosts[0]: no such host"
         );
         assert_eq!(status["validationMessages"][0]["type"]["code"], "IST0101");
-        assert_eq!(desired(&wish(broken, status.clone()), "t2"), None);
-        let cleared = desired(&wish(Vec::new(), status), "t3").unwrap();
+        assert_eq!(written(&wish(broken, status.clone()), "t2"), None);
+        let cleared = written(&wish(Vec::new(), status), "t3").unwrap();
         assert_eq!(cleared["conditions"][0]["status"], "True");
         assert_eq!(cleared["validationMessages"], json!([]));
-        assert_eq!(desired(&wish(Vec::new(), cleared), "t4"), None);
+        assert_eq!(written(&wish(Vec::new(), cleared), "t4"), None);
     }
 
     #[test]
     fn conditions_of_others_stay() {
         let current = json!({"conditions": [{"type": "Other", "status": "True"}]});
-        let status = desired(&wish(vec![problem(Severity::Warning)], current), "t").unwrap();
+        let status = written(&wish(vec![problem(Severity::Warning)], current), "t").unwrap();
         assert_eq!(status["conditions"][0]["type"], "Other");
         assert_eq!(status["conditions"][1]["status"], "True");
         assert_eq!(status["conditions"][1]["reason"], "WarningsFound");
+    }
+
+    #[test]
+    fn what_proxies_refuse_is_a_condition_of_its_own() {
+        let refusals: BTreeSet<Refusal> = (0..7)
+            .map(|number| Refusal {
+                node: format!("sidecar p{number}.default"),
+                message: "route table 80: no".to_owned(),
+            })
+            .collect();
+        let of = |current: &Value, refusals: &BTreeSet<Refusal>, now: &str| {
+            desired(&wish(Vec::new(), Value::Null), current, refusals, now)
+        };
+        let status = of(&Value::Null, &refusals, "t1").unwrap();
+        let condition = &status["conditions"][0];
+        assert_eq!(condition["type"], "Accepted");
+        assert_eq!(condition["status"], "False");
+        let text = condition["message"].as_str().unwrap();
+        assert!(
+            text.starts_with("sidecar p0.default: route table 80: no;"),
+            "{text}"
+        );
+        assert!(text.ends_with("and 2 more"), "{text}");
+        assert_eq!(of(&status, &refusals, "t2"), None);
+        let mended = of(&status, &BTreeSet::new(), "t3").unwrap();
+        assert_eq!(mended["conditions"][0]["status"], "True");
+        assert_eq!(of(&mended, &BTreeSet::new(), "t4"), None);
     }
 }

@@ -8,10 +8,11 @@ use mesh_api::{AnyObject, ParseError};
 use mesh_model::{Item, ObjectKey, Objects, Problem, Severity};
 use serde_json::Value;
 
+use crate::revisioned;
 use crate::watch::{Change, Reading, Seen};
 
 /// Name of the ConfigMap with the mesh configuration, in its key `mesh` (as Istio installs it).
-pub(crate) const MESH_CONFIG: &str = "istio";
+const MESH_CONFIG: &str = "istio";
 /// Name of the ConfigMap of the injector.
 pub(crate) const INJECTOR_CONFIG: &str = "istio-sidecar-injector";
 
@@ -28,6 +29,9 @@ pub(crate) struct View {
 /// Everything that was seen.
 #[derive(Default)]
 pub(crate) struct Table {
+    /// Names of the ConfigMaps of this installation's revision.
+    mesh_config: String,
+    injector_config: String,
     pub(crate) objects: Objects,
     pub(crate) istio: BTreeMap<ObjectKey, View>,
     /// Labels by namespace, for the injector.
@@ -40,6 +44,15 @@ pub(crate) struct Table {
 }
 
 impl Table {
+    /// An empty table of an installation of this revision.
+    pub(crate) fn new(revision: &str) -> Self {
+        Self {
+            mesh_config: revisioned(MESH_CONFIG, revision),
+            injector_config: revisioned(INJECTOR_CONFIG, revision),
+            ..Self::default()
+        }
+    }
+
     /// Whether every node runs native sidecars (Kubernetes 1.33, where they are generally available; Istio's
     /// `ENABLE_NATIVE_SIDECARS=auto`).
     pub(crate) fn native_sidecars(&self) -> bool {
@@ -67,10 +80,10 @@ impl Table {
 
     fn remove(&mut self, key: &ObjectKey) -> bool {
         match key.kind.as_str() {
-            "ConfigMap" if key.name == MESH_CONFIG => {
+            "ConfigMap" if key.name == self.mesh_config => {
                 return self.objects.set_mesh_config(MeshConfig::default());
             }
-            "ConfigMap" if key.name == INJECTOR_CONFIG => self.injector = Arc::default(),
+            "ConfigMap" if key.name == self.injector_config => self.injector = Arc::default(),
             "Namespace" => {
                 Arc::make_mut(&mut self.namespaces).remove(&key.name);
             }
@@ -135,7 +148,7 @@ impl Table {
 
     fn config(&mut self, config: mesh_api::core::ConfigMap) -> bool {
         match config.meta.name.as_str() {
-            MESH_CONFIG => {
+            name if name == self.mesh_config => {
                 let text = config.data.get("mesh").map_or("", String::as_str);
                 match MeshConfig::from_yaml(text) {
                     Ok(config) => {
@@ -149,12 +162,12 @@ impl Table {
                     }
                     Err(error) => {
                         // The mesh goes on with what it had: a typing error must not change everything to defaults.
-                        tracing::error!(%error, "ConfigMap {MESH_CONFIG}, key mesh, can't be read; the configuration before it stays");
+                        tracing::error!(%error, "ConfigMap {name}, key mesh, can't be read; the configuration before it stays");
                         false
                     }
                 }
             }
-            INJECTOR_CONFIG => {
+            name if name == self.injector_config => {
                 self.injector = Arc::new(config.data);
                 false
             }

@@ -21,7 +21,8 @@ use tokio::sync::Semaphore;
 use crate::metrics::{Metrics, resource};
 use crate::publish::Shared;
 use crate::serving::Certificate;
-use crate::{ControlError, Options};
+use crate::table::INJECTOR_CONFIG;
+use crate::{ControlError, Options, revisioned};
 
 /// An object is at most 3 MiB in Kubernetes; a review holds it twice.
 const MAX_BODY: usize = 8 << 20;
@@ -112,8 +113,9 @@ impl Webhook {
             Ok(config) => config,
             Err(error) => {
                 return Verdict::denied(format!(
-                    "ConfigMap {}/istio-sidecar-injector: {error}",
-                    self.options.namespace
+                    "ConfigMap {}/{}: {error}",
+                    self.options.namespace,
+                    revisioned(INJECTOR_CONFIG, &self.options.revision)
                 ));
             }
         };
@@ -123,7 +125,7 @@ impl Webhook {
             namespace_labels: &self.shared.namespace_labels(&request.namespace),
             mesh: &mesh,
             config: &config,
-            revision: "default",
+            revision: &self.options.revision,
             native_sidecars: self.shared.native_sidecars(),
             workload: None,
         };

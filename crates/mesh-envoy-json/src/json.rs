@@ -1,34 +1,20 @@
 //! The JSON form of Envoy's messages, both ways (protobuf's JSON mapping, with every `Any` expanded).
 //!
-//! The descriptors of all messages are made when the crate is built (`build.rs`) and read at the first use. Nothing on the way
-//! of a request needs them.
-
-use std::io::Read;
-use std::sync::LazyLock;
+//! Nothing on the way of a request needs it.
 
 use base64::Engine;
 use prost::Message;
 use prost_reflect::{
-    DescriptorPool, DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor,
-    ReflectMessage, SerializeOptions, Value as Field,
+    DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, ReflectMessage,
+    SerializeOptions, Value as Field,
 };
 use serde_json::{Map, Value};
+
+use crate::descriptors::Descriptors;
 
 pub(crate) const ANY: &str = "google.protobuf.Any";
 pub(crate) const DURATION: &str = "google.protobuf.Duration";
 const STRUCT_URL: &str = "type.googleapis.com/google.protobuf.Struct";
-
-static DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin.gz"));
-
-static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
-    let mut bytes = Vec::new();
-    let read = flate2::read::GzDecoder::new(DESCRIPTORS).read_to_end(&mut bytes);
-    match read.map(|_| DescriptorPool::decode(bytes.as_slice())) {
-        Ok(Ok(pool)) => pool,
-        // Built into the program and tested: it can't differ at run time.
-        other => unreachable!("the built-in descriptors can't be read: {other:?}"),
-    }
-});
 
 /// How fields are named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +50,7 @@ pub enum JsonError {
 /// # Errors
 /// An unknown type, or bytes that are not of the type.
 pub fn to_json(type_url: &str, bytes: &[u8], naming: Naming) -> Result<Value, JsonError> {
+    let _held = Descriptors::hold();
     let descriptor = descriptor(type_url)?;
     let name = descriptor.full_name().to_owned();
     let mut message = DynamicMessage::decode(descriptor, bytes)
@@ -103,6 +90,7 @@ pub fn any_to_json(type_url: &str, bytes: &[u8], naming: Naming) -> Result<Value
 /// # Errors
 /// An unknown type or a value that does not fit it; the text names the field.
 pub fn from_json(type_url: &str, value: &Value) -> Result<Vec<u8>, JsonError> {
+    let _held = Descriptors::hold();
     let descriptor = descriptor(type_url)?;
     let name = descriptor.full_name().to_owned();
     let mut value = value.clone();
@@ -116,6 +104,7 @@ pub fn from_json(type_url: &str, value: &Value) -> Result<Vec<u8>, JsonError> {
 /// Replaces every `TypedStruct` (of `udpa.type.v1` or `xds.type.v3`: a type's name beside its content as free JSON) whose type is known by that type,
 /// so that its fields are read, and checked, like all others. Envoy does the same when it loads such a configuration.
 pub fn resolve_typed_structs(value: &mut Value) {
+    let _held = Descriptors::hold();
     match value {
         Value::Array(list) => list.iter_mut().for_each(resolve_typed_structs),
         Value::Object(object) => {
@@ -161,7 +150,7 @@ pub(crate) fn descriptor(type_url: &str) -> Result<MessageDescriptor, JsonError>
 }
 
 pub(crate) fn find(type_url: &str) -> Option<MessageDescriptor> {
-    POOL.get_message_by_name(type_url.rsplit('/').next()?)
+    Descriptors::hold().find(type_url)
 }
 
 fn serialize(message: &DynamicMessage, naming: Naming) -> Result<Value, serde_json::Error> {

@@ -4,13 +4,16 @@
 //!   in which maps have a fixed order.
 //! * **In:** type URLs and encoded messages, or JSON.
 //! * **Out:** the same, the other way round.
-//! * **Never:** no IO, and nothing of it on the way of a request: descriptors are read at the first use and cost memory.
+//! * **Never:** no IO, and nothing of it on the way of a request: descriptors cost memory while somebody holds them
+//!   ([`Descriptors`]).
 //! * **Start here:** [`to_json`] and [`from_json`], then [`merge`].
 
+mod descriptors;
 mod json;
 mod merge;
 mod order;
 
+pub use descriptors::Descriptors;
 pub use json::{
     JsonError, Naming, any_from_json, any_to_json, from_json, resolve_typed_structs, to_json,
 };

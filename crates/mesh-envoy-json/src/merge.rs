@@ -3,6 +3,7 @@
 use prost::Message;
 use prost_reflect::{DynamicMessage, Value};
 
+use crate::descriptors::Descriptors;
 use crate::json::{ANY, DURATION, JsonError, descriptor};
 
 /// What happens to lists that both messages have.
@@ -25,6 +26,7 @@ pub fn merge(
     patch: &[u8],
     lists: Lists,
 ) -> Result<Vec<u8>, JsonError> {
+    let _held = Descriptors::hold();
     let descriptor = descriptor(type_url)?;
     let decode = |bytes: &[u8]| {
         DynamicMessage::decode(descriptor.clone(), bytes)

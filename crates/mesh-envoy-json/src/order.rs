@@ -4,6 +4,7 @@
 use prost::encoding::{WireType, decode_key, decode_varint, encode_key, encode_varint};
 use prost_reflect::{FieldDescriptor, Kind, MessageDescriptor};
 
+use crate::descriptors::Descriptors;
 use crate::json::{ANY, find};
 
 /// Depth of messages in messages; what is deeper keeps the order it has.
@@ -12,6 +13,7 @@ const MAX_DEPTH: usize = 64;
 /// The message with the entries of all maps in it, also inside of every `Any` of a known type, ordered by key. Bytes that are not of the
 /// type are returned as they are.
 pub fn ordered(type_url: &str, bytes: &[u8]) -> Vec<u8> {
+    let _held = Descriptors::hold();
     find(type_url)
         .and_then(|descriptor| message(&descriptor, bytes, 0))
         .unwrap_or_else(|| bytes.to_vec())

@@ -9,12 +9,14 @@ use mesh_api::mesh_config::MeshConfig;
 use crate::objects::{Name, Objects};
 use crate::service::contains_labels;
 use crate::{
-    DestinationRule, EnvoyFilter, Gateway, MESH_GATEWAY, Node, NodeKind, Problem, Service,
-    ServicePort, VirtualService, Workload, build,
+    DestinationRule, Gateway, MESH_GATEWAY, Node, NodeKind, Problem, Service, ServicePort,
+    VirtualService, Workload, build,
 };
 
 mod destination_rules;
 mod envoy_filters;
+
+pub(crate) use envoy_filters::EnvoyFilters;
 
 /// Everything that the objects mean together. Never changes once it is built.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -27,8 +29,7 @@ pub struct Mesh {
     pub(crate) virtual_services: Vec<Arc<VirtualService>>,
     /// By namespace, then by host.
     pub(crate) destination_rules: BTreeMap<String, BTreeMap<String, Vec<Arc<DestinationRule>>>>,
-    /// Ordered by key.
-    pub(crate) envoy_filters: Vec<Arc<EnvoyFilter>>,
+    pub(crate) envoy_filters: EnvoyFilters,
     /// Oldest first.
     pub(crate) gateways: Vec<Arc<Gateway>>,
     pub(crate) problems: Vec<Problem>,

@@ -194,6 +194,8 @@ fn passthrough(mesh: &Mesh, name: &str, source: Option<BindConfig>) -> (String, 
 fn base(mesh: &Mesh, name: &str) -> Cluster {
     Cluster {
         name: name.to_owned(),
+        // Statistics of a cluster are found by what stands before the semicolon, since its own name has dots.
+        alt_stat_name: format!("{name};"),
         connect_timeout: duration(mesh.config().connect_timeout.0),
         ..Cluster::default()
     }

@@ -1,4 +1,4 @@
-//! As much of a Kubernetes API as the control plane uses: list, watch, get, create, merge and JSON patch.
+//! As much of a Kubernetes API as the control plane uses: list, watch, get, create, replace, merge and JSON patch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -153,6 +153,21 @@ async fn handle(
             }
             api.apply(&plural, object);
             json_response(&api.get(&plural, &namespace, &name).unwrap())
+        }
+        Method::PUT => {
+            let object: Value = serde_json::from_slice(&body).unwrap();
+            let present = api.get(&plural, &namespace, &name);
+            let version = |object: &Value| object["metadata"]["resourceVersion"].clone();
+            match present {
+                None => failure(StatusCode::NOT_FOUND, "NotFound"),
+                Some(present) if version(&present) != version(&object) => {
+                    failure(StatusCode::CONFLICT, "Conflict")
+                }
+                Some(_) => {
+                    api.apply(&plural, object);
+                    json_response(&api.get(&plural, &namespace, &name).unwrap())
+                }
+            }
         }
         Method::PATCH => {
             let Some(mut object) = api.get(&plural, &namespace, &name) else {

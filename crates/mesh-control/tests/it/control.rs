@@ -20,7 +20,8 @@ struct Plane {
     task: tokio::task::JoinHandle<()>,
 }
 
-async fn start(api: &Api) -> Plane {
+/// Options with ports of the system's choice.
+fn options(api: &Api) -> Options {
     let mut options = Options::new(api.client(), "0.1.0");
     for address in [
         &mut options.grpc,
@@ -30,6 +31,14 @@ async fn start(api: &Api) -> Plane {
     ] {
         *address = SocketAddr::from(([127, 0, 0, 1], 0));
     }
+    options
+}
+
+async fn start(api: &Api) -> Plane {
+    start_with(options(api)).await
+}
+
+async fn start_with(options: Options) -> Plane {
     let control = Control::bind(options).await.unwrap();
     let addresses = control.addresses();
     let (stop, stopped) = oneshot::channel::<()>();
@@ -410,6 +419,131 @@ async fn the_webhooks_inject_and_validate_over_trusted_tls() {
         secret["data"]
     );
     second.stop().await;
+}
+
+fn accepted(object: &Value) -> Option<(String, String)> {
+    let conditions = object["status"]["conditions"].as_array()?;
+    let condition = conditions
+        .iter()
+        .find(|condition| condition["type"] == "Accepted")?;
+    let text = |field: &str| condition[field].as_str().unwrap().to_owned();
+    Some((text("status"), text("message")))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_proxy_refuses_stands_on_all_objects_that_made_it() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    api.apply(
+        "destinationrules",
+        json!({
+            "apiVersion": "networking.istio.io/v1", "kind": "DestinationRule",
+            "metadata": {"name": "rule", "namespace": "default"},
+            "spec": {"host": "reviews", "trafficPolicy": {"loadBalancer": {"simple": "RANDOM"}}},
+        }),
+    );
+    api.apply("envoyfilters", json!({
+        "apiVersion": "networking.istio.io/v1alpha3", "kind": "EnvoyFilter",
+        "metadata": {"name": "patch", "namespace": "default"},
+        "spec": {"configPatches": [{
+            "applyTo": "CLUSTER", "match": {"cluster": {"service": "reviews.default.svc.cluster.local"}},
+            "patch": {"operation": "MERGE", "value": {"connect_timeout": "3s"}},
+        }]},
+    }));
+    let plane = start(&api).await;
+    let refused = "outbound|9080||reviews.default.svc.cluster.local";
+    let mut proxy = discovery::run(plane.addresses.grpc, ID, Some(refused), Default::default());
+    proxy.complete().await;
+    for (plural, name) in [("destinationrules", "rule"), ("envoyfilters", "patch")] {
+        let (status, message) = eventually("the refusal", async || {
+            accepted(&api.get(plural, "default", name)?)
+        })
+        .await;
+        assert_eq!(status, "False");
+        assert_eq!(
+            message,
+            format!("sidecar reviews-v1.default: cluster {refused}: refused by the test")
+        );
+    }
+    drop(proxy);
+    eventually("its end", async || {
+        let (status, _) = accepted(&api.get("envoyfilters", "default", "patch")?)?;
+        (status == "True").then_some(())
+    })
+    .await;
+    plane.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_of_several_control_planes_writes_statuses_and_another_takes_over() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    let holder = |api: &Api| {
+        let lease = api.get("leases", "istio-system", "istio-status-leader")?;
+        let holder = lease["spec"]["holderIdentity"].as_str()?.to_owned();
+        (!holder.is_empty()).then_some(holder)
+    };
+    let first = start(&api).await;
+    let leader = eventually("an election", async || holder(&api)).await;
+    let second = start(&api).await;
+    api.apply("virtualservices", world::broken());
+    let told = async |name: &str| {
+        eventually("the status", async || {
+            let object = api.get("virtualservices", "default", name)?;
+            object.get("status").cloned()
+        })
+        .await
+    };
+    told("broken").await;
+    assert_eq!(holder(&api).as_ref(), Some(&leader));
+    first.stop().await;
+    let next = eventually("another leader", async || {
+        holder(&api).filter(|holder| *holder != leader)
+    })
+    .await;
+    assert_ne!(next, leader);
+    let mut other = world::broken();
+    other["metadata"]["name"] = json!("other");
+    api.apply("virtualservices", other);
+    told("other").await;
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revision_has_its_own_settings_and_marks_its_pods() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    webhooks(&api);
+    let options = options(&api).of_revision("canary");
+    assert_eq!(options.service, "istiod-canary");
+    let plane = start_with(Options {
+        service: "istiod".to_owned(),
+        ..options
+    })
+    .await;
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"generateName": "details-", "namespace": "default", "labels": {"app": "details"}},
+        "spec": {"containers": [{"name": "details", "image": "details:1"}]},
+    });
+    eventually("readiness", async || {
+        (get(plane.addresses.http, "/ready", "10.244.0.9").await.0 == 200).then_some(())
+    })
+    .await;
+    let request = json!({"uid": "u", "operation": "CREATE", "namespace": "default", "object": pod});
+    let answer = review(&api, &plane, "/inject", request).await;
+    use base64::Engine;
+    let patch = base64::engine::general_purpose::STANDARD
+        .decode(answer["response"]["patch"].as_str().unwrap())
+        .unwrap();
+    let patch: json_patch::Patch = serde_json::from_slice(&patch).unwrap();
+    let mut injected = pod;
+    json_patch::patch(&mut injected, &patch).unwrap();
+    assert_eq!(
+        injected["metadata"]["annotations"]["istio.io/rev"],
+        "canary"
+    );
+    plane.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,9 +7,11 @@ use mesh_api::networking::envoy_filter::{
     PatchOperation,
 };
 use mesh_api::{AnyObject, Object};
+use mesh_envoy_json::Descriptors;
 use regex::RegexBuilder;
 
 use super::created;
+use crate::mesh::EnvoyFilters;
 use crate::problem::Reporter;
 use crate::rules::{EnvoyFilter, EnvoyPatch, VersionPattern};
 use crate::{ObjectKey, Objects, Problem, Severity};
@@ -21,12 +23,15 @@ const MAX_COMPILED: usize = 1 << 20;
 /// API group of Kubernetes' gateways.
 const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 
-pub(crate) fn build(objects: &Objects, problems: &mut Vec<Problem>) -> Vec<Arc<EnvoyFilter>> {
-    let mut filters = Vec::new();
+pub(crate) fn build(objects: &Objects, problems: &mut Vec<Problem>) -> EnvoyFilters {
+    let mut filters = EnvoyFilters::default();
     for (key, object) in &objects.istio {
         if let AnyObject::EnvoyFilter(object) = object.as_ref() {
+            filters.descriptors.get_or_insert_with(Descriptors::hold);
             let mut report = Reporter::new(key, problems);
-            filters.push(Arc::new(filter(key, object, &mut report)));
+            filters
+                .list
+                .push(Arc::new(filter(key, object, &mut report)));
         }
     }
     filters

@@ -2,7 +2,17 @@
 
 use std::sync::Arc;
 
+use mesh_envoy_json::Descriptors;
+
 use crate::{EnvoyFilter, Mesh, Node};
+
+/// All EnvoyFilters, ordered by key.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct EnvoyFilters {
+    pub(crate) list: Vec<Arc<EnvoyFilter>>,
+    /// What patching takes stays in memory while there is something to patch.
+    pub(crate) descriptors: Option<Descriptors>,
+}
 
 impl Mesh {
     /// The EnvoyFilters of a node in the order in which they apply: by priority, then those of the root namespace before those of the node's own,
@@ -12,6 +22,7 @@ impl Mesh {
         let labels = self.labels_of(node);
         let mut found: Vec<&Arc<EnvoyFilter>> = self
             .envoy_filters
+            .list
             .iter()
             .filter(|filter| {
                 let namespace = &filter.key.namespace;

@@ -162,7 +162,7 @@ fn settings_of_ports_replace_and_those_of_subsets_override_part_by_part() {
 #[test]
 fn what_is_not_applied_is_named() {
     let spec = "trafficPolicy: { tunnel: { targetHost: a, targetPort: 1 }, proxyProtocol: { version: V2 }, tls: { mode: SIMPLE }, \
-                loadBalancer: { backendUtilization: {} }, connectionPool: { http: { http2KeepAlive: { interval: 1s, timeout: 1s } } }, \
+                loadBalancer: { backendUtilization: {} }, outlierDetection: { outlierDetectionHttpErrorCodes: [429] }, \
                 portLevelSettings: [{ port: { number: 81 }, tls: { mode: ISTIO_MUTUAL } }, { loadBalancer: { simple: RANDOM } }] }, \
                 subsets: [{ name: s, trafficPolicy: { tls: { mode: DISABLE } } }]";
     let mesh = mesh(&[SERVICE, &rule("r", "prod", spec)].concat());
@@ -176,11 +176,11 @@ fn what_is_not_applied_is_named() {
         problems,
         [
             (
-                "spec.trafficPolicy.connectionPool.http.http2KeepAlive",
+                "spec.trafficPolicy.loadBalancer.backendUtilization",
                 warning
             ),
             (
-                "spec.trafficPolicy.loadBalancer.backendUtilization",
+                "spec.trafficPolicy.outlierDetection.outlierDetectionHttpErrorCodes",
                 warning
             ),
             ("spec.trafficPolicy.portLevelSettings[0].tls", warning),

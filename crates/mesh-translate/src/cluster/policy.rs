@@ -14,7 +14,7 @@ use envoy_types::pb::envoy::config::cluster::v3::{
     CircuitBreakers, Cluster, OutlierDetection, UpstreamConnectionOptions,
 };
 use envoy_types::pb::envoy::config::core::v3::{
-    Http1ProtocolOptions, Http2ProtocolOptions, RuntimeDouble, TcpKeepalive,
+    Http1ProtocolOptions, Http2ProtocolOptions, KeepaliveSettings, RuntimeDouble, TcpKeepalive,
 };
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::HttpProtocolOptions;
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::explicit_http_config::ProtocolConfig;
@@ -143,19 +143,54 @@ impl<'a> Policy<'a> {
             .or(tcp.and_then(|tcp| tcp.idle_timeout));
         let longest = tcp.and_then(|tcp| tcp.max_connection_duration);
         let requests = http.map_or(0, |http| positive(http.max_requests_per_connection));
-        let streams = http.map_or(0, |http| positive(http.max_concurrent_streams));
-        if idle.is_some() || longest.is_some() || requests > 0 || streams > 0 {
-            set_times(
-                options.get_or_insert_default(),
-                idle,
-                longest,
-                requests,
-                streams,
-            );
+        if idle.is_some() || longest.is_some() || requests > 0 {
+            let options = options.get_or_insert_default();
+            let common = options.common_http_protocol_options.get_or_insert_default();
+            common.idle_timeout = idle.and_then(|limit| duration(limit.0));
+            common.max_connection_duration = longest.and_then(|limit| duration(limit.0));
+            if requests > 0 {
+                common.max_requests_per_connection = uint32(requests);
+            }
         }
         if http.is_some_and(|http| http.use_client_protocol) {
-            options.get_or_insert_default().upstream_protocol_options = Some(as_client(streams));
+            options.get_or_insert_default().upstream_protocol_options = Some(as_client());
         }
+        self.apply_http2(options);
+    }
+
+    /// What holds for HTTP/2 connections, where there are any.
+    fn apply_http2(&self, options: &mut Option<HttpProtocolOptions>) {
+        let http = self
+            .rule
+            .connection_pool
+            .and_then(|pool| pool.http.as_ref());
+        let (Some(http), Some(options)) = (http, options) else {
+            return;
+        };
+        let http2 = match &mut options.upstream_protocol_options {
+            Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => {
+                match &mut explicit.protocol_config {
+                    Some(ProtocolConfig::Http2ProtocolOptions(http2)) => http2,
+                    _ => return,
+                }
+            }
+            Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(as_client)) => {
+                as_client.http2_protocol_options.get_or_insert_default()
+            }
+            _ => return,
+        };
+        let streams = positive(http.max_concurrent_streams);
+        if streams > 0 {
+            http2.max_concurrent_streams = uint32(streams);
+        }
+        http2.connection_keepalive =
+            http.http2_keep_alive
+                .as_ref()
+                .map(|given| KeepaliveSettings {
+                    interval: given.interval.and_then(|time| duration(time.0)),
+                    timeout: given.timeout.and_then(|time| duration(time.0)),
+                    ..KeepaliveSettings::default()
+                });
     }
 
     /// Sends HTTP/1.1 as HTTP/2 where the rule says so, or the mesh for ports that are declared HTTP.
@@ -180,13 +215,13 @@ impl<'a> Policy<'a> {
             }
         };
         if upgrade && !protocol.is_http2() {
-            let streams = http.map_or(0, |http| positive(http.max_concurrent_streams));
-            let http2 = ProtocolConfig::Http2ProtocolOptions(http2(streams));
+            let http2 = ProtocolConfig::Http2ProtocolOptions(Http2ProtocolOptions::default());
             options.get_or_insert_default().upstream_protocol_options = Some(
                 UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
                     protocol_config: Some(http2),
                 }),
             );
+            self.apply_http2(options);
         }
     }
 
@@ -345,39 +380,10 @@ fn keepalive(
     })
 }
 
-fn set_times(
-    options: &mut HttpProtocolOptions,
-    idle: Option<Duration>,
-    longest: Option<Duration>,
-    requests: u32,
-    streams: u32,
-) {
-    let common = options.common_http_protocol_options.get_or_insert_default();
-    common.idle_timeout = idle.and_then(|limit| duration(limit.0));
-    common.max_connection_duration = longest.and_then(|limit| duration(limit.0));
-    if requests > 0 {
-        common.max_requests_per_connection = uint32(requests);
-    }
-    if streams > 0
-        && let Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) =
-            &mut options.upstream_protocol_options
-        && let Some(ProtocolConfig::Http2ProtocolOptions(http2)) = &mut explicit.protocol_config
-    {
-        http2.max_concurrent_streams = uint32(streams);
-    }
-}
-
-fn http2(streams: u32) -> Http2ProtocolOptions {
-    Http2ProtocolOptions {
-        max_concurrent_streams: Some(streams).filter(|v| *v > 0).and_then(uint32),
-        ..Http2ProtocolOptions::default()
-    }
-}
-
-fn as_client(streams: u32) -> UpstreamProtocolOptions {
+fn as_client() -> UpstreamProtocolOptions {
     UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
         http_protocol_options: Some(Http1ProtocolOptions::default()),
-        http2_protocol_options: Some(http2(streams)),
+        http2_protocol_options: Some(Http2ProtocolOptions::default()),
         ..UseDownstreamHttpConfig::default()
     })
 }

@@ -1,8 +1,7 @@
 //! What of a traffic policy is applied; the rest is reported and taken out.
 
 use mesh_api::networking::destination_rule::{
-    ClientTlsMode, ClientTlsSettings, ConnectionPoolSettings, LoadBalancerSettings,
-    OutlierDetection, TrafficPolicy,
+    ClientTlsMode, ClientTlsSettings, LoadBalancerSettings, OutlierDetection, TrafficPolicy,
 };
 
 use crate::Severity;
@@ -30,7 +29,6 @@ pub(super) fn applied(
     }
     Parts {
         load_balancer: &mut policy.load_balancer,
-        connection_pool: &mut policy.connection_pool,
         outlier_detection: &mut policy.outlier_detection,
         tls: &mut policy.tls,
     }
@@ -50,7 +48,6 @@ pub(super) fn applied(
         }
         Parts {
             load_balancer: &mut settings.load_balancer,
-            connection_pool: &mut settings.connection_pool,
             outlier_detection: &mut settings.outlier_detection,
             tls: &mut settings.tls,
         }
@@ -63,7 +60,6 @@ pub(super) fn applied(
 /// What policies of hosts and of ports have in common.
 struct Parts<'a> {
     load_balancer: &'a mut Option<LoadBalancerSettings>,
-    connection_pool: &'a mut Option<ConnectionPoolSettings>,
     outlier_detection: &'a mut Option<OutlierDetection>,
     tls: &'a mut Option<ClientTlsSettings>,
 }
@@ -72,14 +68,6 @@ impl Parts<'_> {
     fn check(self, field: &str, report: &mut Reporter<'_>) {
         if let Some(settings) = self.load_balancer {
             load_balancer(settings, &format!("{field}.loadBalancer"), report);
-        }
-        if let Some(http) = self
-            .connection_pool
-            .as_mut()
-            .and_then(|pool| pool.http.as_mut())
-            && http.http2_keep_alive.take().is_some()
-        {
-            report.not_applied(format!("{field}.connectionPool.http.http2KeepAlive"));
         }
         if let Some(outlier) = self.outlier_detection {
             outlier_detection(outlier, &format!("{field}.outlierDetection"), report);

@@ -122,7 +122,10 @@ impl Context<'_> {
             .as_ref()
             .and_then(|rewrite| rewrite.uri_regex_rewrite.as_ref())
         {
-            compile(&rewrite.pattern).map_err(|error| ("rewrite.uriRegexRewrite.match", error))?;
+            let groups = compile(&rewrite.pattern)
+                .map_err(|error| ("rewrite.uriRegexRewrite.match", error))?;
+            check_substitution(&rewrite.rewrite, groups)
+                .map_err(|error| ("rewrite.uriRegexRewrite.rewrite", error))?;
         }
         destinations::weights(rule.route.iter().map(|route| route.weight))
             .map_err(|message| ("route", message))?;
@@ -189,6 +192,12 @@ impl Context<'_> {
             map.iter()
                 .map(move |(key, value)| (format!("{name}[{key}]"), value))
         });
+        if item.query_params.contains_key("") {
+            let message = "a query parameter has a name; this condition never holds";
+            let field = format!("{field}.queryParams");
+            report.report(Severity::Error, Some("IST0106"), field, message);
+            return None;
+        }
         for (name, value) in single.chain(mapped) {
             check_regex(value, &format!("{field}.{name}"), report)?;
         }
@@ -234,15 +243,47 @@ fn check_answer(rule: &HttpRoute) -> Result<(), (&'static str, String)> {
     }
 }
 
+/// What replaces a match: `\1` is a group of the pattern, `\\` the character (RE2's rules).
+fn check_substitution(text: &str, groups: usize) -> Result<(), String> {
+    let mut characters = text.chars();
+    while let Some(character) = characters.next() {
+        if character != '\\' {
+            continue;
+        }
+        match characters.next() {
+            Some('\\') => {}
+            Some(digit) if digit.is_ascii_digit() => {
+                let group = digit.to_digit(10).map_or(0, |digit| digit as usize);
+                if group > groups {
+                    return Err(format!(
+                        "{text:?} names group {group}, and the expression has {groups}"
+                    ));
+                }
+            }
+            _ => {
+                return Err(format!(
+                    "behind a backslash {text:?} needs the number of a group, or another backslash"
+                ));
+            }
+        }
+    }
+    if sanitize::is_header_value(text) {
+        Ok(())
+    } else {
+        Err(format!("{text:?} has characters that no path may have"))
+    }
+}
+
 fn check_regex(value: &StringMatch, field: &str, report: &mut Reporter<'_>) -> Option<()> {
-    // `*` alone is Istio's way to write presence.
+    // `*` alone is Istio's way to write presence; an empty pattern says nothing either.
     let StringMatch::Regex(pattern) = value else {
         return Some(());
     };
-    if pattern == "*" {
+    if matches!(pattern.as_str(), "*" | "") {
         return Some(());
     }
     compile(pattern)
+        .map(drop)
         .map_err(|error| {
             report.report(
                 Severity::Error,
@@ -254,12 +295,16 @@ fn check_regex(value: &StringMatch, field: &str, report: &mut Reporter<'_>) -> O
         .ok()
 }
 
-/// Whether the proxy can use a pattern.
-fn compile(pattern: &str) -> Result<(), String> {
+/// Whether the proxy can use a pattern; the number of its groups.
+fn compile(pattern: &str) -> Result<usize, String> {
+    if pattern.is_empty() {
+        return Err("an empty regular expression is none".to_owned());
+    }
     let compiled = regex::RegexBuilder::new(pattern)
         .size_limit(REGEX_SIZE_LIMIT)
         .build();
-    compiled.map(drop).map_err(|error| {
+    let groups = compiled.map(|regex| regex.captures_len() - 1);
+    groups.map_err(|error| {
         let text = error.to_string();
         let reason = text
             .lines()
@@ -269,4 +314,26 @@ fn compile(pattern: &str) -> Result<(), String> {
             .to_owned();
         format!("{pattern:?} is not a regular expression of RE2's syntax: {reason}")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn substitutions_name_groups_that_there_are() {
+        for (text, expected) in [
+            ("/x", true),
+            (r"/\1/\0", true),
+            (r"\\", true),
+            (r"\2", false),
+            (r"\x", false),
+            ("\\", false),
+            ("a\nb", false),
+        ] {
+            assert_eq!(check_substitution(text, 1).is_ok(), expected, "{text}");
+        }
+        assert_eq!(compile("(a)(?:b)(c)"), Ok(2));
+        assert!(compile("").is_err());
+    }
 }

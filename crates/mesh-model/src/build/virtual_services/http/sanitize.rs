@@ -10,6 +10,8 @@ use crate::problem::Reporter;
 
 /// Longest body of a fixed response, in bytes: Istio's limit.
 const BODY_LIMIT: usize = 1 << 20;
+/// Longest value of a header that Envoy's configuration takes, in bytes (`HeaderValue.value`).
+const VALUE_LIMIT: usize = 16_384;
 /// Conditions for retries that Istio's validation allows, beside status codes.
 const RETRY_CONDITIONS: [&str; 16] = [
     "5xx",
@@ -256,11 +258,12 @@ pub(super) fn is_header_name(name: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte))
 }
 
-/// RFC 9110, section 5.5: no control characters but the tabulator.
+/// RFC 9110, section 5.5: no control characters but the tabulator; not longer than Envoy takes it.
 pub(super) fn is_header_value(value: &str) -> bool {
-    value
-        .bytes()
-        .all(|byte| byte == b'\t' || (byte >= b' ' && byte != 0x7f))
+    value.len() <= VALUE_LIMIT
+        && value
+            .bytes()
+            .all(|byte| byte == b'\t' || (byte >= b' ' && byte != 0x7f))
 }
 
 #[cfg(test)]
