@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::Read;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use prost_reflect::{DescriptorPool, MessageDescriptor};
 
@@ -30,6 +30,12 @@ impl Descriptors {
         let pool = Arc::new(read());
         *current = Arc::downgrade(&pool);
         Self(pool)
+    }
+
+    /// Keeps the descriptors until the process ends: for tools and tests, to which speed matters more than memory.
+    pub fn keep() {
+        static KEPT: OnceLock<Descriptors> = OnceLock::new();
+        KEPT.get_or_init(Self::hold);
     }
 
     pub(crate) fn find(&self, type_url: &str) -> Option<MessageDescriptor> {

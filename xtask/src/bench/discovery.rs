@@ -75,6 +75,7 @@ impl Resources {
             ("route.v3.RouteConfiguration", "http.bench", self.route()),
         ] {
             let type_url = format!("type.googleapis.com/envoy.config.{kind}");
+            mesh_xds::json::Descriptors::keep();
             let bytes = mesh_xds::json::from_json(&type_url, &value)
                 .with_context(|| format!("making {name}"))?;
             set.insert(Resource {

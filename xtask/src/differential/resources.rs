@@ -144,6 +144,8 @@ impl Maker<'_> {
         });
         merge(&mut manager, &case.manager);
         if self.side == Side::Envoy {
+            // Envoy waits a second before it closes a connection on which it refused something: too long to watch.
+            manager["delayed_close_timeout"] = json!("0.1s");
             manager["access_log"] = json!([{"name": "envoy.access_loggers.file", "typed_config": {
                 "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
                 "path": self.access_log,
@@ -217,6 +219,7 @@ fn socket_address(address: SocketAddr) -> Value {
 
 fn insert(set: &mut ResourceSet, kind: &str, name: &str, value: &Value) -> anyhow::Result<()> {
     let type_url = format!("type.googleapis.com/envoy.config.{kind}");
+    mesh_xds::json::Descriptors::keep();
     let bytes = mesh_xds::json::from_json(&type_url, value)
         .with_context(|| format!("making {kind} {name}"))?;
     ensure!(

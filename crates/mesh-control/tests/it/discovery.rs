@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_xds::json::{Naming, to_json};
+use mesh_xds::json::{Descriptors, Naming, to_json};
 use mesh_xds::{AdsClient, ClientConfig, Handler, Node, Rejection, Resource, Update};
 use tokio::sync::watch;
 
@@ -117,6 +117,7 @@ impl Running {
 impl View {
     /// Whether the JSON of any resource of the type holds the text.
     pub fn mentions(&self, type_url: &str, text: &str) -> bool {
+        Descriptors::keep();
         self.held
             .get(type_url)
             .into_iter()

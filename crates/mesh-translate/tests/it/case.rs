@@ -141,6 +141,7 @@ pub(crate) fn by_type(resources: &Resources) -> [(&'static str, &BTreeMap<String
 }
 
 pub(crate) fn to_json(resource: &Resource) -> Value {
+    mesh_xds::json::Descriptors::keep();
     mesh_xds::json::to_json(resource.type_url, &resource.body, Naming::Proto).unwrap()
 }
 
