@@ -13,7 +13,7 @@ use crate::errors::ApiError;
 use crate::request::{self, Query, Request};
 use crate::write::Writer;
 use crate::{
-    ApiServer, connect, delete, discovery, documents, logs, patch, protobuf, read, respond,
+    ApiServer, connect, delete, discovery, documents, logs, patch, protobuf, proxy, read, respond,
     reviews, scale, watch,
 };
 
@@ -36,12 +36,16 @@ async fn serve(
     http_request: axum::extract::Request,
 ) -> Result<Response, ApiError> {
     let (parts, body) = http_request.into_parts();
-    let path = parts.uri.path();
+    let uri = parts.uri.clone();
+    let path = uri.path();
     let plain = documents::answer(api, path, &parts.headers);
     if let Some(answer) =
         plain.or_else(|| discovery::answer(api, &parts.method, path, &parts.headers))
     {
         return Ok(answer);
+    }
+    if let Some(target) = proxy::target(path) {
+        return proxy::proxy(api, target, http::Request::from_parts(parts, body)).await;
     }
     let target = request::target(path, &api.registry())?.ok_or_else(ApiError::no_resource)?;
     let (form, yaml, content_type, agent) = request::read_headers(&parts.headers)?;

@@ -28,6 +28,7 @@ pub mod node;
 mod openapi;
 mod patch;
 mod protobuf;
+mod proxy;
 mod read;
 mod registry;
 mod request;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::schema::{ListType, Schema, SchemaKind};
+use crate::schema::{ListType, Schema, SchemaKind, builtin};
 
 /// A served kind.
 pub(crate) struct Kind {
@@ -191,7 +191,14 @@ impl Writer {
         let Some(name) = &schema.name else {
             return self.body(schema);
         };
-        self.define(name, schema);
+        // The type says what it is, the field what it is for.
+        let own = name.rsplit('.').next().and_then(builtin::lookup);
+        let own = own.filter(|own| own.name.as_ref() == Some(name));
+        self.define(name, own.as_deref().unwrap_or(schema));
+        let is_new = |text: &str| {
+            !text.is_empty() && self.definitions[name]["description"].as_str() != Some(text)
+        };
+        let description = Some(schema.description.as_str()).filter(|text| is_new(text));
         let place = match self.flavor {
             Flavor::V2 => "#/definitions/",
             Flavor::V3 => "#/components/schemas/",
@@ -201,16 +208,16 @@ impl Writer {
             // Beside a `$ref` nothing else counts in v3.
             Flavor::V3 => {
                 let mut field = Map::new();
-                if !schema.description.is_empty() {
-                    field.insert("description".into(), schema.description.clone().into());
+                if let Some(description) = description {
+                    field.insert("description".into(), description.into());
                 }
                 field.insert("allOf".into(), json!([reference]));
                 Value::Object(field)
             }
             Flavor::V2 => {
                 let mut field = Map::new();
-                if !schema.description.is_empty() {
-                    field.insert("description".into(), schema.description.clone().into());
+                if let Some(description) = description {
+                    field.insert("description".into(), description.into());
                 }
                 field.insert("$ref".into(), reference["$ref"].clone());
                 Value::Object(field)

@@ -225,8 +225,11 @@ const POD: &[Sub] = &[
     ("exec", "PodExecOptions", &["create", "get"]),
     ("log", "Pod", &["get"]),
     ("portforward", "PodPortForwardOptions", &["create", "get"]),
+    ("proxy", "PodProxyOptions", PROXY_VERBS),
     STATUS,
 ];
+const PROXY_VERBS: &[&str] = &["create", "delete", "get", "patch", "update"];
+const SERVICE: &[Sub] = &[("proxy", "ServiceProxyOptions", PROXY_VERBS), STATUS];
 const NAMESPACE: &[Sub] = &[("finalize", "Namespace", &["update"]), STATUS];
 const ACCOUNT: &[Sub] = &[("token", "TokenRequest", &["create"])];
 /// The built-in kinds: group, version, kind, plural, namespaced, short names (and "all"), subresources.
@@ -262,7 +265,7 @@ const ROWS: &[Row] = &[
         "services",
         true,
         &["svc", ALL],
-        &[STATUS],
+        SERVICE,
     ),
     (
         "apps",

@@ -68,6 +68,18 @@ impl Error {
     fn is_conflict(&self) -> bool {
         matches!(&self.source, kube::Error::Api(status) if status.code == 409)
     }
+
+    /// Whether the object's namespace is ending: what could not be created is not wanted any more.
+    fn is_namespace_ending(&self) -> bool {
+        let kube::Error::Api(status) = &self.source else {
+            return false;
+        };
+        let causes = status.details.iter().flat_map(|details| &details.causes);
+        status.code == 403
+            && causes
+                .into_iter()
+                .any(|cause| cause.reason == "NamespaceTerminating")
+    }
 }
 
 /// What a reconcile asks for: nothing more until the next change, or another look after a time.

@@ -5,6 +5,7 @@ mod auth;
 mod crds;
 mod kinds;
 mod patches;
+mod proxy;
 mod rules;
 mod support;
 mod verbs;

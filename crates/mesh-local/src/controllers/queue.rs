@@ -165,6 +165,11 @@ fn settle(
                 None => later.clear(&key),
             }
         }
+        Err(error) if error.is_namespace_ending() => {
+            tracing::debug!(controller = queue.name, %key, %error, "the namespace is ending");
+            failures.remove(&key);
+            later.clear(&key);
+        }
         Err(error) => {
             let count = failures.entry(key.clone()).or_default();
             let pause = pause(*count);
