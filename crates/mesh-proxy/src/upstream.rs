@@ -5,6 +5,7 @@ pub mod common;
 pub mod counters;
 mod dns;
 mod outlier;
+mod resolver;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

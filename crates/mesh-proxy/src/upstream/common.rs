@@ -228,13 +228,14 @@ impl Common {
             *outlier = config.outlier.clone().map(Arc::new);
         }
         drop(outlier);
-        if let Discovery::Dns(dns) = &config.discovery {
-            let mut known = locked(&self.dns);
-            if !known.as_ref().is_some_and(|known| Arc::ptr_eq(known, dns)) {
-                *known = Some(dns.clone());
-                drop(known);
-                self.dns_changed.notify_one();
-            }
+        let wanted = match &config.discovery {
+            Discovery::Dns(dns) => Some(dns),
+            _ => None,
+        };
+        let mut known = locked(&self.dns);
+        if known.as_ref().map(Arc::as_ptr) != wanted.map(Arc::as_ptr) {
+            *known = wanted.cloned();
+            self.dns_changed.notify_one();
         }
     }
 

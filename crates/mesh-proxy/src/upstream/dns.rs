@@ -1,50 +1,55 @@
 //! Endpoints by name: looked up again and again; the last good answer stays.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use mesh_routing::cluster::{Dns, Families};
+use mesh_routing::cluster::Dns;
 
 use crate::upstream::common::Common;
 use crate::upstream::counters::Counter;
-
-/// A lookup that takes longer has failed.
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
-/// Addresses of one name that are used.
-const MOST_ADDRESSES: usize = 256;
+use crate::upstream::resolver::{Answer, Resolver};
 
 /// Keeps a cluster's endpoints up to date for as long as it is in use.
 pub(crate) async fn keep_resolved(common: Weak<Common>, cluster: Arc<str>) {
-    let mut answers: HashMap<String, Vec<IpAddr>> = HashMap::new();
+    let mut answers: HashMap<String, Answer> = HashMap::new();
     let mut failures = 0;
     loop {
-        let Some(dns) = common.upgrade().and_then(|common| common.dns()) else {
+        let Some(dns) = wanted(&common) else {
             return;
         };
         let failed = look_up_all(&common, &dns, &cluster, &mut answers).await;
         failures = if failed { failures + 1 } else { 0 };
-        let wait = wait(&dns, failures);
+        let lives = answers.values().filter_map(|answer| answer.ttl);
+        let wait = wait(&dns, failures, lives.min());
         let Some(common) = common.upgrade() else {
             return;
         };
         // Not woken by the end of the cluster: the next lookup finds it gone.
         let changed = common.dns_changed.notified();
         let _ = tokio::time::timeout(wait, changed).await;
-        if common.dns().is_none() {
-            common.resolving.store(false, Ordering::Release);
-            return;
-        }
     }
 }
 
-fn wait(dns: &Dns, failures: u32) -> Duration {
+/// What there is to look up, as long as there is something.
+fn wanted(common: &Weak<Common>) -> Option<Arc<Dns>> {
+    let common = common.upgrade()?;
+    let dns = common.dns();
+    if dns.is_none() {
+        // The cluster has got its endpoints elsewhere; should that change again, somebody else takes over.
+        common.resolving.store(false, Ordering::Release);
+    }
+    dns
+}
+
+fn wait(dns: &Dns, failures: u32, ttl: Option<Duration>) -> Duration {
     let (first, longest) = dns.retry;
-    let base = match failures {
-        0 => dns.refresh,
-        n => (first * 2_u32.saturating_pow((n - 1).min(16))).min(longest),
+    let base = match (failures, ttl) {
+        // Zero means "use once": the configured interval holds then, as in Envoy.
+        (0, Some(ttl)) if dns.respect_ttl && !ttl.is_zero() => ttl,
+        (0, _) => dns.refresh,
+        (n, _) => (first * 2_u32.saturating_pow((n - 1).min(16))).min(longest),
     };
     base + dns.jitter.mul_f64(rand::random::<f64>())
 }
@@ -54,20 +59,22 @@ async fn look_up_all(
     common: &Weak<Common>,
     dns: &Dns,
     cluster: &str,
-    answers: &mut HashMap<String, Vec<IpAddr>>,
+    answers: &mut HashMap<String, Answer>,
 ) -> bool {
     let (mut failed, mut changed) = (false, false);
     let names = dns.endpoints.names();
+    // Read each time: the pod's files may change.
+    let resolver = Resolver::of_system();
     answers.retain(|name, _| names.contains(&name.as_str()));
     for name in names {
         let Some(common) = common.upgrade() else {
             return false;
         };
         common.own.inc_shared(Counter::DnsAttempt);
-        match look_up(name, dns.families).await {
+        match resolver.look_up(name, dns.families).await {
             Ok(found) => {
                 common.own.inc_shared(Counter::DnsSuccess);
-                changed |= answers.get(name) != Some(&found);
+                changed |= answers.get(name).map(|old| &old.addresses) != Some(&found.addresses);
                 answers.insert(name.to_owned(), found);
             }
             Err(error) => {
@@ -80,32 +87,11 @@ async fn look_up_all(
     if (changed || !failed)
         && let Some(common) = common.upgrade()
     {
-        let addresses = |name: &str| answers.get(name).cloned().unwrap_or_default();
+        let addresses = |name: &str| match answers.get(name) {
+            Some(answer) => answer.addresses.clone(),
+            None => Vec::new(),
+        };
         common.set_resolved(dns.endpoints.resolve(addresses, dns.logical));
     }
     failed
-}
-
-/// Asks the system's resolver; sorted, so that another order is no change.
-async fn look_up(name: &str, families: Families) -> std::io::Result<Vec<IpAddr>> {
-    let lookup = tokio::net::lookup_host((name, 0));
-    let found = tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await??;
-    let (mut v4, mut v6): (Vec<IpAddr>, Vec<IpAddr>) =
-        found.map(|address| address.ip()).partition(IpAddr::is_ipv4);
-    let mut all = match families {
-        Families::V4 => v4,
-        Families::V6 => v6,
-        Families::PreferV4 if v4.is_empty() => v6,
-        Families::PreferV4 => v4,
-        Families::PreferV6 if v6.is_empty() => v4,
-        Families::PreferV6 => v6,
-        Families::All => {
-            v4.append(&mut v6);
-            v4
-        }
-    };
-    all.sort_unstable();
-    all.dedup();
-    all.truncate(MOST_ADDRESSES);
-    Ok(all)
 }
