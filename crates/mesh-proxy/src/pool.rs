@@ -20,9 +20,9 @@ use crate::body::RequestBody;
 use crate::clock;
 use crate::exec::LocalExec;
 use crate::shared::Shared;
+use crate::upstream::Core;
 use crate::upstream::common::EndpointState;
 use crate::upstream::counters::{Counter, HostShard};
-use crate::upstream::{Core, host_counters};
 
 pub use connect::{ConnectError, TcpUpstream};
 pub use lease::{Lease, Sent};
@@ -92,6 +92,21 @@ struct Multiplexed {
     history: Cell<History>,
 }
 
+/// A request in the queue for a connection.
+struct Waiter<'a> {
+    host: &'a Host,
+    take: oneshot::Receiver<Option<Idle>>,
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        // What came too late for a request that was given up is for the next one.
+        if let Ok(given) = self.take.try_recv() {
+            self.host.hand_over(given);
+        }
+    }
+}
+
 /// Which HTTP version to speak.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
@@ -104,14 +119,14 @@ pub enum Version {
 impl Host {
     /// An endpoint without connections. `renewed`: it is another one than what was at this address before.
     pub fn new(core: &Rc<Core>, address: SocketAddr, peer: Arc<Peer>, renewed: bool) -> Self {
-        let (endpoint, counters) = host_counters(core, address, renewed);
+        let endpoint = core.common.endpoint(address, renewed);
         Self {
+            counters: endpoint.shard(),
             address,
             active: Cell::new(0),
             peer,
             endpoint,
             core: core.clone(),
-            counters,
             hostname: RefCell::new("".into()),
             priority: Cell::new(0),
             idle: RefCell::default(),
@@ -222,7 +237,8 @@ impl Host {
     async fn wait(&self) -> Option<Idle> {
         let (give, take) = oneshot::channel();
         self.waiting.borrow_mut().push_back(give);
-        take.await.ok().flatten()
+        let mut waiter = Waiter { host: self, take };
+        (&mut waiter.take).await.ok().flatten()
     }
 
     /// Gives a connection, or the news of a place for one, to who has waited longest; the connection comes back where nobody waits.

@@ -24,8 +24,10 @@ use crate::report::{Peers, Reports};
 use crate::shared::Shared;
 use breaker::{Gauge, Held, counts_requests};
 use common::{Common, EndpointState};
-use counters::{ClusterShard, Counter, HostCounter, HostShard};
+use counters::{ClusterShard, Counter, HostCounter};
 use outlier::Outcome;
+
+pub(crate) use outlier::Outcome as ConnectOutcome;
 
 /// Endpoints of one ORIGINAL_DST cluster that are remembered; beyond, unused ones are forgotten first.
 const MOST_DESTINATIONS: usize = 10_000;
@@ -445,7 +447,6 @@ fn connection_settings(config: &ClusterConfig) -> impl PartialEq + use<> {
     )
 }
 
-/// The counters of an endpoint on this worker, and what observes it.
 impl Host {
     /// To be called once for every try that got a connection: counts, and lets outlier detection know.
     pub fn observe(&self, what: Observation) {
@@ -487,17 +488,4 @@ impl Host {
     pub(crate) fn observe_connect(&self, outcome: Outcome) {
         self.core.observe(&self.endpoint, outcome);
     }
-}
-
-pub(crate) use outlier::Outcome as ConnectOutcome;
-
-/// Counters of an endpoint on this worker.
-pub(crate) fn host_counters(
-    core: &Core,
-    address: SocketAddr,
-    renewed: bool,
-) -> (Arc<EndpointState>, Arc<HostShard>) {
-    let endpoint = core.common.endpoint(address, renewed);
-    let counters = endpoint.shard();
-    (endpoint, counters)
 }

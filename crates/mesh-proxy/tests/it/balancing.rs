@@ -398,33 +398,98 @@ fn refused_connections_count_as_failures_and_a_part_of_the_endpoints_stays_in() 
 }
 
 #[test]
-fn who_fails_by_percentage_is_taken_out() {
-    let (at, bad) = (free_port(), Held::start("bad"));
-    let good: Vec<_> = (0..4).map(|_| Held::start("good")).collect();
-    good.iter().chain([&bad]).for_each(Held::release);
-    bad.status.store(500, Ordering::SeqCst);
-    let addresses: Vec<_> = good.iter().chain([&bad]).map(|app| app.address).collect();
+fn who_fails_more_than_the_others_is_taken_out() {
+    let by_percentage = |d: &mut pb::OutlierDetection| {
+        d.enforcing_success_rate = number(0);
+        d.enforcing_failure_percentage = number(100);
+        d.failure_percentage_request_volume = number(5);
+    };
+    // Rates of 100, 100, 100, 100 and 0 %: mean 80, deviation 40, so that less than 80 - 1.9 * 40 = 4 is too little.
+    let by_success = |d: &mut pb::OutlierDetection| {
+        d.success_rate_request_volume = number(5);
+    };
+    type Change = fn(&mut pb::OutlierDetection);
+    let cases: [(Change, Counter); 2] = [
+        (by_percentage, Counter::EnforcedPercentage),
+        (by_success, Counter::EnforcedRate),
+    ];
+    for (change, counter) in cases {
+        let (at, bad) = (free_port(), Held::start("bad"));
+        let good: Vec<_> = (0..4).map(|_| Held::start("good")).collect();
+        good.iter().chain([&bad]).for_each(Held::release);
+        bad.status.store(500, Ordering::SeqCst);
+        let addresses: Vec<_> = good.iter().chain([&bad]).map(|app| app.address).collect();
+        let config = pb::Cluster {
+            outlier_detection: detection(|d| {
+                d.interval = millis(400);
+                d.base_ejection_time = millis(60_000);
+                d.consecutive_5xx = number(0);
+                change(d);
+            }),
+            ..cluster("a", &addresses)
+        };
+        let proxy = Proxy::start(&to_cluster(at, config));
+        wait(|| {
+            answers(at, 50);
+            count(&proxy, "a", counter) == 1
+        });
+        let after = answers(at, 50);
+        assert!(
+            after
+                .iter()
+                .all(|(name, status)| name == "good" && *status == 200),
+            "{counter:?}: {after:?}"
+        );
+    }
+}
+
+#[test]
+fn unused_and_old_connections_are_closed() {
+    use envoy_types::pb::envoy::config::core::v3::HttpProtocolOptions as Common;
+    use envoy_types::pb::envoy::extensions::upstreams::http::v3::HttpProtocolOptions;
+    let options = |common: Common| {
+        let options = HttpProtocolOptions {
+            common_http_protocol_options: Some(common),
+            ..Default::default()
+        };
+        let name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+        let any = protobuf::Any {
+            type_url: format!("type.googleapis.com/{name}"),
+            value: prost::Message::encode_to_vec(&options),
+        };
+        [(name.to_owned(), any)].into()
+    };
+    let (at, app) = (free_port(), Held::start("a"));
+    app.release();
+    let idle = Common {
+        idle_timeout: millis(1000),
+        ..Default::default()
+    };
     let config = pb::Cluster {
-        outlier_detection: detection(|d| {
-            d.interval = millis(400);
-            d.base_ejection_time = millis(60_000);
-            d.consecutive_5xx = number(0);
-            d.enforcing_success_rate = number(0);
-            d.enforcing_failure_percentage = number(100);
-            d.failure_percentage_request_volume = number(5);
-        }),
-        ..cluster("a", &addresses)
+        typed_extension_protocol_options: options(idle),
+        ..cluster("a", &[app.address])
     };
     let proxy = Proxy::start(&to_cluster(at, config));
+    answers(at, 2);
+    assert_eq!(app.open.load(Ordering::SeqCst), 1);
+    wait(|| app.open.load(Ordering::SeqCst) == 0);
+    assert_eq!(count(&proxy, "a", Counter::CxIdleTimeout), 1);
+    let old = Common {
+        max_connection_duration: millis(1000),
+        ..Default::default()
+    };
+    let config = pb::Cluster {
+        typed_extension_protocol_options: options(old),
+        ..cluster("b", &[app.address])
+    };
+    proxy.publish(&to_cluster(at, config));
+    wait(|| proxy.shared.upstreams.find("a").is_none());
+    let before = app.accepted();
     wait(|| {
-        answers(at, 50);
-        count(&proxy, "a", Counter::EnforcedPercentage) == 1
+        answers(at, 2);
+        app.accepted() >= before + 2
     });
-    assert!(
-        answers(at, 50)
-            .iter()
-            .all(|(name, status)| name == "good" && *status == 200)
-    );
+    assert!(count(&proxy, "b", Counter::CxMaxDuration) >= 1);
 }
 
 #[test]
