@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod case;
+mod envoy_filters;
+mod generated;
 mod golden;
 mod properties;
 mod requests;
