@@ -100,7 +100,7 @@ fn bootstraps_for_stock_envoy() {
 }
 
 /// Everything static: discovered routes go into their listeners, endpoints into their clusters.
-fn bootstrap(resources: &Resources) -> serde_json::Value {
+pub(crate) fn bootstrap(resources: &Resources) -> serde_json::Value {
     let [(_, clusters), (_, endpoints), (_, listeners), (_, routes)] = by_type(resources);
     let mut clusters: Vec<_> = clusters.values().map(to_json).collect();
     for cluster in &mut clusters {
