@@ -527,7 +527,7 @@ fn note(host: &Host, failure: Failure) {
 
 /// What outlier detection takes a response for; a gRPC status in the headers counts as the HTTP status that stands for it (Envoy's
 /// `grpcToHttpStatus`).
-fn judge(response: &Response<Incoming>) -> Observation {
+pub(crate) fn judge(response: &Response<Incoming>) -> Observation {
     let status = response.status().as_u16();
     let judged = match grpc_status(response.headers()) {
         None => status,

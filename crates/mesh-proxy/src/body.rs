@@ -222,6 +222,16 @@ impl UpstreamBody {
     }
 }
 
+/// Envoy's flag for a response that ends in the middle.
+fn broken_off(error: &hyper::Error) -> Flag {
+    let source = std::error::Error::source(error);
+    match source.and_then(|source| source.downcast_ref::<h2::Error>()) {
+        Some(error) if error.is_reset() => Flag::UpstreamReset,
+        None if error.is_incomplete_message() || error.is_parse() => Flag::UpstreamProtocol,
+        _ => Flag::UpstreamClosed,
+    }
+}
+
 /// `grpc-status` of headers or trailers.
 pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
@@ -262,7 +272,7 @@ impl Content {
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => {
-                body.report.flags.add(Flag::UpstreamClosed);
+                body.report.flags.add(broken_off(&error));
                 Poll::Ready(Some(Err(error.into())))
             }
             Poll::Ready(None) => {

@@ -69,6 +69,8 @@ pub struct LocalReply<'a> {
     flag: Option<Flag>,
     headers: HeaderMap,
     ops: Option<&'a HeaderOps>,
+    /// Without the route's mutations.
+    plain: bool,
 }
 
 /// The outcome of all filters.
@@ -96,11 +98,18 @@ impl Pass {
 }
 
 impl LocalReply<'_> {
-    /// As a response.
-    pub fn into_response(self, mut report: Box<Report>) -> Response<ResponseBody> {
+    /// As a response. `decorate` makes the route's mutations, before the filter's own; only the answer to a preflight goes without them.
+    pub fn into_response(
+        self,
+        mut report: Box<Report>,
+        decorate: impl FnOnce(&mut Response<ResponseBody>),
+    ) -> Response<ResponseBody> {
         report.flags.add(self.flag.map_or(Flags::NONE, Flags::from));
         let mut response =
             reply::with_grpc_status(self.status, self.body, Flags::NONE, self.grpc, report);
+        if !self.plain {
+            decorate(&mut response);
+        }
         let headers = response.headers_mut();
         for (name, value) in &self.headers {
             headers.insert(name, value.clone());
@@ -155,6 +164,7 @@ impl<'a> Request<'a> {
                         }
                         Verdict::Answer(headers) => Some(LocalReply {
                             headers,
+                            plain: true,
                             ..LocalReply::new(StatusCode::OK, None)
                         }),
                     }
@@ -177,10 +187,23 @@ impl<'a> Request<'a> {
                 Active::Cors(_) => None,
             };
             if let Some(reply) = reply {
+                self.attribute(&said, report);
                 return Outcome::Reply(Box::new(reply), pass);
             }
         }
         Outcome::Continue(pass)
+    }
+
+    /// An answer in the endpoint's place counts for the service that the route leads to.
+    fn attribute(&self, said: &Said<'_>, report: &mut Report) {
+        let cluster = said.cluster.as_deref();
+        if let Some(cluster) = cluster.and_then(|name| self.snapshot.cluster(name)) {
+            let worker = &self.exchange.connection.worker;
+            report.reports = worker.cluster_state(cluster).reports();
+            if report.reports.follows_host() {
+                report.host = Some(self.exchange.authority.clone());
+            }
+        }
     }
 
     fn said(&self, parts: &request::Parts) -> Said<'a> {
@@ -295,7 +318,9 @@ impl<'a> Request<'a> {
             let add = &mut passed(pass).add;
             add.append(LIMIT, HeaderValue::from(bucket.most()));
             add.append(REMAINING, HeaderValue::from(bucket.remaining(now)));
-            add.append(RESET, HeaderValue::from(bucket.next_token(now) as u64));
+            // Whole seconds of whole milliseconds, as Envoy counts them.
+            let wait = (bucket.next_token(now) * 1000.0).round() / 1000.0;
+            add.append(RESET, HeaderValue::from(wait as u64));
         }
         if judged.allowed {
             return None;
@@ -409,6 +434,7 @@ impl LocalReply<'_> {
             flag,
             headers: HeaderMap::new(),
             ops: None,
+            plain: false,
         }
     }
 }

@@ -13,13 +13,24 @@ pub struct HeadScan {
     len: usize,
     lengths: u8,
     codings: u8,
+    /// The head of an exchange that has begun has ended: what follows may be a body.
+    past_head: bool,
+}
+
+/// What was found.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// A block of lines up to an empty one has both headers. Bodies look like heads here, so this only means something for a request that
+    /// the codec found to have a transfer coding.
+    pub both: bool,
+    /// The first head of an exchange has several lengths, equal or not.
+    pub repeated: bool,
 }
 
 impl HeadScan {
-    /// Looks at the next bytes. True if a block of lines up to an empty one has both headers. Bodies look like heads to it, so this
-    /// only means something for a request that the codec found to have a transfer coding.
-    pub fn read(&mut self, mut bytes: &[u8]) -> bool {
-        let mut both = false;
+    /// Looks at the next bytes.
+    pub fn read(&mut self, mut bytes: &[u8]) -> Found {
+        let mut found = Found::default();
         while let Some(end) = memchr::memchr(b'\n', bytes) {
             let (line, rest) = bytes.split_at(end);
             if self.len == 0 {
@@ -30,15 +41,23 @@ impl HeadScan {
                 self.take_line(begun.get(..len).unwrap_or_default());
             }
             self.len = 0;
-            both |= self.lengths > 0 && self.codings > 0;
+            found.both |= self.lengths > 0 && self.codings > 0;
+            found.repeated |= self.lengths > 1 && !self.past_head;
             bytes = rest.get(1..).unwrap_or_default();
         }
         self.begin_line(bytes);
-        both
+        found
     }
 
-    /// Another head begins.
-    pub fn forget(&mut self) {
+    /// Another exchange begins. Where the last one had a body, what looked like a header may have been a line of it.
+    pub fn begin(&mut self, after_body: bool) {
+        self.past_head = false;
+        if after_body {
+            self.forget();
+        }
+    }
+
+    fn forget(&mut self) {
         (self.lengths, self.codings) = (0, 0);
     }
 
@@ -53,12 +72,16 @@ impl HeadScan {
 
     fn take_line(&mut self, line: &[u8]) {
         match line.first().map(|first| first | 0x20) {
-            Some(b'c') if is_named(line, b"content-length:") => self.lengths = 1,
+            Some(b'c') if is_named(line, b"content-length:") => {
+                self.lengths = self.lengths.saturating_add(1);
+            }
             Some(b't') if is_named(line, b"transfer-encoding:") => self.codings = 1,
-            None => self.forget(),
-            // A carriage return alone: the end of the head.
-            Some(_) if line == b"\r" => self.forget(),
-            Some(_) => {}
+            Some(_) if line != b"\r" => {}
+            // Nothing, or a carriage return alone: the end of the head.
+            _ => {
+                self.forget();
+                self.past_head = true;
+            }
         }
     }
 }
@@ -76,7 +99,17 @@ mod tests {
         let mut scan = HeadScan::default();
         text.as_bytes()
             .chunks(piece)
-            .fold(false, |found, bytes| scan.read(bytes) || found)
+            .fold(false, |found, bytes| scan.read(bytes).both || found)
+    }
+
+    #[test]
+    fn lengths_are_counted_in_the_head_only() {
+        let head = "POST / HTTP/1.1\r\nContent-Length: 40\r\n";
+        let repeated = |text: &str| HeadScan::default().read(text.as_bytes()).repeated;
+        assert!(repeated(&format!("{head}Content-Length: 40\r\n\r\n")));
+        assert!(!repeated(&format!(
+            "{head}\r\nContent-Length: 1\r\nContent-Length: 1\r\n"
+        )));
     }
 
     #[test]

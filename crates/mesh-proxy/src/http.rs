@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::header::CONNECTION;
+use http::header::{CONNECTION, TRANSFER_ENCODING};
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version, request};
 use hyper::body::{Body, Incoming};
 use mesh_routing::Snapshot;
@@ -39,6 +39,7 @@ use prepare::{begin_report, exchange_in, exchange_out, prepare_headers, route_ta
 use respond::{Failed, answer, decorate, finish_headers, finish_local, refuse};
 pub use timeouts::Timeouts;
 
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// How often the request was tried.
 pub const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
@@ -98,8 +99,9 @@ async fn forward(
     let mut report = begin_report(connection, &parts);
 
     // 2. It is checked and brought into one form.
-    let authority = match message::canonicalize(&mut parts, manager, connection.sent_two_lengths())
-    {
+    let coded = parts.headers.contains_key(TRANSFER_ENCODING);
+    let two_lengths = connection.sent_two_lengths(coded);
+    let authority = match message::canonicalize(&mut parts, manager, two_lengths) {
         Ok(authority) => authority,
         Err(refusal) => return refuse(refusal, &parts, manager, report),
     };
@@ -115,6 +117,11 @@ async fn forward(
         started: report.started,
         scheme: scheme(&parts.headers),
         version: parts.version,
+    };
+
+    let request_id = match manager.request_id_in_response {
+        true => parts.headers.get(REQUEST_ID).cloned(),
+        false => None,
     };
 
     // 3. The route is found.
@@ -142,8 +149,16 @@ async fn forward(
         match asked.run(&mut parts, &mut report).await {
             filter::Outcome::Continue(left) => pass = left,
             filter::Outcome::Reply(reply, left) => {
-                let response = reply.into_response(report);
-                return hooks::leave(left, finish_local(response, manager));
+                let decorate = |response: &mut _| {
+                    hooks::decorate_reply(matched, &exchange, &parts, response);
+                };
+                let mut response = finish_local(reply.into_response(report, decorate), manager);
+                if exchange.version < Version::HTTP_2 && !body.is_end_stream() {
+                    // The rest of the request is not read.
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(CONNECTION, close);
+                }
+                return hooks::leave(left, response);
             }
         }
     }
@@ -154,7 +169,10 @@ async fn forward(
         peer_exchange,
         upgrade,
     };
-    let response = follow(decision, manager, snapshot, &exchange, arrived).await;
+    let mut response = follow(decision, manager, snapshot, &exchange, arrived).await;
+    if let Some(id) = request_id {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
     hooks::leave(pass, response)
 }
 
@@ -186,10 +204,10 @@ async fn follow(
     let matched = match decision {
         Decision::Matched(matched) => matched,
         Decision::TlsRequired => {
+            let path = facts::path(&parts);
             let location = format!(
-                "https://{}{}",
-                exchange.authority.to_str().unwrap_or(""),
-                parts.uri.path()
+                "https://{}{path}",
+                exchange.authority.to_str().unwrap_or("")
             );
             return finish_local(
                 reply::redirect(StatusCode::MOVED_PERMANENTLY, &location, report),
@@ -207,6 +225,7 @@ async fn follow(
         Action::Forward(route) => route,
         other => {
             let mut response = answer(other, &matched, exchange, &parts, report);
+            count_attempts(&matched, 1, &mut response);
             let origin = Origin::keep(&matched, None, &parts);
             decorate(&matched, None, exchange, origin.as_deref(), &mut response);
             return finish_local(response, manager);
@@ -284,8 +303,18 @@ async fn follow(
                 attempts: outcome.attempts,
                 timeouts: &timeouts,
             };
-            finish_local(how.answer(report), manager)
+            let mut response = how.answer(report);
+            count_attempts(&matched, outcome.attempts, &mut response);
+            finish_local(response, manager)
         }
+    }
+}
+
+/// Tells the client how often its request was tried, where the virtual host says so.
+fn count_attempts<B>(matched: &Matched<'_>, attempts: u32, response: &mut Response<B>) {
+    if matched.host.response_attempt_count {
+        let count = HeaderValue::from(attempts);
+        response.headers_mut().insert(ATTEMPT_COUNT, count);
     }
 }
 
@@ -334,10 +363,7 @@ fn pass_on(
         extras.origin.as_deref(),
         &mut done.response,
     );
-    let headers = done.response.headers_mut();
-    if matched.host.response_attempt_count {
-        headers.insert(ATTEMPT_COUNT, HeaderValue::from(extras.attempts));
-    }
+    count_attempts(matched, extras.attempts, &mut done.response);
     if let Some(upgrade) = upgrade {
         let mut response = done.response;
         upgrade.join(

@@ -115,6 +115,8 @@ struct Activity {
     head_since: AtomicU32,
     /// A head with two kinds of length was read since then.
     two_lengths: AtomicBool,
+    /// Or one with several lengths.
+    repeated_length: AtomicBool,
     /// The last request had a body.
     had_body: AtomicBool,
     /// Second in which bytes last passed in either direction.
@@ -482,9 +484,11 @@ impl Downstream {
         self.silence.set(longest);
     }
 
-    /// Has the client sent a head with two kinds of length? (The codec takes one of them away.)
-    pub fn sent_two_lengths(&self) -> bool {
-        self.activity.two_lengths.load(Ordering::Relaxed)
+    /// Has the client sent a head with two lengths? For a request with a transfer coding (`coded`) any other length is one too many. (The
+    /// codec takes all but one away.)
+    pub fn sent_two_lengths(&self, coded: bool) -> bool {
+        self.activity.repeated_length.load(Ordering::Relaxed)
+            || (coded && self.activity.two_lengths.load(Ordering::Relaxed))
     }
 
     /// A request has its response.
@@ -567,13 +571,17 @@ impl Prefixed {
         if let Some(scan) = &mut self.scan {
             if begins {
                 self.activity.two_lengths.store(false, Ordering::Relaxed);
-                if self.activity.had_body.load(Ordering::Relaxed) {
-                    // What looked like a header may have been a line of the body.
-                    scan.forget();
-                }
+                self.activity
+                    .repeated_length
+                    .store(false, Ordering::Relaxed);
+                scan.begin(self.activity.had_body.load(Ordering::Relaxed));
             }
-            if scan.read(bytes) {
+            let found = scan.read(bytes);
+            if found.both {
                 self.activity.two_lengths.store(true, Ordering::Relaxed);
+            }
+            if found.repeated {
+                self.activity.repeated_length.store(true, Ordering::Relaxed);
             }
         }
     }

@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::net::IpAddr;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
-    TRAILER, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION,
+    TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, request};
@@ -13,6 +13,22 @@ use mesh_routing::hcm::{EscapedSlashes, HttpManager, Underscores};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+/// What [`remove_controls`] takes off.
+const CONTROLS: [&str; 13] = [
+    "x-envoy-retriable-status-codes",
+    "x-envoy-retriable-header-names",
+    "x-envoy-retry-on",
+    "x-envoy-retry-grpc-on",
+    "x-envoy-max-retries",
+    "x-envoy-upstream-alt-stat-name",
+    "x-envoy-upstream-rq-timeout-ms",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+    "x-envoy-upstream-rq-timeout-alt-response",
+    "x-envoy-expected-rq-timeout-ms",
+    "x-envoy-force-trace",
+    "x-envoy-ip-tags",
+    "x-envoy-hedge-on-per-try-timeout",
+];
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 /// A request that is not forwarded.
@@ -53,10 +69,13 @@ fn check_version(parts: &request::Parts, manager: &HttpManager) -> Result<(), Re
 
 /// What the codec lets through and RFC 9112 section 6 forbids: any transfer coding but one `chunked`, and both kinds of length.
 fn check_framing(headers: &HeaderMap, version: Version, two_lengths: bool) -> Result<(), Refusal> {
+    if two_lengths {
+        return Err(Refusal::BAD);
+    }
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     if let Some(coding) = codings.next() {
         let plain = coding.as_bytes().eq_ignore_ascii_case(b"chunked") && codings.next().is_none();
-        if !plain || version >= Version::HTTP_2 || two_lengths {
+        if !plain || version >= Version::HTTP_2 {
             return Err(Refusal::BAD);
         }
     }
@@ -308,6 +327,59 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
     if headers.contains_key(TRAILER) && !trailers {
         headers.remove(TRAILER);
+    }
+}
+
+/// Appends to a header that is a list, in one line.
+pub fn append_to_list(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue) {
+    let joined = headers.get(name).map(|before| {
+        let all = [before.as_bytes(), b",", value.as_bytes()].concat();
+        HeaderValue::from_bytes(&all)
+    });
+    match joined {
+        Some(Ok(joined)) => headers.insert(name, joined),
+        _ => headers.insert(name, value.clone()),
+    };
+}
+
+/// Joins the pieces of the cookie header that HTTP/2 may send apart (RFC 9113 section 8.2.3).
+pub fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(COOKIE).iter();
+    if crumbs.next().is_none() || crumbs.next().is_none() {
+        return;
+    }
+    let crumbs: Vec<&[u8]> = headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if let Ok(whole) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..])) {
+        headers.insert(COOKIE, whole);
+    }
+}
+
+/// Removes the headers by which only neighbours inside may steer how a request is sent (Envoy: `cleanInternalHeaders`).
+pub fn remove_controls(headers: &mut HeaderMap) {
+    for name in CONTROLS {
+        headers.remove(name);
+    }
+}
+
+/// Does a request come from inside, by Envoy's measure where the peer's address is not to be used: `x-forwarded-for` has exactly one
+/// address, and that is one of those configured (of the private ones, where nothing is configured, as Envoy before 1.33)?
+pub fn is_internal(headers: &HeaderMap, manager: &HttpManager) -> bool {
+    let mut values = headers.get_all(&FORWARDED_FOR).iter();
+    let (Some(only), None) = (values.next(), values.next()) else {
+        return false;
+    };
+    let address = only.to_str().ok().and_then(|v| v.trim().parse().ok());
+    if let (Some(ip), Some(ranges)) = (address, &manager.internal) {
+        return ranges.iter().any(|range| range.contains(ip));
+    }
+    match address {
+        Some(IpAddr::V4(ip)) => ip.is_private() || ip.is_loopback(),
+        Some(IpAddr::V6(ip)) => ip.segments()[0] >> 8 == 0xfd || ip.is_loopback(),
+        None => false,
     }
 }
 

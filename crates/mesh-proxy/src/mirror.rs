@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -18,10 +19,12 @@ use mesh_routing::Snapshot;
 use mesh_routing::format::Facts;
 use mesh_routing::mirror::Mirror;
 
+use crate::attempt::judge;
 use crate::body::{BodyError, RequestBody};
 use crate::http::{Exchange, address_head, upstream_version};
+use crate::message::append_forwarded_for;
 use crate::pool::Sent;
-use crate::upstream::Wish;
+use crate::upstream::{Observation, Wish};
 use crate::worker::Worker;
 
 /// Bytes that may wait for a mirror; Envoy's default limit of a connection's buffer.
@@ -160,6 +163,7 @@ pub fn start(
     let worker = &exchange.connection.worker;
     let snapshot = worker.snapshot();
     let whole = request.body().is_end_stream();
+    let own_address = worker.shared.options.ip;
     let mut tap = Tap::default();
     for (mirror, cluster) in mirrors {
         if snapshot.cluster(cluster).is_none() || COPIES.get() >= MOST_COPIES {
@@ -171,7 +175,10 @@ pub fn start(
         } else {
             tap.0.push(feed.clone());
         }
-        let copy = copy(mirror, facts, request, feed);
+        let copy = (
+            copy(mirror, facts, own_address, request, feed.clone()),
+            feed,
+        );
         let sending = send(worker.clone(), snapshot.clone(), cluster.clone(), copy);
         let limit = timeout.unwrap_or(LONGEST).min(LONGEST);
         let count = Count::up();
@@ -205,6 +212,7 @@ impl Drop for Count {
 fn copy(
     mirror: &Mirror,
     facts: &Facts<'_>,
+    own_address: IpAddr,
     request: &Request<RequestBody>,
     feed: Rc<Feed>,
 ) -> Request<RequestBody> {
@@ -218,6 +226,7 @@ fn copy(
         let host = mirror.host(host);
         headers.insert(HOST, host);
     }
+    append_forwarded_for(headers, own_address);
     headers.insert(INTERNAL, HeaderValue::from_static("true"));
     mirror.request_ops.apply_to_request(headers, facts);
     copy
@@ -227,7 +236,7 @@ async fn send(
     worker: Rc<Worker>,
     snapshot: Arc<Snapshot>,
     cluster: Arc<str>,
-    mut request: Request<RequestBody>,
+    (mut request, feed): (Request<RequestBody>, Rc<Feed>),
 ) {
     let Some(cluster) = snapshot.cluster(&cluster) else {
         return;
@@ -242,13 +251,17 @@ async fn send(
         let Ok(mut lease) = lease.await else { return };
         match lease.send(request).await {
             Some(Sent::Response(response)) => {
+                host.observe(judge(&response));
                 if discard(response.into_body()).await {
-                    lease.give_back(true);
+                    lease.give_back(feed.is_end());
                 }
                 return;
             }
             Some(Sent::Unsent(unsent, _)) if !fresh => request = *unsent,
-            _ => return,
+            _ => {
+                host.observe(Observation::Reset);
+                return;
+            }
         }
     }
 }

@@ -11,6 +11,7 @@ use mesh_net::splice::{Counters, bidirectional};
 use mesh_routing::tcp::TcpProxy;
 use mesh_telemetry::TcpHandles;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use crate::listener::Downstream;
 use crate::pool::Host;
@@ -69,25 +70,33 @@ pub async fn serve(
         return;
     };
     let handles = reports.tcp(&host.peer, connection.direction, Flags::NONE);
-    relay(
+    let flags = relay(
         &host,
         &handles,
         &mut stream,
         &mut upstream.stream,
         &prefix,
-        proxy.idle_timeout,
+        proxy,
     )
     .await;
+    match flags.is_empty() {
+        true => handles.closed.inc(),
+        false => reports
+            .tcp(&host.peer, connection.direction, flags)
+            .closed
+            .inc(),
+    };
 }
 
+/// Moves the bytes until the connection ends; the answer is what is to be said of the end.
 async fn relay(
     host: &Rc<Host>,
     handles: &TcpHandles,
     stream: &mut TcpStream,
     upstream: &mut TcpStream,
     prefix: &[u8],
-    idle: Option<Duration>,
-) {
+    proxy: &TcpProxy,
+) -> Flags {
     handles.opened.inc();
     host.active.set(host.active.get() + 1);
     let counters = Arc::new(Counters::default());
@@ -101,18 +110,28 @@ async fn relay(
         handles.sent.inc_by(now_sent - sent);
         (received, sent) = (now_received, now_sent);
     };
-    let copying = bidirectional(stream, upstream, prefix, idle, &counters);
+    let end = proxy.max_duration.map(|limit| Instant::now() + limit);
+    let copying = bidirectional(stream, upstream, prefix, proxy.idle_timeout, &counters);
     tokio::pin!(copying);
     let end = loop {
+        let far = Instant::now() + REPORT_EVERY;
         tokio::select! {
-            end = &mut copying => break end,
-            () = tokio::time::sleep(REPORT_EVERY) => note(),
+            end = &mut copying => break Some(end),
+            () = tokio::time::sleep_until(end.map_or(far, |end| end.min(far))) => {
+                if end.is_some_and(|end| end <= Instant::now()) {
+                    break None;
+                }
+                note();
+            }
         }
     };
     note();
     tracing::trace!(?end, endpoint = %host.address, "connection ended");
     host.active.set(host.active.get() - 1);
-    handles.closed.inc();
+    match end {
+        Some(_) => Flags::NONE,
+        None => Flag::Duration.into(),
+    }
 }
 
 /// A connection that found no endpoint counts as opened and closed, with the flag that says why.

@@ -298,11 +298,15 @@ impl ClusterState {
         }
         self.core.configure(&cluster.config);
         if connection_settings(&old.config) != connection_settings(&cluster.config) {
-            for host in self.hosts.borrow().values() {
-                host.retire_connections();
-            }
+            self.retire();
         }
         self.align(peers);
+    }
+
+    /// The cluster is gone: unused connections are closed, others with what runs on them.
+    pub fn retire(&self) {
+        let hosts = self.hosts.borrow();
+        hosts.values().for_each(|host| host.retire_connections());
     }
 
     /// Arranges the endpoints anew.

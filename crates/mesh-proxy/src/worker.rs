@@ -127,7 +127,13 @@ impl Worker {
     fn take_snapshot(&self) {
         let snapshot = self.shared.snapshot();
         let mut clusters = self.clusters.borrow_mut();
-        clusters.retain(|name, _| snapshot.cluster(name).is_some());
+        clusters.retain(|name, state| {
+            let kept = snapshot.cluster(name).is_some();
+            if !kept {
+                state.retire();
+            }
+            kept
+        });
         for (name, state) in clusters.iter() {
             if let Some(cluster) = snapshot.cluster(name) {
                 state.update(cluster, &self.shared, &self.peers);

@@ -275,6 +275,12 @@ impl Forward {
             .map(|rewrite| rewrite.apply(path_and_query, matched))
     }
 
+    /// Does the route itself, not an entry of its split, replace the authority?
+    pub fn replaces_host(&self, target: &ClusterTarget<'_>) -> bool {
+        let entry = matches!(target, ClusterTarget::Entry(e) if e.host_rewrite.is_some());
+        self.host_rewrite.is_some() && !entry
+    }
+
     /// The authority to send, where it is rewritten to something that does not depend on the endpoint. An entry's own beats the route's.
     pub fn rewritten_host(
         &self,

@@ -80,7 +80,7 @@ enum SourceType {
 
 /// An address range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Cidr {
+pub struct Cidr {
     base: IpAddr,
     len: u8,
 }
@@ -106,7 +106,8 @@ impl Cidr {
         }
     }
 
-    fn contains(self, ip: IpAddr) -> bool {
+    /// Is the address in it?
+    pub fn contains(self, ip: IpAddr) -> bool {
         match (self.base, ip) {
             (IpAddr::V4(a), IpAddr::V4(b)) => {
                 same_bits(u32::from(a).into(), u32::from(b).into(), self.len, 32)
@@ -121,7 +122,7 @@ fn same_bits(a: u128, b: u128, len: u8, width: u8) -> bool {
     len == 0 || (a ^ b) >> (width - len) == 0
 }
 
-fn cidrs(field: &str, ranges: &[CidrRange]) -> Result<Vec<Cidr>> {
+pub(crate) fn cidrs(field: &str, ranges: &[CidrRange]) -> Result<Vec<Cidr>> {
     ranges
         .iter()
         .map(Cidr::compile)

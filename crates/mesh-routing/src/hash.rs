@@ -131,7 +131,7 @@ impl Source {
     }
 }
 
-/// Several values of one header are hashed as one text, sorted so that their order does not count.
+/// The values of a header are hashed one after the other, sorted so that their order does not count; each hash is the seed of the next.
 fn header(headers: &HeaderMap, name: &HeaderName, rewrite: Option<&Substitution>) -> Option<u64> {
     let mut values: Vec<Cow<'_, [u8]>> = headers
         .get_all(name)
@@ -144,14 +144,9 @@ fn header(headers: &HeaderMap, name: &HeaderName, rewrite: Option<&Substitution>
             }
         })
         .collect();
-    match values.as_mut_slice() {
-        [] => None,
-        [only] => Some(xx_hash64(only, 0)),
-        several => {
-            several.sort_unstable();
-            Some(xx_hash64(&several.concat(), 0))
-        }
-    }
+    values.sort_unstable();
+    let hash = values.iter().fold(0, |seed, value| xx_hash64(value, seed));
+    (!values.is_empty()).then_some(hash)
 }
 
 impl Cookie {

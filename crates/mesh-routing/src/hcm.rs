@@ -11,6 +11,7 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
 };
 use http::HeaderValue;
 
+use crate::chain::{Cidr, cidrs};
 use crate::cluster::Http2Limits;
 use crate::error::{CompileError, Result, Within, every_field, flag, nonzero_duration, timeout};
 use crate::filter::HttpFilters;
@@ -52,6 +53,12 @@ pub struct HttpManager {
     pub headers_timeout: Option<Duration>,
     /// The peer's address is the client's (edge): `x-forwarded-for` gets it and internal headers are cut.
     pub use_remote_address: bool,
+    /// Proxies before this one that are trusted at the edge: what they say of the scheme counts.
+    pub trusted_hops: u32,
+    /// Addresses of clients inside, where configured.
+    pub internal: Option<Vec<Cidr>>,
+    /// `expect: 100-continue` is passed on instead of answered.
+    pub pass_continue: bool,
     /// Do not add to `x-forwarded-for`.
     pub skip_xff_append: bool,
     /// Make `x-request-id` where missing.
@@ -201,6 +208,14 @@ impl HttpManager {
                 m.request_headers_timeout.as_ref(),
             )?,
             use_remote_address: flag(m.use_remote_address.as_ref(), false),
+            trusted_hops: m.xff_num_trusted_hops,
+            internal: m
+                .internal_address_config
+                .as_ref()
+                .map(|m| cidrs("cidr_ranges", &m.cidr_ranges))
+                .transpose()
+                .within("internal_address_config")?,
+            pass_continue: m.proxy_100_continue,
             skip_xff_append: m.skip_xff_append,
             generate_request_id: flag(m.generate_request_id.as_ref(), true),
             preserve_request_id: m.preserve_external_request_id,
@@ -255,13 +270,14 @@ fn refuse_others(m: &pb::HttpConnectionManager) -> Result<()> {
         use_remote_address, skip_xff_append, generate_request_id, preserve_external_request_id, always_set_request_id_in_response,
         upgrade_configs, normalize_path, merge_slashes, path_with_escaped_slashes_action, strip_matching_host_port,
         strip_trailing_host_dot, route_specifier, strip_port_mode, forward_client_cert_details, xff_num_trusted_hops,
+        proxy_100_continue, internal_address_config,
     }
     // Statistics and log settings (access logs are refused); drain times: connections are closed as they fall idle; the certificate
-    // details need TLS; internal addresses are trusted nowhere; the request id's trace bits need tracing; http3 is not offered.
+    // details need TLS; the request id's trace bits need tracing; http3 is not offered.
     irrelevant {
         stat_prefix, http1_safe_max_connection_duration, http3_protocol_options, stream_flush_timeout, drain_timeout,
         drain_timeout_jitter, delayed_close_timeout, access_log_flush_interval, flush_access_log_on_new_request, access_log_options,
-        internal_address_config, set_current_client_cert_details, forward_client_cert_matcher, proxy_100_continue,
+        set_current_client_cert_details, forward_client_cert_matcher,
         represent_ipv4_remote_address_as_ipv4_mapped_ipv6, request_id_extension, stream_error_on_invalid_http_message,
         path_normalization_options, append_local_overload, add_proxy_protocol_connection_state, proxy_status_config, tracing,
     }

@@ -53,6 +53,8 @@ impl HeaderOps {
         for (i, option) in add.iter().enumerate() {
             let op = Op::compile(option).within(format_args!("headers_to_add[{i}]"))?;
             match op {
+                // An empty value is no value, unless it is to be kept.
+                op if op.adds_nothing() && !option.keep_empty_value => {}
                 Op::Append(..) | Op::AddIfAbsent(..) => adding.push(op),
                 op => ops.push(op),
             }
@@ -113,6 +115,18 @@ impl HeaderOps {
 }
 
 impl Op {
+    fn adds_nothing(&self) -> bool {
+        match self {
+            Self::Remove(_) => false,
+            Self::Append(_, value)
+            | Self::AddIfAbsent(_, value)
+            | Self::Set(_, value)
+            | Self::SetIfPresent(_, value) => {
+                matches!(value, Value::Fixed(fixed) if fixed.is_empty())
+            }
+        }
+    }
+
     fn apply(
         &self,
         headers: &mut HeaderMap,

@@ -9,7 +9,7 @@ use envoy_types::pb::envoy::config::route::v3::query_parameter_matcher::QueryPar
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
 use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
-use http::{HeaderMap, HeaderName, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use regex::{Regex, RegexBuilder};
 
 use crate::error::{CompileError, Result, Within};
@@ -193,15 +193,15 @@ impl HeaderMatch {
 
     /// The same rules for a response, which has `:status` and no other pseudo header.
     pub(crate) fn matches_response(&self, status: StatusCode, headers: &HeaderMap) -> bool {
-        self.judge(match &self.source {
-            HeaderSource::Status => Some(Cow::Borrowed(status.as_str())),
-            HeaderSource::Field(name) => joined(headers, name),
-            _ => None,
-        })
+        match &self.source {
+            HeaderSource::Status => self.judge(Some(Cow::Borrowed(status.as_str()))),
+            HeaderSource::Field(name) => self.judge_field(headers, name),
+            _ => self.judge(None),
+        }
     }
 
-    /// Envoy's rules: several values are joined by commas; a missing header matches nothing (inverted or not) unless it is to be
-    /// treated as empty, or its presence is what is asked for.
+    /// Envoy's rules: of several values one has to match, each judged by itself; a missing header matches nothing (inverted or not)
+    /// unless it is to be treated as empty, or its presence is what is asked for.
     pub fn matches(&self, request: &RequestView<'_>) -> bool {
         let value = match &self.source {
             HeaderSource::Method => Some(Cow::Borrowed(request.method)),
@@ -209,9 +209,22 @@ impl HeaderMatch {
             HeaderSource::Path => Some(Cow::Borrowed(request.path_and_query)),
             HeaderSource::Scheme => Some(Cow::Borrowed(request.scheme)),
             HeaderSource::Status => None,
-            HeaderSource::Field(name) => joined(request.headers, name),
+            HeaderSource::Field(name) => return self.judge_field(request.headers, name),
         };
         self.judge(value)
+    }
+
+    fn judge_field(&self, headers: &HeaderMap, name: &HeaderName) -> bool {
+        let mut values = headers.get_all(name).iter();
+        let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+        match (values.next(), values.next()) {
+            (None, _) => self.judge(None),
+            (Some(only), None) => self.judge(Some(String::from_utf8_lossy(only.as_bytes()))),
+            (Some(_), Some(_)) => {
+                let found = |value| self.judge(Some(Cow::Owned(text(value)))) != self.invert;
+                headers.get_all(name).iter().any(found) != self.invert
+            }
+        }
     }
 
     fn judge(&self, value: Option<Cow<'_, str>>) -> bool {
@@ -232,22 +245,6 @@ impl HeaderMatch {
         };
         matched != self.invert
     }
-}
-
-/// All values of a header as one string; bytes that are not UTF-8 are replaced.
-fn joined<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<Cow<'a, str>> {
-    let mut values = headers.get_all(name).iter();
-    let first = String::from_utf8_lossy(values.next()?.as_bytes());
-    let mut rest = values.peekable();
-    if rest.peek().is_none() {
-        return Some(first);
-    }
-    let mut all = first.into_owned();
-    for value in rest {
-        all.push(',');
-        all.push_str(&String::from_utf8_lossy(value.as_bytes()));
-    }
-    Some(Cow::Owned(all))
 }
 
 /// A `QueryParameterMatcher`.

@@ -206,20 +206,22 @@ impl Redirect {
         })
     }
 
-    /// The `location` of the answer. The port of the request is kept only where scheme and port stay, as Envoy does.
+    /// The `location` of the answer. A port of the request stays, unless host or port are replaced, or the scheme is and the port was the
+    /// default of the old one (Envoy: `processRequestHost`).
     pub fn location(&self, request: &RequestView<'_>, matched: usize) -> String {
         let scheme = self.scheme.as_deref().unwrap_or(request.scheme);
-        let (host, request_port) = split_port(request.host);
-        let port = match self.port {
-            Some(port) => Some(port.to_string()),
-            None if self.scheme.is_some() && scheme != request.scheme => None,
-            None if self.host.is_some() => None,
-            None => request_port.map(str::to_owned),
+        let (own_host, own_port) = split_port(request.host);
+        let default = match request.scheme {
+            "https" => "443",
+            _ => "80",
         };
-        let port =
-            port.filter(|p| !matches!((scheme, p.as_str()), ("http", "80") | ("https", "443")));
-        let port = port.map(|p| format!(":{p}")).unwrap_or_default();
-        let host = self.host.as_deref().unwrap_or(host);
+        let own_port = own_port.filter(|port| scheme == request.scheme || *port != default);
+        let port = match (self.port, &self.host) {
+            (Some(port), _) => format!(":{port}"),
+            (None, None) => own_port.map(|port| format!(":{port}")).unwrap_or_default(),
+            (None, Some(_)) => String::new(),
+        };
+        let host = self.host.as_deref().unwrap_or(own_host);
         let (old_path, query) = split_query(request.path_and_query);
         let path = match &self.path {
             None => Cow::Borrowed(old_path),

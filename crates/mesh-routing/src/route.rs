@@ -517,7 +517,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
         return false;
     };
     let value = value.as_bytes();
-    value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+' | b';'))
+    value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+'))
 }
 
 fn compile_action(

@@ -7,7 +7,7 @@ use std::time::Duration;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as pb;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::ClusterSpecifier;
 
-use crate::error::{CompileError, Result, Within, every_field, timeout};
+use crate::error::{CompileError, Result, Within, every_field, nonzero_duration, timeout};
 use crate::hash;
 
 /// Envoy's idle timeout of proxied TCP connections.
@@ -21,22 +21,24 @@ pub struct TcpProxy {
     pub idle_timeout: Option<Duration>,
     /// Connections tried before giving up, at least 1.
     pub max_connect_attempts: u32,
+    /// Connections end after this, used or not.
+    pub max_duration: Option<Duration>,
     hash_by_source: bool,
 }
 
 impl TcpProxy {
     pub(crate) fn compile(m: &pb::TcpProxy) -> Result<Self> {
         every_field!(m, pb::TcpProxy,
-        used { idle_timeout, max_connect_attempts, cluster_specifier, hash_policy }
+        used { idle_timeout, max_connect_attempts, cluster_specifier, hash_policy, max_downstream_connection_duration }
         // Statistics and log settings: access logs are refused. on_demand: clusters are not discovered one by one.
         irrelevant {
             stat_prefix, on_demand, access_log_flush_interval, flush_access_log_on_connected, access_log_options, check_drain_close,
-            downstream_idle_timeout, upstream_idle_timeout, backoff_options, max_early_data_bytes,
+            backoff_options, max_early_data_bytes,
             max_downstream_connection_duration_jitter_percentage,
         }
         refused {
-            metadata_match, access_log, tunneling_config, max_downstream_connection_duration, proxy_protocol_tlvs,
-            proxy_protocol_tlv_merge_policy, upstream_connect_mode,
+            metadata_match, access_log, tunneling_config, proxy_protocol_tlvs,
+            proxy_protocol_tlv_merge_policy, upstream_connect_mode, downstream_idle_timeout, upstream_idle_timeout,
         });
         let clusters = match &m.cluster_specifier {
             Some(ClusterSpecifier::Cluster(name)) => vec![(name.as_str().into(), 1)],
@@ -61,6 +63,10 @@ impl TcpProxy {
                 DEFAULT_IDLE_TIMEOUT,
             )?,
             max_connect_attempts: m.max_connect_attempts.map_or(1, |n| n.value.max(1)),
+            max_duration: nonzero_duration(
+                "max_downstream_connection_duration",
+                m.max_downstream_connection_duration.as_ref(),
+            )?,
             hash_by_source: hash::compile_tcp(&m.hash_policy).within("hash_policy")?,
         })
     }

@@ -11,10 +11,11 @@ use mesh_routing::Snapshot;
 use mesh_routing::filter::rate_limit::Service;
 use prost::Message;
 
+use crate::attempt::judge;
 use crate::body::{RequestBody, grpc_status};
 use crate::http::address_head;
 use crate::pool::{ConnectError, Sent, Version};
-use crate::upstream::Wish;
+use crate::upstream::{Observation, Wish};
 use crate::worker::Worker;
 
 /// Longer answers are not read.
@@ -71,12 +72,16 @@ pub async fn call<Q: Message, A: Message + Default>(
             .await?;
         match lease.send(request).await {
             Some(Sent::Response(response)) => {
+                host.observe(judge(&response));
                 let answer = read(response).await?;
                 lease.give_back(true);
                 return Ok(answer);
             }
             Some(Sent::Unsent(unsent, _)) if !fresh => request = *unsent,
-            Some(Sent::Unsent(_, error) | Sent::Lost(error)) => return Err(error.into()),
+            Some(Sent::Unsent(_, error) | Sent::Lost(error)) => {
+                host.observe(Observation::Reset);
+                return Err(error.into());
+            }
             None => return Err(CallError::NoHealthy),
         }
     }

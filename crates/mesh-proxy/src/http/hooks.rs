@@ -3,15 +3,16 @@
 use std::sync::Arc;
 
 use http::{HeaderValue, Request, Response, request};
-use mesh_routing::action::{ClusterTarget, Forward};
+use mesh_routing::action::{Action, ClusterTarget, Forward};
 use mesh_routing::cluster::Cluster;
 use mesh_routing::hash::RequestHash;
 use mesh_routing::mirror::Mirror;
 use mesh_routing::route::Matched;
 
 use super::Exchange;
-use super::facts::{facts, path};
+use super::facts::{Origin, facts, path};
 use super::prepare::view;
+use super::respond::decorate;
 use crate::body::{RequestBody, ResponseBody};
 use crate::filter::Pass;
 use crate::mirror;
@@ -25,6 +26,28 @@ pub(super) fn leave(
         pass.on_response(&mut response);
     }
     response
+}
+
+/// Makes the mutations of a route that forwards also on the answer that a filter gives in the endpoint's place.
+pub(super) fn decorate_reply(
+    matched: Option<&Matched<'_>>,
+    exchange: &Exchange,
+    parts: &request::Parts,
+    response: &mut Response<ResponseBody>,
+) {
+    if let Some(matched) = matched
+        && let Action::Forward(route) = &matched.route.action
+    {
+        let target = route.target(&view(exchange, parts));
+        let origin = Origin::keep(matched, Some(&target), parts);
+        decorate(
+            matched,
+            Some(&target),
+            exchange,
+            origin.as_deref(),
+            response,
+        );
+    }
 }
 
 /// The request's hash, where the route says what to hash and the cluster looks at it. It is made before the request is rewritten, as in

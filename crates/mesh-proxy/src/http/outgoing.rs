@@ -94,9 +94,11 @@ pub(super) fn rewrite(
     if authority.is_some() {
         let original = exchange.authority.clone();
         if route.append_forwarded_host {
-            parts.headers.append(FORWARDED_HOST, original.clone());
+            message::append_to_list(&mut parts.headers, &FORWARDED_HOST, &original);
         }
-        parts.headers.insert(ORIGINAL_HOST, original);
+        if route.replaces_host(target) {
+            parts.headers.insert(ORIGINAL_HOST, original);
+        }
     }
     parts.headers.insert(
         HOST,

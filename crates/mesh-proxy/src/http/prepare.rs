@@ -4,8 +4,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderName, HeaderValue, request};
+use http::header::{CONTENT_TYPE, EXPECT};
+use http::{HeaderMap, HeaderName, HeaderValue, Version, request};
 use mesh_routing::Snapshot;
 use mesh_routing::hcm::{HttpManager, RouteSource};
 use mesh_routing::listener::Direction;
@@ -21,10 +21,10 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
 pub(super) fn begin_report(connection: &Downstream, parts: &request::Parts) -> Box<Report> {
-    let is_grpc = parts
-        .headers
-        .get(CONTENT_TYPE)
-        .is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
+    let is_grpc = parts.headers.get(CONTENT_TYPE).is_some_and(|v| {
+        let rest = v.as_bytes().strip_prefix(b"application/grpc");
+        rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+')))
+    });
     Box::new(Report {
         reports: connection.worker.unrouted.clone(),
         direction: connection.direction,
@@ -91,17 +91,35 @@ pub(super) fn prepare_headers(
 ) {
     let headers = &mut parts.headers;
     message::remove_hop_by_hop(headers);
+    if parts.version >= Version::HTTP_2 {
+        message::join_cookies(headers);
+    }
+    if !manager.pass_continue {
+        // Answered here as soon as the body is asked for (RFC 9110 section 10.1.1).
+        headers.remove(EXPECT);
+    }
     if manager.use_remote_address {
         message::remove_internal(headers);
         if !manager.skip_xff_append {
             message::append_forwarded_for(headers, connection.remote.ip());
         }
-        headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        if manager.trusted_hops == 0 || !headers.contains_key(FORWARDED_PROTO) {
+            headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        }
         if !manager.preserve_request_id {
             headers.remove(REQUEST_ID);
         }
-    } else if !headers.contains_key(FORWARDED_PROTO) {
-        headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+    } else {
+        if headers
+            .keys()
+            .any(|name| name.as_str().starts_with("x-envoy-"))
+            && !message::is_internal(headers, manager)
+        {
+            message::remove_controls(headers);
+        }
+        if !headers.contains_key(FORWARDED_PROTO) {
+            headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+        }
     }
     if manager.generate_request_id && !headers.contains_key(REQUEST_ID) {
         headers.insert(REQUEST_ID, request_id(connection));

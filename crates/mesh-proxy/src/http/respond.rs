@@ -17,6 +17,8 @@ use crate::message::Refusal;
 use crate::reply;
 use crate::report::{Flag, Flags, Report};
 
+/// gRPC's status for a deadline that is over.
+const DEADLINE_EXCEEDED: u16 = 4;
 const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
 
@@ -50,9 +52,11 @@ pub(super) fn finish_local(
     mut response: Response<ResponseBody>,
     manager: &HttpManager,
 ) -> Response<ResponseBody> {
-    response
-        .headers_mut()
-        .insert(SERVER, manager.server_name.clone());
+    if manager.server_header != ServerHeader::PassThrough {
+        response
+            .headers_mut()
+            .insert(SERVER, manager.server_name.clone());
+    }
     response
 }
 
@@ -190,10 +194,11 @@ impl Failed<'_> {
     fn timed_out(&self, report: Box<Report>) -> Response<ResponseBody> {
         match self.timeouts.no_content {
             true => reply::local(StatusCode::NO_CONTENT, "", Flag::Timeout, report),
-            false => reply::local(
+            false => reply::with_grpc_status(
                 StatusCode::GATEWAY_TIMEOUT,
                 reply::TIMEOUT,
                 Flag::Timeout,
+                Some(DEADLINE_EXCEEDED),
                 report,
             ),
         }

@@ -97,8 +97,9 @@ impl Timeouts {
             return;
         };
         let millis = u64::try_from(expected.as_millis()).unwrap_or(u64::MAX);
-        headers.insert(EXPECTED, HeaderValue::from(millis));
-        if grpc && let Ok(value) = HeaderValue::from_str(&grpc_text(millis)) {
+        if !grpc {
+            headers.insert(EXPECTED, HeaderValue::from(millis));
+        } else if let Ok(value) = HeaderValue::from_str(&grpc_text(millis)) {
             headers.insert(GRPC, value);
         }
     }

@@ -557,6 +557,23 @@ fn an_endpoint_that_leaves_ends_in_peace() {
 }
 
 #[test]
+fn a_cluster_that_leaves_closes_its_connections() {
+    let (at, app) = (free_port(), Held::start("a"));
+    let proxy = Proxy::start(&to_cluster(at, cluster("a", &[app.address])));
+    let running: Vec<_> = (0..2).map(|_| get_in_background(at)).collect();
+    wait(|| app.requests() == 2);
+    app.gate.add_permits(1);
+    wait(|| running.iter().any(|request| request.is_finished()));
+    proxy.publish(&to_cluster(at, cluster("b", &[app.address])));
+    wait(|| app.open.load(Ordering::SeqCst) == 1);
+    app.release();
+    for request in running {
+        assert_eq!(request.join().expect("a reply").status, 200);
+    }
+    wait(|| app.open.load(Ordering::SeqCst) == 0);
+}
+
+#[test]
 fn connections_end_after_their_requests_and_their_time() {
     let (at, app) = (free_port(), Held::start("a"));
     app.release();

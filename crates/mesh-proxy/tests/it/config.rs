@@ -72,11 +72,20 @@ pub fn http_listener(at: SocketAddr, change: impl FnOnce(&mut HttpConnectionMana
 }
 
 pub fn tcp_listener(at: SocketAddr, cluster: &str) -> Listener {
-    let proxy = TcpProxy {
+    tcp_listener_with(at, cluster, |_| {})
+}
+
+pub fn tcp_listener_with(
+    at: SocketAddr,
+    cluster: &str,
+    change: impl FnOnce(&mut TcpProxy),
+) -> Listener {
+    let mut proxy = TcpProxy {
         stat_prefix: "test".to_owned(),
         cluster_specifier: Some(TcpCluster::Cluster(cluster.to_owned())),
         ..Default::default()
     };
+    change(&mut proxy);
     listener(
         at,
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",

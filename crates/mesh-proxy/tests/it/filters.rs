@@ -148,6 +148,8 @@ fn faults_of_a_route_delay_and_abort() {
     assert_eq!(reply.header("server"), Some("istio-envoy"));
     assert_eq!(reply.header("content-type"), Some("text/plain"));
     wait(|| flags(&proxy, "FI") == 1.0);
+    let service = ["response_flags=\"FI\"", "destination_service_name=\"a\""];
+    assert_eq!(proxy.metric("istio_requests_total", &service), 1.0);
 
     proxy.publish(&config(&rule(true, None)));
     wait(|| {

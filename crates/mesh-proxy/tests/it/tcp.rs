@@ -3,7 +3,9 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 
-use crate::config::{cluster, http_listener, state, table, tcp_listener};
+use envoy_types::pb::google::protobuf::Duration;
+
+use crate::config::{cluster, http_listener, state, table, tcp_listener, tcp_listener_with};
 use crate::stage::{Proxy, free_port, wait};
 
 #[test]
@@ -70,6 +72,48 @@ fn a_cluster_without_endpoints_closes_the_connection() {
         proxy.metric(
             "istio_tcp_connections_closed_total",
             &["response_flags=\"UH\""],
+        ) >= 1.0
+    });
+}
+
+#[test]
+fn silent_and_long_connections_end() {
+    let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let upstream = socket.local_addr().expect("its address");
+    std::thread::spawn(move || {
+        // Held, and nothing said.
+        let _held: Vec<_> = socket.incoming().collect();
+    });
+    let duration = |millis: i32| {
+        Some(Duration {
+            seconds: 0,
+            nanos: millis * 1_000_000,
+        })
+    };
+    let (idle, long) = (free_port(), free_port());
+    let listeners = vec![
+        tcp_listener_with(idle, "tcp", |m| m.idle_timeout = duration(200)),
+        tcp_listener_with(long, "tcp", |m| {
+            m.max_downstream_connection_duration = duration(300);
+        }),
+    ];
+    let proxy = Proxy::start(&state(
+        listeners,
+        table(Vec::new()),
+        vec![cluster("tcp", &[upstream])],
+    ));
+    for at in [idle, long] {
+        let mut client = TcpStream::connect(at).expect("a connection");
+        client.write_all(b"hello").expect("written");
+        client
+            .set_read_timeout(Some(std::time::Duration::from_secs(10)))
+            .expect("a timeout");
+        assert_eq!(client.read(&mut [0; 8]).expect("an end"), 0, "{at}");
+    }
+    wait(|| {
+        proxy.metric(
+            "istio_tcp_connections_closed_total",
+            &["response_flags=\"DT\""],
         ) >= 1.0
     });
 }

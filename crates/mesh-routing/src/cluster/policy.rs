@@ -289,7 +289,10 @@ fn ring(
 
 fn maglev(size: Option<UInt64Value>) -> Result<LbPolicy> {
     let size = size.map_or(DEFAULT_SLOTS, |v| v.value);
-    let is_prime = size >= 2 && (2..).take_while(|d| d * d <= size).all(|d| !size.is_multiple_of(d));
+    let is_prime = size >= 2
+        && (2..)
+            .take_while(|d| d * d <= size)
+            .all(|d| !size.is_multiple_of(d));
     if size > MOST_SLOTS || !is_prime {
         let reason = format!("{size} is not a prime number up to {MOST_SLOTS}");
         return Err(CompileError::new("table_size", reason));

@@ -416,6 +416,31 @@ fn what_is_ejected_counts_as_unhealthy() {
     }
 }
 
+/// Istio's locality failover: priorities by locality, outlier detection, no panic.
+#[test]
+fn what_is_ejected_fails_over_to_the_next_priority() {
+    let endpoints = [(1, 1, UP, 0), (2, 1, UP, 0), (3, 1, UP, 1), (4, 1, UP, 2)];
+    let set = set(&endpoints);
+    for policy in [ROUND_ROBIN, LEAST, RING, MAGLEV] {
+        let config = LbConfig {
+            policy,
+            panic_percent: 0,
+            ..LbConfig::default()
+        };
+        let run = |ejected: &[usize]| {
+            let balancer = Balancer::new(set.clone(), &config, |i| ejected.contains(&i));
+            counts(&balancer, 1000, &idle)
+                .into_keys()
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(run(&[]), [0, 1], "{policy:?}");
+        assert_eq!(run(&[0]), [1, 2], "{policy:?}: 70 % of the load stays");
+        assert_eq!(run(&[0, 1]), [2], "{policy:?}");
+        assert_eq!(run(&[0, 1, 2]), [3], "{policy:?}");
+        assert!(run(&[0, 1, 2, 3]).is_empty(), "{policy:?}");
+    }
+}
+
 #[test]
 fn priorities_spill_over() {
     let run = |endpoints: &[(u16, u32, HealthStatus, u32)], n| {
