@@ -57,7 +57,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-samples",
         ],
     ),
-    ("mesh-cli", &["mesh-api", "mesh-inject"]),
+    ("mesh-cli", &["mesh-api", "mesh-inject", "mesh-store"]),
     ("mesh-samples", &[]),
     (
         "mesh",

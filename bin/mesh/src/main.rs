@@ -41,6 +41,8 @@ enum Command {
     Apply(mesh_cli::apply::Args),
     /// Show objects
     Get(mesh_cli::get::Args),
+    /// Show objects in full, with their events
+    Describe(mesh_cli::describe::Args),
     /// Delete objects
     Delete(mesh_cli::delete::Args),
     /// Print the log of a container
@@ -51,6 +53,8 @@ enum Command {
     Wait(mesh_cli::wait::Args),
     /// Print the versions of this program and of the control plane
     Version(mesh_cli::version::Args),
+    /// Export, import or check a state directory
+    State(mesh_cli::state::Args),
     /// Print a shell's completion script
     Completion {
         /// The shell
@@ -101,7 +105,7 @@ fn main() -> ExitCode {
 }
 
 /// The commands that no cluster is chosen for.
-const WITHOUT_CLUSTER: [&str; 4] = ["all-in-one", "proxy", "wait", "completion"];
+const WITHOUT_CLUSTER: [&str; 5] = ["all-in-one", "proxy", "wait", "state", "completion"];
 
 /// The command tree. Where the flags that choose a cluster mean nothing, they don't show in the help.
 fn command_line() -> clap::Command {
@@ -163,11 +167,13 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Control(args) => block_on(control::run(args, &global)),
         Command::Apply(args) => block_on(mesh_cli::apply::run(args, &global)),
         Command::Get(args) => block_on(mesh_cli::get::run(args, &global)),
+        Command::Describe(args) => block_on(mesh_cli::describe::run(args, &global)),
         Command::Delete(args) => block_on(mesh_cli::delete::run(args, &global)),
         Command::Logs(args) => block_on(mesh_cli::logs::run(args, &global)),
         Command::Exec(args) => block_on(mesh_cli::exec::run(args, &global)),
         Command::Wait(args) => block_on(mesh_cli::wait::run(args)),
         Command::Version(args) => block_on(mesh_cli::version::run(args, &global)),
+        Command::State(args) => mesh_cli::state::run(args),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut command_line(), "mesh", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

@@ -8,12 +8,14 @@
 
 pub mod apply;
 pub mod delete;
+pub mod describe;
 pub mod exec;
 pub mod get;
 pub mod global;
 pub mod install;
 pub mod logs;
 pub mod out;
+pub mod state;
 pub mod version;
 pub mod wait;
 

@@ -2,4 +2,5 @@
 
 mod commands;
 mod install;
+mod state;
 mod world;
