@@ -3,10 +3,12 @@
 //! Pods have /32 addresses and reach everything through the node, so the rules there see all of their connections, and replies come back
 //! the same way. A client in the mesh never meets them: its sidecar connects to endpoints. [`plan`] is pure, [`run`] applies it.
 
-use std::net::Ipv4Addr;
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_net::conntrack;
 use mesh_net::nft::{
     Action, Base, Chain, ChainType, Family, Hook, Match, NftError, Rule, Set, Table as NftTable,
     Transport as NftTransport,
@@ -29,12 +31,21 @@ const HAIRPIN_MARK: u32 = 0x4000;
 /// Keeps the rules in step with the Services until `shutdown`.
 pub async fn run(mut tables: watch::Receiver<Arc<Table>>, shutdown: CancellationToken) {
     let mut held = None;
+    let mut flows = UdpPorts::new();
     loop {
-        let rules = plan(&tables.borrow_and_update());
-        let before = held.take();
+        let table = tables.borrow_and_update().clone();
+        let (rules, before) = (plan(&table), held.take());
+        let ports = udp_ports(&table);
+        let flows_change = std::mem::replace(&mut flows, ports.clone()) != ports;
         // Netlink blocks, for less than a millisecond a hundred rules.
-        let applied = tokio::task::spawn_blocking(move || apply(before, rules)).await;
-        match applied {
+        let applied = tokio::task::spawn_blocking(move || {
+            let rules = apply(before, rules)?;
+            if flows_change {
+                forget_flows(&ports);
+            }
+            Ok::<_, NftError>(rules)
+        });
+        match applied.await {
             Ok(Ok(rules)) => held = Some(rules),
             Ok(Err(error)) => tracing::error!(%error, "the service network is not up to date"),
             Err(error) => tracing::error!(%error, "the service network is not up to date"),
@@ -58,6 +69,35 @@ fn apply(before: Option<NftTable>, rules: NftTable) -> Result<NftTable, NftError
         rules.replace()?;
     }
     Ok(rules)
+}
+
+/// The ready endpoints by the address that UDP clients send to.
+type UdpPorts = BTreeMap<(Ipv4Addr, u16), Vec<(Ipv4Addr, u16)>>;
+
+fn udp_ports(table: &Table) -> UdpPorts {
+    let mut found = UdpPorts::new();
+    for entry in table.values() {
+        for port in entry.ports.iter().filter(|p| p.transport == Transport::Udp) {
+            let cluster = entry.address.map(|address| (address, port.port));
+            let node = port.node_port.map(|number| (NODE_IP, number));
+            for address in [cluster, node].into_iter().flatten() {
+                found.insert(address, port.endpoints.clone());
+            }
+        }
+    }
+    found
+}
+
+/// Makes the kernel forget UDP flows to endpoints that are no more: it would go on translating to them as long as the client sends.
+fn forget_flows(ports: &UdpPorts) {
+    let of = |address: SocketAddrV4| (*address.ip(), address.port());
+    let forgotten = conntrack::forget_udp(|to, endpoint| match ports.get(&of(to)) {
+        Some(endpoints) => !endpoints.contains(&of(endpoint)),
+        None => to.ip().octets()[..2] == SERVICES.octets()[..2] && *to.ip() != crate::dns::ADDRESS,
+    });
+    if let Err(error) = forgotten {
+        tracing::warn!(%error, "UDP clients of endpoints that have gone may have to open a new socket");
+    }
 }
 
 /// The rules for these Services.

@@ -4,7 +4,7 @@
 //! Message and attribute numbers are those of the kernel's `linux/netfilter/nf_tables.h`.
 
 mod encode;
-mod netlink;
+pub(crate) mod netlink;
 mod text;
 
 use std::net::{Ipv4Addr, Ipv6Addr};

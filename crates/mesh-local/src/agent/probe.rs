@@ -1,6 +1,7 @@
 //! Probes and lifecycle hooks: HTTP, TCP, gRPC and commands, from the node's namespace to the pod's address.
 //!
-//! Faster than the kubelet at the start: until a probe has succeeded once it is tried after 25, 50, 100 ms ... up to `periodSeconds`.
+//! Faster than the kubelet at the start: until a probe has succeeded once it is tried after 25, 50, 100, 100 ms ..., after some seconds less
+//! and less often, up to `periodSeconds`.
 //! Only failures that are a whole period apart count towards `failureThreshold`, so that nothing is killed sooner than on Kubernetes.
 
 mod tls;
@@ -23,6 +24,9 @@ use super::process::Target;
 
 /// The first pause after a failure of a probe that has not succeeded yet.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
+/// The longest pause in the first seconds: most programs come up then, and others wait for them.
+const SHORT_PAUSE: Duration = Duration::from_millis(100);
+const FIRST_SECONDS: Duration = Duration::from_secs(3);
 /// What of an answer is read.
 const MAX_ANSWER: usize = 10 << 10;
 
@@ -97,6 +101,7 @@ async fn run(
     let (mut successes, mut failures, mut pause) = (0, 0, FIRST_PAUSE);
     let (mut passed_once, mut counted) = (false, None::<Instant>);
     tokio::time::sleep(seconds(probe.initial_delay_seconds, 0)).await;
+    let began = Instant::now();
     loop {
         let result = check(probe, container, target, limit).await;
         let verdict = match result {
@@ -139,7 +144,12 @@ async fn run(
         } else {
             pause
         };
-        pause = (pause * 2).min(period);
+        let longest = if began.elapsed() < FIRST_SECONDS {
+            SHORT_PAUSE
+        } else {
+            period
+        };
+        pause = (pause * 2).min(longest);
         tokio::time::sleep(wait).await;
     }
 }

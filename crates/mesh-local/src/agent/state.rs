@@ -220,6 +220,16 @@ pub struct PodState {
 }
 
 impl PodState {
+    /// Takes note that a ConfigMap or Secret changed: containers that could not be configured are tried at once.
+    pub fn retry_configuration(&mut self) {
+        for container in &mut self.containers {
+            if matches!(&container.run, Run::Waiting { reason, .. } if reason == "CreateContainerConfigError")
+            {
+                container.not_before = Duration::ZERO;
+            }
+        }
+    }
+
     /// The state of a pod that has not begun.
     pub fn new(pod: &Pod) -> Self {
         let spec = pod.spec.as_ref();

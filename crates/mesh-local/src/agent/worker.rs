@@ -247,7 +247,10 @@ impl Worker {
                     self.note(index, attempt, report);
                 },
                 change = self.changes.recv() => match change {
-                    Some(Change::References) => renew = Some(Instant::now()),
+                    Some(Change::References) => {
+                        renew = Some(Instant::now());
+                        self.state.retry_configuration();
+                    }
                     Some(change) => self.apply(change),
                     // The agent is ending, and the cluster with it.
                     None => return,

@@ -115,6 +115,7 @@ pub async fn all(run: &Path) {
     a_new_link_works_at_once().await;
     life_of_a_pod(run).await;
     pods_that_can_not_run(run).await;
+    a_pod_that_waits_for_its_configuration(run).await;
     a_finished_pod(run).await;
     crate::streams::all(run).await;
     crate::lifecycle::all(run).await;
@@ -381,6 +382,27 @@ async fn pods_that_can_not_run(run: &Path) {
     {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
+    pod.delete().await;
+}
+
+async fn a_pod_that_waits_for_its_configuration(run: &Path) {
+    let from = json!([{"configMapRef": {"name": "late"}}]);
+    let pod = start(
+        run,
+        Api::new(),
+        json!({"containers": [{"name": "app", "image": "x", "command": ["/bin/sh", "-c", "echo $COLOR; sleep 1000"], "envFrom": from}]}),
+    );
+    pod.api
+        .wait("a missing ConfigMap to be waited for", |s| {
+            s["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError"
+        })
+        .await;
+    pod.api.put("/api/v1/namespaces/shop/configmaps/late", json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "late"}, "data": {"COLOR": "blue"}}));
+    pod.changes.send(Change::References).unwrap();
+    let began = std::time::Instant::now();
+    pod.api.wait("the container to start", ready).await;
+    // It did not wait for the end of its back-off, which is ten seconds.
+    assert!(began.elapsed().as_secs() < 9, "{:?}", began.elapsed());
     pod.delete().await;
 }
 

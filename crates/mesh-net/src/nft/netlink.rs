@@ -15,8 +15,8 @@ const SUBSYSTEM: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const NLMSG_ERROR: u16 = 2;
-const REQUEST: u16 = 1;
-const ACK: u16 = 4;
+pub(crate) const REQUEST: u16 = 1;
+pub(crate) const ACK: u16 = 4;
 
 /// Why the kernel did not take a batch.
 #[derive(Debug, thiserror::Error)]
@@ -92,14 +92,7 @@ pub fn table_exists(family: Family, name: &str) -> Result<bool, NftError> {
         &attributes.0,
     );
     send(socket.as_raw_fd(), &bytes, MsgFlags::empty()).map_err(NftError::Socket)?;
-    let what = [Message {
-        kind: GETTABLE,
-        flags: 0,
-        family: 0,
-        payload: Vec::new(),
-        what: format!("looking for the table {name}"),
-    }];
-    match answers(&socket, &what) {
+    match acknowledged(&socket, &format!("looking for the table {name}")) {
         Ok(()) => Ok(true),
         Err(NftError::Refused {
             errno: Errno::ENOENT,
@@ -109,7 +102,8 @@ pub fn table_exists(family: Family, name: &str) -> Result<bool, NftError> {
     }
 }
 
-fn open() -> Result<OwnedFd, NftError> {
+/// A netlink socket to netfilter.
+pub(crate) fn open() -> Result<OwnedFd, NftError> {
     let socket = socket(
         AddressFamily::Netlink,
         SockType::Raw,
@@ -122,7 +116,7 @@ fn open() -> Result<OwnedFd, NftError> {
 }
 
 /// nlmsghdr (netlink(7)), then nfgenmsg: family, version, resource id in network order.
-fn header(
+pub(crate) fn header(
     out: &mut Vec<u8>,
     kind: u16,
     flags: u16,
@@ -139,6 +133,18 @@ fn header(
     out.extend_from_slice(&[family, 0]);
     out.extend_from_slice(&resource.to_be_bytes());
     out.extend_from_slice(payload);
+}
+
+/// Reads the answer to the only message that was sent; `what` it was for goes into the error.
+pub(crate) fn acknowledged(socket: &OwnedFd, what: &str) -> Result<(), NftError> {
+    let message = Message {
+        kind: 0,
+        flags: 0,
+        family: 0,
+        payload: Vec::new(),
+        what: what.to_owned(),
+    };
+    answers(socket, &[message])
 }
 
 /// Reads until the last message has its acknowledgement; the first refusal is the answer.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use mesh_net::capture::{TABLE, run_init};
 use mesh_net::nft::{
     self, Action, Base, Chain, ChainType, Family, Hook, Match, Rule, Set, Table, Transport,
 };
-use mesh_net::{ns, sockets};
+use mesh_net::{conntrack, ns, sockets};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Uid, geteuid, setfsuid};
 
@@ -158,6 +158,53 @@ pub fn a_set_keeps_what_it_holds_while_the_rules_around_it_change() {
     let error = first.update(&second).unwrap_err().to_string();
     assert!(error.contains("to-2"), "{error}");
     assert_eq!(call(service), "b");
+}
+
+pub fn a_udp_flow_follows_its_service_once_it_is_forgotten() {
+    let server = |last: u8| std::net::UdpSocket::bind(local(last, 8080)).unwrap();
+    let (first, second) = (server(1), server(2));
+    let service = SocketAddrV4::new(Ipv4Addr::new(127, 9, 9, 9), 53);
+    let table = |last: u8| Table {
+        family: Family::Ip,
+        name: "udp".into(),
+        sets: Vec::new(),
+        chains: vec![Chain {
+            name: "output".into(),
+            base: Some(Base {
+                kind: ChainType::Nat,
+                hook: Hook::Output,
+                priority: -100,
+            }),
+            rules: vec![Rule {
+                matches: vec![
+                    Match::Destination(*service.ip(), 32),
+                    Match::Transport(Transport::Udp),
+                ],
+                actions: vec![Action::DestinationNat(Ipv4Addr::new(127, 0, 1, last), 8080)],
+            }],
+        }],
+    };
+    let client = std::net::UdpSocket::bind(local(7, 0)).unwrap();
+    let arrives = |at: &std::net::UdpSocket| {
+        client.send_to(b"x", service).unwrap();
+        at.recv_from(&mut [0; 8]).unwrap();
+    };
+    let limit = Some(Duration::from_secs(10));
+    first.set_read_timeout(limit).unwrap();
+    second.set_read_timeout(limit).unwrap();
+    table(1).replace().unwrap();
+    arrives(&first);
+    table(2).update(&table(1)).unwrap();
+    // The kernel remembers the flow.
+    arrives(&first);
+    let old = SocketAddrV4::new(Ipv4Addr::new(127, 0, 1, 1), 8080);
+    let mut seen = Vec::new();
+    let forgotten = conntrack::forget_udp(|to, by| {
+        seen.push((to, by));
+        (to, by) == (service, old)
+    });
+    assert_eq!(forgotten.unwrap(), 1, "{seen:?}");
+    arrives(&second);
 }
 
 pub fn thousands_of_endpoints_and_chains_fit_one_transaction() {

@@ -33,6 +33,7 @@ const TESTS: &[Test] = tests![
     false golden::a_switch_that_is_off_is_no_switch,
     true kernel::connections_go_to_the_endpoints_strictly_in_turn,
     true kernel::a_set_keeps_what_it_holds_while_the_rules_around_it_change,
+    true kernel::a_udp_flow_follows_its_service_once_it_is_forgotten,
     true kernel::thousands_of_endpoints_and_chains_fit_one_transaction,
     true kernel::a_sidecar_gets_what_is_captured_and_nothing_else,
     true kernel::a_marked_connection_is_left_alone,
