@@ -16,7 +16,8 @@ use http::header::{CONNECTION, TRANSFER_ENCODING};
 use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version, request};
 use hyper::body::{Body, Incoming};
 use mesh_routing::Snapshot;
-use mesh_routing::action::{Action, ClusterTarget};
+use mesh_routing::action::{Action, ClusterTarget, Forward};
+use mesh_routing::cluster::Cluster;
 use mesh_routing::hcm::HttpManager;
 use mesh_routing::listener::Direction;
 use mesh_routing::route::{Decision, Matched};
@@ -29,7 +30,8 @@ use crate::listener::Downstream;
 use crate::message;
 use crate::reply;
 use crate::report::{Flag, Flags, Flow, Report};
-use crate::upgrade::Asked;
+use crate::upgrade::{self, Asked};
+use crate::upstream::{ClusterState, Wish};
 
 use facts::Origin;
 pub use outgoing::{address_head, has_body, is_idempotent, original_destination, upstream_version};
@@ -193,50 +195,64 @@ async fn follow(
     exchange: &Exchange,
     arrived: Arrived,
 ) -> Response<ResponseBody> {
-    let Arrived {
-        mut parts,
-        body,
-        mut report,
-        peer_exchange,
-        upgrade,
-    } = arrived;
-    let connection = &exchange.connection;
     let matched = match decision {
         Decision::Matched(matched) => matched,
         Decision::TlsRequired => {
-            let path = facts::path(&parts);
+            let path = facts::path(&arrived.parts);
             let location = format!(
                 "https://{}{path}",
                 exchange.authority.to_str().unwrap_or("")
             );
             return finish_local(
-                reply::redirect(StatusCode::MOVED_PERMANENTLY, &location, report),
+                reply::redirect(StatusCode::MOVED_PERMANENTLY, &location, arrived.report),
                 manager,
             );
         }
         Decision::NoRoute => {
             return finish_local(
-                reply::local(StatusCode::NOT_FOUND, "", Flag::NoRoute, report),
+                reply::local(StatusCode::NOT_FOUND, "", Flag::NoRoute, arrived.report),
                 manager,
             );
         }
     };
-    let route = match &matched.route.action {
-        Action::Forward(route) => route,
+    match &matched.route.action {
+        Action::Forward(route) => {
+            send((&matched, route), manager, snapshot, exchange, arrived).await
+        }
         other => {
+            let Arrived { parts, report, .. } = arrived;
             let mut response = answer(other, &matched, exchange, &parts, report);
             count_attempts(&matched, 1, &mut response);
             let origin = Origin::keep(&matched, None, &parts);
             decorate(&matched, None, exchange, origin.as_deref(), &mut response);
-            return finish_local(response, manager);
+            finish_local(response, manager)
         }
-    };
+    }
+}
 
+/// Sends a request to its cluster.
+async fn send(
+    (matched, route): (&Matched<'_>, &Forward),
+    manager: &HttpManager,
+    snapshot: &Snapshot,
+    exchange: &Exchange,
+    arrived: Arrived,
+) -> Response<ResponseBody> {
+    let Arrived {
+        mut parts,
+        body,
+        mut report,
+        peer_exchange,
+        mut upgrade,
+    } = arrived;
+    let connection = &exchange.connection;
+    let mut ends_here = false;
     if let Some(upgrade) = &upgrade {
         match upgrade.passage(manager, route) {
             Passage::Through => upgrade.announce(&mut parts.headers),
+            Passage::Terminated => ends_here = true,
             // Envoy's answer, with no more words.
-            Passage::No | Passage::Terminated => {
+            Passage::No => {
                 let response = reply::local(StatusCode::FORBIDDEN, "", Flags::NONE, report);
                 return finish_local(response, manager);
             }
@@ -257,19 +273,23 @@ async fn follow(
     }
     let (policy, timeouts) = limits(route, manager, exchange, &mut parts);
     connection.allow_silence(timeouts.idle);
-    let origin = Origin::keep(&matched, Some(&target), &parts);
+    let origin = Origin::keep(matched, Some(&target), &parts);
     let hash = hooks::hash(route, cluster, exchange, &parts);
     let mirrors = hooks::mirrors(route, exchange, &parts);
-    rewrite(&matched, route, &target, exchange, &mut parts);
+    rewrite(matched, route, &target, exchange, &mut parts);
+
+    if let Some(asked) = upgrade.take_if(|_| ends_here) {
+        return tunnel(asked, (cluster, &state), manager, exchange, report).await;
+    }
 
     // 6. It is sent, and sent again where that is allowed.
     let body = RequestBody::new(body, exchange.flow.clone());
-    let about = (exchange, &matched, &target);
+    let about = (exchange, matched, &target);
     let mut request = hooks::copy(&mirrors, timeouts.global, about, parts, body);
     let plan = attempt::Plan::new(
         exchange,
         route,
-        &matched,
+        matched,
         (cluster, &state),
         (policy.as_deref(), timeouts),
         &mut request,
@@ -294,7 +314,7 @@ async fn follow(
                 attempts: outcome.attempts,
                 timeouts,
             };
-            let response = pass_on(&matched, &target, manager, exchange, *done, report, extras);
+            let response = pass_on(matched, &target, manager, exchange, *done, report, extras);
             hooks::give_cookies(hash.set_cookies, response)
         }
         Err(failure) => {
@@ -304,7 +324,44 @@ async fn follow(
                 timeouts: &timeouts,
             };
             let mut response = how.answer(report);
-            count_attempts(&matched, outcome.attempts, &mut response);
+            // What the route adds to answers it adds to this one, too (Envoy: `FilterManager::sendLocalReply`).
+            let origin = origin.as_deref();
+            decorate(matched, Some(&target), exchange, origin, &mut response);
+            count_attempts(matched, outcome.attempts, &mut response);
+            finish_local(response, manager)
+        }
+    }
+}
+
+/// A CONNECT that ends here.
+async fn tunnel(
+    asked: Asked,
+    (cluster, state): (&Cluster, &ClusterState),
+    manager: &HttpManager,
+    exchange: &Exchange,
+    mut report: Box<Report>,
+) -> Response<ResponseBody> {
+    let worker = &exchange.connection.worker;
+    let wish = Wish {
+        destination: original_destination(exchange),
+        ..Wish::default()
+    };
+    let Some(host) = state.pick(&wish, &worker.peers, || worker.random()) else {
+        let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+        let response = reply::local(unavailable, reply::NO_HEALTHY, Flag::NoHealthy, report);
+        return finish_local(response, manager);
+    };
+    if exchange.connection.direction == Direction::Outbound {
+        report.peer = host.peer.clone();
+    }
+    let shared = worker.shared.clone();
+    match upgrade::terminate(asked, &host, cluster, report, shared).await {
+        Ok(response) => finish_local(response, manager),
+        Err((error, report)) => {
+            tracing::debug!(endpoint = %host.address, %error, "connecting");
+            let text = reply::disconnect("remote connection failure", false);
+            let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+            let response = reply::local(unavailable, text, Flag::ConnectFailure, report);
             finish_local(response, manager)
         }
     }

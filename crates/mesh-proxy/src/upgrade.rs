@@ -1,6 +1,7 @@
 //! Connections that change what they speak: upgrades (RFC 9110 section 7.8), their form in HTTP/2 (RFC 8441) and CONNECT. Bytes pass once
 //! the endpoint has agreed, never before.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -11,10 +12,12 @@ use hyper::ext::Protocol;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use mesh_routing::action::Forward;
+use mesh_routing::cluster::Cluster;
 use mesh_routing::hcm::HttpManager;
 use mesh_routing::upgrade::Passage;
 
-use crate::pool::Lease;
+use crate::body::ResponseBody;
+use crate::pool::{ConnectError, Host, Lease};
 use crate::report::{Flag, Report};
 use crate::shared::Shared;
 
@@ -135,6 +138,41 @@ impl Asked {
             drop((lease, report));
         });
     }
+}
+
+/// A CONNECT that ends here: the endpoint gets what is in the tunnel (`connect_config`).
+pub async fn terminate(
+    asked: Asked,
+    host: &Rc<Host>,
+    cluster: &Cluster,
+    mut report: Box<Report>,
+    shared: Arc<Shared>,
+) -> Result<Response<ResponseBody>, (ConnectError, Box<Report>)> {
+    let mut endpoint = match host.connect(&shared, &cluster.config).await {
+        Ok(endpoint) => endpoint,
+        Err(error) => return Err((error, report)),
+    };
+    report.code = StatusCode::OK.as_u16();
+    tokio::task::spawn_local(async move {
+        shared.totals.open.fetch_add(1, Ordering::Relaxed);
+        match asked.client.await {
+            Ok(client) => {
+                let mut client = TokioIo::new(client);
+                let copying = tokio::io::copy_bidirectional(&mut client, &mut endpoint.stream);
+                match copying.await {
+                    Ok((sent, received)) => {
+                        report.flow.request_bytes.set(sent);
+                        report.response_bytes = received;
+                    }
+                    Err(error) => tracing::debug!(%error, "tunnel"),
+                }
+            }
+            Err(error) => tracing::debug!(%error, "opening a tunnel"),
+        }
+        shared.totals.open.fetch_sub(1, Ordering::Relaxed);
+        drop(report);
+    });
+    Ok(Response::new(ResponseBody::empty()))
 }
 
 fn names_upgrade(headers: &HeaderMap) -> bool {

@@ -52,12 +52,66 @@ pub struct RouteTable {
     ignore_port: bool,
 }
 
+/// Fewer routes with a whole path than this are looked at one by one.
+const INDEXED_FROM: usize = 8;
+
+/// Routes with a whole path by that path, so that a virtual host with thousands of them is not gone through.
+#[derive(Debug)]
+struct PathIndex {
+    /// Places of the routes of each path, in order.
+    exact: Map<Box<str>, Vec<u32>>,
+    /// Places of all other routes, in order.
+    others: Vec<u32>,
+}
+
+impl PathIndex {
+    fn of(routes: &[Route]) -> Option<Self> {
+        let whole = |route: &Route| match &route.path {
+            PathMatch::Exact(path) if !route.ignore_case => Some(path.clone()),
+            _ => None,
+        };
+        if routes.iter().filter_map(whole).count() < INDEXED_FROM {
+            return None;
+        }
+        let mut index = Self {
+            exact: Map::default(),
+            others: Vec::new(),
+        };
+        for (place, route) in (0_u32..).zip(routes) {
+            match whole(route) {
+                Some(path) => index.exact.entry(path).or_default().push(place),
+                None => index.others.push(place),
+            }
+        }
+        Some(index)
+    }
+
+    /// The places of the routes that could take a path, in order.
+    fn candidates(&self, path: &str) -> impl Iterator<Item = u32> {
+        let exact = self.exact.get(path).map_or(&[][..], Vec::as_slice);
+        let (mut exact, mut others) = (exact.iter().peekable(), self.others.iter().peekable());
+        std::iter::from_fn(move || {
+            let exact_first = match (exact.peek(), others.peek()) {
+                (Some(a), Some(b)) => a < b,
+                (next, _) => next.is_some(),
+            };
+            if exact_first {
+                exact.next()
+            } else {
+                others.next()
+            }
+            .copied()
+        })
+    }
+}
+
 /// A virtual host.
 #[derive(Debug)]
 pub struct VirtualHost {
     /// Its name.
     pub name: Arc<str>,
     routes: Vec<Route>,
+    index: Option<PathIndex>,
     tls_only: Option<TlsRequirementType>,
     /// Send `x-envoy-attempt-count` upstream.
     pub request_attempt_count: bool,
@@ -204,16 +258,14 @@ impl RouteTable {
         }
         let (path, query) = split_query(request.path_and_query);
         let query = query.strip_prefix('?').unwrap_or("");
-        for route in &host.routes {
-            if let Some(matched_len) = route.matches(request, path, query) {
-                return Decision::Matched(Matched {
-                    host,
-                    route,
-                    matched_len,
-                });
-            }
+        match host.find(request, path, query) {
+            Some((route, matched_len)) => Decision::Matched(Matched {
+                host,
+                route,
+                matched_len,
+            }),
+            None => Decision::NoRoute,
         }
-        Decision::NoRoute
     }
 
     /// The virtual host of an authority: exact, then the longest `*suffix`, then the longest `prefix*`, then `*`. Case does not count;
@@ -360,6 +412,7 @@ impl VirtualHost {
         }
         Ok(Self {
             name: m.name.as_str().into(),
+            index: PathIndex::of(&routes),
             routes,
             tls_only: match TlsRequirementType::try_from(m.require_tls) {
                 Ok(TlsRequirementType::None) => None,
@@ -375,6 +428,18 @@ impl VirtualHost {
     /// EXTERNAL_ONLY is treated as ALL: who is external cannot be told without trusted addresses.
     fn wants_redirect(&self, scheme: &str) -> bool {
         self.tls_only.is_some() && scheme != "https"
+    }
+
+    /// The first route that takes a request, with the length of the part of the path that it matched.
+    fn find(&self, request: &RequestView<'_>, path: &str, query: &str) -> Option<(&Route, usize)> {
+        let judge = |route: &'_ Route| route.matches(request, path, query);
+        match &self.index {
+            None => self.routes.iter().find_map(|r| Some((r, judge(r)?))),
+            Some(index) => index.candidates(path).find_map(|place| {
+                let route = self.routes.get(place as usize)?;
+                Some((route, judge(route)?))
+            }),
+        }
     }
 
     /// Its routes in order.

@@ -159,6 +159,47 @@ fn connect_opens_a_tunnel() {
 }
 
 #[test]
+fn connect_ends_here_where_the_route_says_so() {
+    let echo = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let upstream = echo.local_addr().expect("its address");
+    std::thread::spawn(move || {
+        for stream in echo.incoming() {
+            let mut stream = stream.expect("a connection");
+            let mut heard = [0; 5];
+            if stream.read_exact(&mut heard).is_ok() {
+                let _ = stream.write_all(&heard.to_ascii_uppercase());
+            }
+        }
+    });
+    let at = free_port();
+    let connect = route::RouteMatch {
+        path_specifier: Some(route::route_match::PathSpecifier::ConnectMatcher(
+            route::route_match::ConnectMatcher {},
+        )),
+        ..Default::default()
+    };
+    let terminated = route::RouteAction {
+        upgrade_configs: vec![route::route_action::UpgradeConfig {
+            upgrade_type: "CONNECT".to_owned(),
+            enabled: None,
+            connect_config: Some(Default::default()),
+        }],
+        ..action("echo")
+    };
+    let proxy = Proxy::start(&state(
+        vec![http_listener(at, |_| {})],
+        table(vec![route_to(connect, terminated)]),
+        vec![cluster("echo", &[upstream])],
+    ));
+    let mut client = Client::connect(at);
+    client.send("CONNECT far.test:443 HTTP/1.1\r\nHost: far.test:443\r\n\r\n");
+    assert_eq!(client.reply().expect("a reply").status, 200);
+    talk(&mut client);
+    drop(client);
+    wait(|| proxy.metric("istio_requests_total", &["response_code=\"200\""]) == 1.0);
+}
+
+#[test]
 fn connect_is_refused_where_nothing_allows_it() {
     let (at, app) = (free_port(), App::start("a"));
     let _proxy = Proxy::start(&state(

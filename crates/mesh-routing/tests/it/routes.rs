@@ -581,3 +581,40 @@ proptest! {
 fn path_regex() -> pb::RouteMatch {
     path(PathSpecifier::SafeRegex(regex("/[a-z]*")))
 }
+
+/// Routes with whole paths are found by an index once there are many; order decides all the same.
+#[test]
+fn many_whole_paths_keep_their_order() {
+    let whole = |name: &str, p: &str| to(name, path(PathSpecifier::Path(p.to_owned())));
+    let mut routes: Vec<_> = (0..20)
+        .map(|i| whole(&format!("first-{i}"), &format!("/p/{i}")))
+        .collect();
+    routes.insert(
+        5,
+        to("early", path(PathSpecifier::Prefix("/p/7".to_owned()))),
+    );
+    routes.push(whole("second-3", "/p/3"));
+    let mut folded = whole("folded", "/P/CASE");
+    if let Some(m) = &mut folded.r#match {
+        m.case_sensitive = Some(BoolValue { value: false });
+    }
+    routes.push(folded);
+    routes.push(to("rest", any()));
+    let table = table(vec![host("all", &["*"], routes)]);
+    let headers = HeaderMap::new();
+    for (asked, expected) in [
+        ("/p/3", "first-3"),
+        ("/p/4?x=1", "first-4"),
+        ("/p/7", "early"),
+        ("/p/19", "first-19"),
+        ("/p/20", "rest"),
+        ("/p/case", "folded"),
+        ("/p/3/", "rest"),
+    ] {
+        assert_eq!(
+            decide(&table, &request("a", asked, &headers)),
+            expected,
+            "{asked}"
+        );
+    }
+}
