@@ -190,7 +190,10 @@ fn endpoint(
     let mut ports = all.into_iter().flatten();
     let port = ports.find(|port| {
         port["name"] == target.port
-            || port["port"].to_string() == target.port
+            || target
+                .port
+                .parse()
+                .is_ok_and(|asked| number(Some(&port["port"])) == Some(asked))
             || (target.port.is_empty() && all.is_some_and(|all| all.len() == 1))
     });
     let Some(port) = port else {

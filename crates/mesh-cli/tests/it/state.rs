@@ -1,4 +1,5 @@
 //! `mesh state` on directories as a cluster and a proxy leave them.
+#![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
 
 use std::io::Write;
 use std::path::Path;
