@@ -38,6 +38,7 @@ pub(crate) fn build(
             let rule = virtual_service(key, object, mesh, &mut delegates, &mut report);
             check_gateways(&rule, objects, &gateways, &mut report);
             check_connections(&rule, mesh, &mut report);
+            check_ownership(&rule, mesh, &mut report);
             rules.push(Arc::new(rule));
         }
     }
@@ -177,6 +178,40 @@ fn serves(gateway: &Gateway, host: &str, namespace: &str) -> bool {
     hosts
         .filter(|(only, _)| only.as_deref().is_none_or(|only| only == namespace))
         .any(|(_, served)| hostname::intersection(served, host).is_some())
+}
+
+/// Rules that sidecars of every namespace apply to services of another one: allowed, as in Istio, but nothing that should go unseen.
+fn check_ownership(rule: &VirtualService, mesh: &Mesh, report: &mut Reporter<'_>) {
+    let own = &rule.key.namespace;
+    let is_private = rule.visibility.is_only(own);
+    if is_private || !rule.is_bound_to(MESH_GATEWAY) || *own == mesh.config.root_namespace {
+        return;
+    }
+    for (index, host) in rule.hosts.iter().enumerate() {
+        let mut covered = match mesh.services.get(host) {
+            Some(service) => vec![service],
+            None if hostname::is_wildcard(host) => mesh
+                .services
+                .iter()
+                .filter(|(name, _)| hostname::covers(host, name))
+                .map(|(_, service)| service)
+                .collect(),
+            None => Vec::new(),
+        };
+        covered.retain(|service| service.namespace != *own);
+        if let Some(service) = covered.first() {
+            let message = format!(
+                "{} belongs to namespace {}, and clients of other namespaces than {own} see this rule too; write exportTo: [\".\"] if it is meant for {own}, or let the owner of the service write it",
+                service.host, service.namespace
+            );
+            report.report(
+                Severity::Warning,
+                None,
+                format!("spec.hosts[{index}]"),
+                message,
+            );
+        }
+    }
 }
 
 /// Rules for TLS and TCP are on the listeners of services in sidecars: without a service there is no listener.

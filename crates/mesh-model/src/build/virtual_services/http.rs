@@ -11,6 +11,8 @@ use super::gateway_names;
 use crate::Severity;
 use crate::problem::Reporter;
 
+/// Longest regular expression, as in Istio's validation.
+const REGEX_LENGTH_LIMIT: usize = 1024;
 /// Longest program that a regular expression may compile to, as in the proxy.
 const REGEX_SIZE_LIMIT: usize = 1 << 20;
 /// Status codes that Envoy's redirect action knows.
@@ -299,6 +301,12 @@ fn check_regex(value: &StringMatch, field: &str, report: &mut Reporter<'_>) -> O
 fn compile(pattern: &str) -> Result<usize, String> {
     if pattern.is_empty() {
         return Err("an empty regular expression is none".to_owned());
+    }
+    if pattern.len() > REGEX_LENGTH_LIMIT {
+        return Err(format!(
+            "the regular expression has {} characters, more than {REGEX_LENGTH_LIMIT}",
+            pattern.len()
+        ));
     }
     let compiled = regex::RegexBuilder::new(pattern)
         .size_limit(REGEX_SIZE_LIMIT)
