@@ -99,7 +99,7 @@ mod tests {
         let mut scan = HeadScan::default();
         text.as_bytes()
             .chunks(piece)
-            .fold(false, |found, bytes| scan.read(bytes).both || found)
+            .any(|bytes| scan.read(bytes).both)
     }
 
     #[test]
