@@ -182,6 +182,14 @@ static IMAGES: &[Image] = &[
         cmd: &["9000", "hello"],
         ..image("tcp-echo-server", &[MESH, "sample", "tcp-echo"])
     },
+    Image {
+        applets: &["fortio", "curl", "sleep"],
+        ..image("fortio", &[MESH, "sample", "fortio"])
+    },
+    Image {
+        applets: &["ratelimit", "curl", "sleep"],
+        ..image("ratelimit", &[MESH, "sample", "ratelimit"])
+    },
     // Plain web servers with pages that can be told apart.
     image("httpd", &[MESH, "sample", "web", "httpd"]),
     image("tomcat", &[MESH, "sample", "web", "tomcat"]),

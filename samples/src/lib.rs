@@ -9,11 +9,13 @@
 
 pub mod bookinfo;
 mod curl;
+mod fortio;
 pub mod helloworld;
 pub mod httpbin;
 pub mod images;
 mod manifests;
 pub mod propagate;
+pub mod ratelimit;
 mod serve;
 mod sleep;
 pub mod tcp_echo;
@@ -33,13 +35,20 @@ static PROGRAMS: &[Program] = &[
     ("helloworld", helloworld::main),
     ("httpbin", httpbin::main),
     ("tcp-echo", tcp_echo::main),
+    ("fortio", fortio::main),
     ("web", web::main),
+    ("ratelimit", ratelimit::main),
 ];
 
 /// Programs that the binary becomes when it is called by their name (`argv[0]`).
 type Applet = (&'static str, fn(&[String]) -> ExitCode);
 
-static APPLETS: &[Applet] = &[("curl", curl::main), ("sleep", sleep::main)];
+static APPLETS: &[Applet] = &[
+    ("curl", curl::main),
+    ("fortio", fortio::applet),
+    ("ratelimit", ratelimit::applet),
+    ("sleep", sleep::main),
+];
 
 /// Names that [`run`] accepts.
 pub fn names() -> impl Iterator<Item = &'static str> {

@@ -28,6 +28,14 @@ static SAMPLES: &[Sample] = &[
     ),
     ("curl", files!["curl/curl.yaml"]),
     ("sleep", files!["sleep/sleep.yaml"]),
+    ("fortio", files!["httpbin/sample-client/fortio-deploy.yaml"]),
+    (
+        "ratelimit",
+        files![
+            "ratelimit/rate-limit-config.yaml",
+            "ratelimit/rate-limit-service.yaml"
+        ],
+    ),
     ("tcp-echo", files!["tcp-echo/tcp-echo-services.yaml"]),
     ("web", files!["web/web.yaml"]),
 ];

@@ -6,6 +6,7 @@ mod bookinfo;
 mod httpbin;
 mod manifests;
 mod others;
+mod ratelimit;
 
 use std::net::SocketAddr;
 use std::time::Duration;
