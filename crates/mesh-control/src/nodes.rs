@@ -73,21 +73,17 @@ struct TypeStatus {
     error: String,
 }
 
-impl EntryState {
+impl Entry {
     /// Refused resources by the objects that they were made from.
-    fn blamed(
-        &self,
-        node: &mesh_model::Node,
-        type_url: &str,
-        rejections: &[Rejection],
-    ) -> Vec<(ObjectKey, refusals::Refusal)> {
-        let node = described(node);
-        let known = self.set.as_ref().and_then(|set| set.of_type(type_url));
+    fn blamed(&self, state: &EntryState, type_url: &str) -> Vec<(ObjectKey, refusals::Refusal)> {
+        let node = described(&self.node);
+        let known = state.set.as_ref().and_then(|set| set.of_type(type_url));
         let mut blamed = Vec::new();
-        for Rejection { name, message } in rejections {
+        let rejected = state.types.get(type_url).map(|status| &status.rejected);
+        for (name, message) in rejected.into_iter().flatten() {
             let body = known.and_then(|by_name| by_name.get(name));
             let body = body.map_or(&[][..], |resource| resource.value.as_ref());
-            let patched = self.patched_by.iter();
+            let patched = state.patched_by.iter();
             let patched = patched
                 .filter(|((of_type, of_name), _)| *of_type == type_url && of_name == name)
                 .map(|(_, objects)| objects)
@@ -100,7 +96,39 @@ impl EntryState {
     }
 }
 
+impl EntryState {
+    /// Forgets refusals of resources that the node is not given any more; the types that this changed.
+    fn forget_gone(&mut self) -> Vec<String> {
+        let set = self.set.as_ref();
+        let mut changed = Vec::new();
+        for (type_url, status) in &mut self.types {
+            let present = set.and_then(|set| set.of_type(type_url));
+            let before = status.rejected.len();
+            status
+                .rejected
+                .retain(|name, _| present.is_some_and(|by_name| by_name.contains_key(name)));
+            if status.rejected.len() != before {
+                if status.rejected.is_empty() {
+                    status.error.clear();
+                }
+                changed.push(type_url.clone());
+            }
+        }
+        changed
+    }
+}
+
 impl TypeStatus {
+    /// Notes that resources were answered: what a client refused before of others, it still refuses. True if that changed what is refused.
+    fn take(&mut self, names: &[String]) -> bool {
+        let before = self.rejected.len();
+        self.rejected.retain(|name, _| !names.contains(name));
+        if self.rejected.is_empty() {
+            self.error.clear();
+        }
+        self.rejected.len() != before
+    }
+
     /// Istio's words.
     fn word(&self) -> &'static str {
         if self.nonce_sent.is_empty() {
@@ -285,6 +313,10 @@ async fn feed(
                 return;
             };
             push(published, &entry, &sets, &refusals).await;
+            if sets.is_closed() {
+                // The stream ended meanwhile, and nobody else would take away what stands there for it.
+                refusals.remove(entry.number);
+            }
         }
         tokio::select! {
             changed = newest.changed() => if changed.is_err() { return },
@@ -329,7 +361,8 @@ async fn push(
             return;
         }
     };
-    refusals.set(entry.number, PATCHES, failed);
+    let number = entry.number;
+    refusals.set(number, PATCHES, failed);
     let mut state = lock(&entry.state);
     state.patched_by = patched_by;
     if previous.as_deref() == Some(&set) {
@@ -338,6 +371,9 @@ async fn push(
     let set = Arc::new(set);
     state.set = Some(Arc::clone(&set));
     state.since.get_or_insert(since);
+    for type_url in state.forget_gone() {
+        refusals.set(number, &type_url, entry.blamed(&state, &type_url));
+    }
     drop(state);
     sets.send_replace(Some(set));
 }
@@ -412,21 +448,25 @@ impl Report for Reporter {
                 type_url,
                 nonce,
                 version,
+                names,
             } => {
                 self.metrics.accepted(&type_url);
                 let status = state.types.entry(type_url.clone()).or_default();
-                if !status.error.is_empty() {
-                    self.refusals.set(self.entry.number, &type_url, Vec::new());
-                }
                 status.nonce_acked = nonce;
                 status.version_acked = version;
-                status.rejected.clear();
-                status.error.clear();
+                if status.take(&names) {
+                    self.refusals.set(
+                        self.entry.number,
+                        &type_url,
+                        self.entry.blamed(&state, &type_url),
+                    );
+                }
             }
             StreamEvent::Nacked {
                 type_url,
                 message,
                 rejections,
+                names,
                 ..
             } => {
                 tracing::error!(
@@ -436,14 +476,19 @@ impl Report for Reporter {
                     "a proxy refused resources"
                 );
                 self.metrics.rejected(&type_url, rejections.len());
-                let blamed = state.blamed(&self.entry.node, &type_url, &rejections);
-                self.refusals.set(self.entry.number, &type_url, blamed);
-                let status = state.types.entry(type_url).or_default();
+                let status = state.types.entry(type_url.clone()).or_default();
+                status.take(&names);
                 status.error = message;
-                status.rejected = rejections
-                    .into_iter()
-                    .map(|Rejection { name, message }| (name, message))
-                    .collect();
+                status.rejected.extend(
+                    rejections
+                        .into_iter()
+                        .map(|Rejection { name, message }| (name, message)),
+                );
+                self.refusals.set(
+                    self.entry.number,
+                    &type_url,
+                    self.entry.blamed(&state, &type_url),
+                );
             }
             StreamEvent::StaleNonce { type_url } => self.metrics.stale(&type_url),
         }

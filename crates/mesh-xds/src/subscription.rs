@@ -56,6 +56,8 @@ pub enum StreamEvent {
         nonce: String,
         /// Version of the response.
         version: String,
+        /// Names of the resources in it.
+        names: Vec<String>,
     },
     /// The client refused a response, or parts of it.
     Nacked {
@@ -65,6 +67,8 @@ pub enum StreamEvent {
         nonce: String,
         /// Version of the response.
         version: String,
+        /// Names of the resources in it; those that are not refused are taken, if the client tells them apart.
+        names: Vec<String>,
         /// The client's text.
         message: String,
         /// The resources that it refuses.
@@ -519,18 +523,21 @@ impl TypeState {
         let type_url = type_url.to_owned();
         let nonce = response.nonce;
         let version = response.version;
+        let names = response.names;
         vec![match error {
             None => StreamEvent::Acked {
                 type_url,
                 nonce,
                 version,
+                names,
             },
             Some(status) => StreamEvent::Nacked {
                 type_url,
                 nonce,
                 version,
                 message: status.message.clone(),
-                rejections: nack::from_status(status, response.names.iter().map(String::as_str)),
+                rejections: nack::from_status(status, names.iter().map(String::as_str)),
+                names,
             },
         }]
     }
