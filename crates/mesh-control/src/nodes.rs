@@ -538,3 +538,26 @@ fn from_wire(value: Wire, depth: usize) -> Value {
             .collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_refused_stays_refused_until_it_is_answered_again_or_gone() {
+        let mut state = EntryState::default();
+        let status = state.types.entry(types::ROUTE.to_owned()).or_default();
+        status.error = "no".to_owned();
+        status.nonce_sent = "1".to_owned();
+        for name in ["80", "81"] {
+            status.rejected.insert(name.to_owned(), "no".to_owned());
+        }
+        assert!(!status.take(&["82".to_owned()]), "another one was taken");
+        assert_eq!(status.word(), "NACK");
+        assert!(status.take(&["80".to_owned()]));
+        assert_eq!(status.rejected.keys().collect::<Vec<_>>(), ["81"]);
+        assert_eq!(state.forget_gone(), [types::ROUTE]);
+        let status = &state.types[types::ROUTE];
+        assert!(status.rejected.is_empty() && status.error.is_empty());
+    }
+}

@@ -30,7 +30,14 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
     for (key, object) in &objects.istio {
         report_kind_not_applied(key, object, &mut problems);
     }
-    for field in objects.mesh_config.unsupported() {
+    let defaults = &mesh.config.default_traffic_policy;
+    let codes = defaults
+        .outlier_detection
+        .as_ref()
+        .is_some_and(|outlier| !outlier.outlier_detection_http_error_codes.is_empty());
+    let codes = codes
+        .then(|| "defaultTrafficPolicy.outlierDetection.outlierDetectionHttpErrorCodes".to_owned());
+    for field in objects.mesh_config.unsupported().into_iter().chain(codes) {
         let key = ObjectKey::new("ConfigMap", mesh.config.root_namespace.clone(), "istio");
         Reporter::new(&key, &mut problems).not_applied(format!("data.mesh.{field}"));
     }

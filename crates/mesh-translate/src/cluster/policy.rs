@@ -230,14 +230,17 @@ impl<'a> Policy<'a> {
         let Some(given) = self.rule.outlier_detection else {
             return;
         };
+        // consecutiveErrors is the older form, which the newer one beats.
+        let older = Some(positive(given.consecutive_errors)).filter(|count| *count > 0);
+        let gateway_errors = given.consecutive_gateway_errors.or(older);
         let enforcing =
             |count: Option<u32>| count.and_then(|v| uint32(if v > 0 { 100u32 } else { 0 }));
         let mut detection = OutlierDetection {
             enforcing_success_rate: uint32(0u32),
             consecutive_5xx: given.consecutive_5xx_errors.and_then(uint32),
             enforcing_consecutive_5xx: enforcing(given.consecutive_5xx_errors),
-            consecutive_gateway_failure: given.consecutive_gateway_errors.and_then(uint32),
-            enforcing_consecutive_gateway_failure: enforcing(given.consecutive_gateway_errors),
+            consecutive_gateway_failure: gateway_errors.and_then(uint32),
+            enforcing_consecutive_gateway_failure: enforcing(gateway_errors),
             interval: given.interval.and_then(|time| duration(time.0)),
             base_ejection_time: given.base_ejection_time.and_then(|time| duration(time.0)),
             ..OutlierDetection::default()

@@ -104,9 +104,4 @@ fn outlier_detection(settings: &mut OutlierDetection, field: &str, report: &mut 
     if !std::mem::take(&mut settings.outlier_detection_http_error_codes).is_empty() {
         report.not_applied(format!("{field}.outlierDetectionHttpErrorCodes"));
     }
-    // The older form of consecutiveGatewayErrors, which wins where both are given.
-    let older = u32::try_from(std::mem::take(&mut settings.consecutive_errors)).unwrap_or(0);
-    if older > 0 {
-        settings.consecutive_gateway_errors.get_or_insert(older);
-    }
 }
