@@ -39,7 +39,23 @@ RollingUpdateDeployment 1 maxUnavailable x 2 maxSurge x
 LabelSelector 1 matchLabels m 2 matchExpressions [LabelSelectorRequirement
 LabelSelectorRequirement 1 key s 2 operator s 3 values t
 PodTemplateSpec 1 metadata ObjectMeta 2 spec PodSpec
-PodSpec 2 containers [Container 3 restartPolicy s 4 terminationGracePeriodSeconds I 6 dnsPolicy s 7 nodeSelector m 8 serviceAccountName s 9 serviceAccount s 10 nodeName s 11 hostNetwork b 12 hostPID b 13 hostIPC b 16 hostname s 17 subdomain s 19 schedulerName s 20 initContainers [Container 24 priorityClassName s
+PodSpec 2 containers [Container 3 restartPolicy s 4 terminationGracePeriodSeconds I 5 activeDeadlineSeconds I 6 dnsPolicy s 7 nodeSelector m 8 serviceAccountName s 9 serviceAccount s 10 nodeName s 11 hostNetwork b 12 hostPID b 13 hostIPC b 14 securityContext PodSecurityContext 15 imagePullSecrets [LocalObjectReference 16 hostname s 17 subdomain s 19 schedulerName s 20 initContainers [Container 21 automountServiceAccountToken B 24 priorityClassName s 25 priority I 27 shareProcessNamespace B 29 runtimeClassName S 30 enableServiceLinks B 31 preemptionPolicy S
+PodSecurityContext 2 runAsUser I 3 runAsNonRoot B 5 fsGroup I 6 runAsGroup I
+Job 1 metadata ObjectMeta 2 spec JobSpec 3 status -
+JobSpec 1 parallelism I 2 completions I 3 activeDeadlineSeconds I 4 selector LabelSelector 5 manualSelector B 6 template PodTemplateSpec 7 backoffLimit I 8 ttlSecondsAfterFinished I 9 completionMode S 10 suspend B 12 backoffLimitPerIndex I 13 maxFailedIndexes I 14 podReplacementPolicy S 15 managedBy S
+JobTemplateSpec 1 metadata ObjectMeta 2 spec JobSpec
+CronJob 1 metadata ObjectMeta 2 spec CronJobSpec 3 status -
+CronJobSpec 1 schedule s 2 startingDeadlineSeconds I 3 concurrencyPolicy s 4 suspend B 5 jobTemplate JobTemplateSpec 6 successfulJobsHistoryLimit I 7 failedJobsHistoryLimit I 8 timeZone S
+PodDisruptionBudget 1 metadata ObjectMeta 2 spec PodDisruptionBudgetSpec 3 status -
+PodDisruptionBudgetSpec 1 minAvailable x 2 selector LabelSelector 3 maxUnavailable x 4 unhealthyPodEvictionPolicy S
+autoscaling/v1/HorizontalPodAutoscaler 1 metadata ObjectMeta 2 spec autoscaling/v1/HorizontalPodAutoscalerSpec 3 status -
+autoscaling/v1/HorizontalPodAutoscalerSpec 1 scaleTargetRef CrossVersionObjectReference 2 minReplicas I 3 maxReplicas i 4 targetCPUUtilizationPercentage I
+autoscaling/v2/HorizontalPodAutoscaler 1 metadata ObjectMeta 2 spec autoscaling/v2/HorizontalPodAutoscalerSpec 3 status -
+autoscaling/v2/HorizontalPodAutoscalerSpec 1 scaleTargetRef CrossVersionObjectReference 2 minReplicas I 3 maxReplicas i 4 metrics [MetricSpec
+CrossVersionObjectReference 1 kind s 2 name s 3 apiVersion s
+MetricSpec 1 type s 4 resource ResourceMetricSource
+ResourceMetricSource 1 name s 2 target MetricTarget
+MetricTarget 1 type s 4 averageUtilization I
 Container 1 name s 2 image s 3 command t 4 args t 5 workingDir s 6 ports [ContainerPort 7 env [EnvVar 8 resources ResourceRequirements 13 terminationMessagePath s 14 imagePullPolicy s 16 stdin b 17 stdinOnce b 18 tty b 20 terminationMessagePolicy s
 ContainerPort 1 name s 2 hostPort i 3 containerPort i 4 protocol s 5 hostIP s
 EnvVar 1 name s 2 value s
@@ -110,7 +126,14 @@ pub fn decode(body: &[u8]) -> Result<Value, String> {
             _ => {}
         }
     }
-    let mut object = message(&kind, raw, 0)?;
+    // A kind with two versions has a name for each.
+    let versioned = format!("{api_version}/{kind}");
+    let name = if types().contains_key(versioned.as_str()) {
+        &versioned
+    } else {
+        &kind
+    };
+    let mut object = message(name, raw, 0)?;
     object["apiVersion"] = api_version.into();
     object["kind"] = kind.into();
     Ok(object)
@@ -281,6 +304,34 @@ mod tests {
         assert_eq!(
             object,
             json!({ "metadata": { "name": "c" }, "data": { "k": "v" }, "apiVersion": "v1", "kind": "ConfigMap" })
+        );
+    }
+
+    #[test]
+    fn a_kind_of_two_versions_is_read_by_its_version() {
+        let spec = [
+            bytes_field(1, &bytes_field(2, b"web")),
+            vec![3 << 3, 4],
+            vec![4 << 3, 80],
+        ]
+        .concat();
+        let raw = bytes_field(2, &spec);
+        let of = |version: &[u8]| {
+            let meta = [
+                bytes_field(1, version),
+                bytes_field(2, b"HorizontalPodAutoscaler"),
+            ]
+            .concat();
+            decode(&[MAGIC.to_vec(), bytes_field(1, &meta), bytes_field(2, &raw)].concat())
+        };
+        let old = of(b"autoscaling/v1").unwrap();
+        assert_eq!(
+            old["spec"],
+            json!({ "scaleTargetRef": { "name": "web" }, "maxReplicas": 4, "targetCPUUtilizationPercentage": 80 })
+        );
+        assert!(
+            of(b"autoscaling/v2").is_err(),
+            "its field 4 is a list of metrics"
         );
     }
 

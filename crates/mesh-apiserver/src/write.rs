@@ -194,8 +194,8 @@ impl<'a> Writer<'a> {
                     self.api.wrote(resource, &stored.value);
                     return Ok(if gone { new } else { stored.value.clone() });
                 }
-                Err(WriteError::Changed) if asked.is_empty() => {}
-                Err(WriteError::Changed) => return Err(ApiError::modified(resource, name)),
+                // The next round finds out whether the client insists on the revision that was.
+                Err(WriteError::Changed) => {}
                 Err(error) => return Err(ApiError::internal(error)),
             }
         }
