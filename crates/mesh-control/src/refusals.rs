@@ -28,10 +28,13 @@ pub(crate) struct Refusal {
 /// By object.
 pub(crate) type Refusals = BTreeMap<ObjectKey, BTreeSet<Refusal>>;
 
+/// What one stream refuses, by subject (a type, or patches).
+type Subjects = BTreeMap<String, Vec<(ObjectKey, Refusal)>>;
+
 /// Refusals of all connected proxies; clones share them.
 #[derive(Clone)]
 pub(crate) struct Board {
-    by_stream: Arc<Mutex<BTreeMap<u64, BTreeMap<String, Vec<(ObjectKey, Refusal)>>>>>,
+    by_stream: Arc<Mutex<BTreeMap<u64, Subjects>>>,
     changes: watch::Sender<u64>,
 }
 
@@ -89,7 +92,7 @@ impl Board {
     }
 
     /// A panic elsewhere must not take the statuses with it.
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, BTreeMap<String, Vec<(ObjectKey, Refusal)>>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Subjects>> {
         self.by_stream
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
