@@ -15,6 +15,7 @@ use crate::run;
 
 mod discovery;
 mod peers;
+mod sidecar;
 
 /// What to measure.
 #[derive(clap::Args)]
@@ -28,9 +29,25 @@ pub struct Args {
     /// Keep-alive connections.
     #[arg(long, default_value_t = 32)]
     connections: u32,
+    /// What to measure.
+    #[arg(long, value_enum, default_value = "all")]
+    part: Part,
     /// The binary to measure; `cargo build --profile dist` makes it when it is not given.
     #[arg(long)]
     binary: Option<PathBuf>,
+}
+
+/// Parts of the measurement.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Everything, one part after the other.
+    All,
+    /// CPU per request and latency of one hop, beside the peers.
+    Load,
+    /// Time from a proxy's start to ready.
+    Start,
+    /// Memory of the proxies of a local cluster.
+    Memory,
 }
 
 /// Where nginx answers.
@@ -61,11 +78,25 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             run::target().join("dist/mesh")
         }
     };
+    let wants = |part| args.part == part || args.part == Part::All;
+    if wants(Part::Start) {
+        sidecar::start(&binary)?;
+    }
+    if wants(Part::Memory) {
+        sidecar::memory(&binary)?;
+    }
+    if wants(Part::Load) {
+        beside_peers(args, &binary)?;
+    }
+    Ok(())
+}
+
+fn beside_peers(args: &Args, binary: &Path) -> anyhow::Result<()> {
     let wrk = install::debian("wrk", "wrk")?;
     let place = tempfile::Builder::new().prefix("mesh-bench-").tempdir()?;
     let mut backend = peers::nginx(place.path(), BACKEND)?;
     let mut peers = vec![
-        peers::mesh(&binary, place.path(), 18081, BACKEND)?,
+        peers::mesh(binary, place.path(), 18081, BACKEND)?,
         peers::envoy(place.path(), 18082, BACKEND)?,
         peers::haproxy(place.path(), 18083, BACKEND)?,
     ];

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use crate::run;
 
 mod cluster;
-pub use cluster::Cluster;
+pub use cluster::{Cluster, family};
 mod http;
 mod scenarios;
 

@@ -9,6 +9,9 @@ use serde_json::json;
 use super::{Peer, discovery, pinned};
 use crate::judges::install;
 
+/// Where our proxy tells whether it is ready.
+pub(super) const HEALTH: u16 = 18095;
+
 /// nginx with an answer of 1 KiB.
 pub(super) fn nginx(place: &Path, port: u16) -> anyhow::Result<Child> {
     let program =
@@ -16,7 +19,7 @@ pub(super) fn nginx(place: &Path, port: u16) -> anyhow::Result<Child> {
     let shown = place.display();
     let body = "x".repeat(1024);
     let config = format!(
-        "daemon off; worker_processes 1; pid {shown}/nginx.pid; error_log {shown}/nginx.log;\nevents {{ worker_connections 4096; }}\n\
+        "daemon off; master_process off; worker_processes 1; pid {shown}/nginx.pid; error_log {shown}/nginx.log;\nevents {{ worker_connections 4096; }}\n\
          http {{ access_log off; keepalive_requests 100000000; client_body_temp_path {shown}; proxy_temp_path {shown};\n\
          fastcgi_temp_path {shown}; uwsgi_temp_path {shown}; scgi_temp_path {shown};\n\
          server {{ listen 127.0.0.1:{port} backlog=4096; location / {{ return 200 \"{body}\"; }} }} }}\n"
@@ -87,7 +90,7 @@ pub(super) fn mesh(binary: &Path, place: &Path, port: u16, backend: u16) -> anyh
         .env("POD_NAME", "bench")
         .env("POD_NAMESPACE", "default")
         .env("INSTANCE_IP", "127.0.0.1")
-        .env("ENVOY_STATUS_PORT", "18095")
+        .env("ENVOY_STATUS_PORT", HEALTH.to_string())
         .env("ENVOY_PROMETHEUS_PORT", "18096")
         .env("MESH_STATE_DIR", place.join("proxy"))
         .spawn()

@@ -57,6 +57,17 @@ impl Cluster {
         self.await_first_page(began)
     }
 
+    /// Loads so many product pages, one after the other.
+    pub fn pages(&self, count: usize) -> anyhow::Result<()> {
+        let client = Client::new(&self.gateway);
+        http::runtime()?.block_on(async {
+            for _ in 0..count {
+                client.get("/productpage", &[]).await?;
+            }
+            Ok(())
+        })
+    }
+
     /// The process id of the main process.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -149,6 +160,15 @@ impl Cluster {
     /// Deletes an object and waits until it is gone; one that does not exist is no error.
     pub fn delete(&self, kind: &str, name: &str) -> anyhow::Result<()> {
         self.call(&["delete", kind, name, "--ignore-not-found"])
+            .map(drop)
+    }
+
+    /// Deletes everything in a YAML text; what is gone already is no error.
+    pub fn delete_all(&self, yaml: &str) -> anyhow::Result<()> {
+        let file = self.place.path().join("delete.yaml");
+        std::fs::write(&file, yaml)?;
+        let file = file.to_string_lossy();
+        self.call(&["delete", "--ignore-not-found", "-f", &file])
             .map(drop)
     }
 

@@ -3,10 +3,15 @@
 use super::cluster::Cluster;
 
 mod counted;
+mod limits;
 mod load;
 mod pods;
 mod refusals;
 mod reviews;
+mod samples;
+mod tasks;
+mod tcp;
+mod web;
 
 type Scenario = fn(&mut Cluster) -> anyhow::Result<()>;
 
@@ -50,6 +55,30 @@ pub const ALL: &[(&str, Scenario)] = &[
     (
         "a killed sidecar and a killed application come back",
         pods::killed,
+    ),
+    (
+        "web servers by weight, for clients in the mesh",
+        web::by_weight,
+    ),
+    (
+        "web servers by content, and from canary to whole",
+        web::by_content,
+    ),
+    ("faults for jason", tasks::faults),
+    ("reviews shift from v1 to v3", tasks::shifting),
+    (
+        "a timeout is shorter than what it waits for",
+        tasks::timeouts,
+    ),
+    ("TCP by weight through the gateway", tcp::shifting),
+    (
+        "circuit breaking under a load generator",
+        limits::circuit_breaking,
+    ),
+    ("requests are mirrored", limits::mirroring),
+    (
+        "a local rate limit by EnvoyFilter",
+        limits::local_rate_limit,
     ),
     (
         "bad input is refused with its reason and changes nothing",

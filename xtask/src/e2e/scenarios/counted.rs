@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
+use super::pods::wait_running;
 use super::reviews::version_named;
 use crate::e2e::cluster::Cluster;
 use crate::e2e::http::{self, Client};
@@ -261,23 +262,9 @@ spec:
       capabilities: {add: [NET_ADMIN]}
 ";
 
-fn wait_running(cluster: &Cluster, pod: &str) -> anyhow::Result<()> {
-    cluster.wait(&format!("pod {pod} to be ready"), || {
-        let pod = cluster.get(&["pod", pod])?;
-        let conditions = pod["status"]["conditions"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default();
-        Ok(conditions
-            .iter()
-            .any(|c| c["type"] == "Ready" && c["status"] == "True")
-            .then_some(()))
-    })
-}
-
 pub(super) fn flushed(cluster: &mut Cluster) -> anyhow::Result<()> {
     cluster.apply(OPEN_CLIENT)?;
-    wait_running(cluster, "open-client")?;
+    wait_running(cluster, "default", "open-client")?;
     let labels = [
         ("reporter", "source"),
         ("destination_service", "httpbin.default.svc.cluster.local"),

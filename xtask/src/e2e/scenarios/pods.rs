@@ -231,3 +231,18 @@ pub(super) fn survives(cluster: &mut Cluster) -> anyhow::Result<()> {
     );
     cluster.delete("configmap", "kept")
 }
+
+/// Waits until a pod is ready.
+pub(super) fn wait_running(cluster: &Cluster, namespace: &str, pod: &str) -> anyhow::Result<()> {
+    cluster.wait(&format!("pod {pod} to be ready"), || {
+        let pod = cluster.get(&["pod", pod, "-n", namespace])?;
+        let conditions = pod["status"]["conditions"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        Ok(conditions
+            .iter()
+            .any(|c| c["type"] == "Ready" && c["status"] == "True")
+            .then_some(()))
+    })
+}

@@ -169,6 +169,19 @@ pub(super) fn cleanup_reviews(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.delete("destinationrule", "reviews")
 }
 
+/// The session cookie of a user.
+pub(super) async fn logged_in(client: &Client, user: &str) -> anyhow::Result<String> {
+    let form = [("content-type", "application/x-www-form-urlencoded")];
+    let login = client
+        .send("POST", "/login", &form, &format!("username={user}&passwd="))
+        .await?;
+    let cookie = login
+        .headers
+        .get("set-cookie")
+        .context("logging in set no cookie")?;
+    Ok(cookie.split(';').next().unwrap_or_default().to_owned())
+}
+
 pub(super) fn jason(cluster: &mut Cluster) -> anyhow::Result<()> {
     cluster.apply(SUBSETS)?;
     cluster.apply(&routes(
@@ -177,19 +190,7 @@ pub(super) fn jason(cluster: &mut Cluster) -> anyhow::Result<()> {
     live(cluster, "everybody else to reach v1", only("v1"))?;
     let client = Client::new(&cluster.gateway);
     http::runtime()?.block_on(async {
-        let login = client
-            .send(
-                "POST",
-                "/login",
-                &[("content-type", "application/x-www-form-urlencoded")],
-                "username=jason&passwd=",
-            )
-            .await?;
-        let cookie = login
-            .headers
-            .get("set-cookie")
-            .context("logging in set no cookie")?;
-        let cookie = cookie.split(';').next().unwrap_or_default().to_owned();
+        let cookie = logged_in(&client, "jason").await?;
         for _ in 0..20 {
             let page = client.get("/productpage", &[("cookie", &cookie)]).await?;
             ensure!(
