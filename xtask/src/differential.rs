@@ -102,7 +102,7 @@ fn judge(outcome: &Outcome, known: &Known, whole: bool) -> anyhow::Result<()> {
         .iter()
         .filter(|d| !known.covers(d))
         .collect();
-    for difference in unknown.iter().take(200) {
+    for difference in unknown.iter().take(400) {
         println!(
             "{}\n  {}\n  {}\n    envoy {:?}\n    mesh  {:?}",
             difference.case,
@@ -265,7 +265,11 @@ async fn through(proxy: &Proxy, i: usize, case: &Case, upstream: &Upstream) -> a
         for n in 0..request.times.unwrap_or(1) {
             let id = format!("{}-{i:04}-{r:03}-{n:05}", proxy.side.letter());
             let facts = one(proxy, i, &request, &id, upstream).await;
-            sent += i64::from(request.tcp.is_empty());
+            sent += match facts.get("statuses") {
+                // What was sent byte by byte may be several requests.
+                Some(statuses) => i64::try_from(statuses.split_whitespace().count())?,
+                None => i64::from(request.tcp.is_empty()),
+            };
             if request.shares {
                 compare::count_share(&mut shares, &facts);
             } else {

@@ -14,18 +14,22 @@ pub(super) fn compare(case: &Case, envoy: &Run, mesh: &Run, into: &mut Vec<Diffe
     for ((request, a), (_, b)) in envoy.requests.iter().zip(&mesh.requests) {
         let (a, b) = (normal(a), normal(b));
         let fields: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+        let differs = |field: &str| a.get(field) != b.get(field);
         for field in fields {
-            let of = |facts: &Facts| facts.get(field).cloned().unwrap_or_default();
+            // What follows from another difference says nothing of its own.
+            let follows = (differs("status") && field.starts_with("response."))
+                || (differs("upstream.count")
+                    && field.starts_with("upstream.")
+                    && field != "upstream.count");
+            let of = |facts: &Facts| facts.get(field).cloned();
             let (left, right) = (of(&a), of(&b));
-            let present =
-                a.contains_key(field) == b.contains_key(field) || field.starts_with("share.");
-            if !(present && same(field, &left, &right, &a)) {
+            if !follows && !same(field, left.as_deref(), right.as_deref(), &a) {
                 into.push(Difference {
                     case: case.name.clone(),
                     request: request.clone(),
                     field: field.clone(),
-                    envoy: left,
-                    mesh: right,
+                    envoy: left.unwrap_or_else(absent),
+                    mesh: right.unwrap_or_else(absent),
                 });
             }
         }
@@ -50,23 +54,25 @@ pub(super) fn compare(case: &Case, envoy: &Run, mesh: &Run, into: &mut Vec<Diffe
     }
 }
 
-fn same(field: &str, a: &str, b: &str, facts: &Facts) -> bool {
+/// How a fact that one of the two lacks is shown.
+fn absent() -> String {
+    "(none)".to_owned()
+}
+
+fn same(field: &str, a: Option<&str>, b: Option<&str>, facts: &Facts) -> bool {
     let number = |text: &str| text.parse::<f64>().unwrap_or_default();
-    let (x, y) = (number(a), number(b));
-    match field {
-        "millis" => (x - y).abs() <= 100.0 + x.max(y) * 0.2,
-        _ if field.starts_with("share.") => {
-            let total: f64 = facts
-                .iter()
-                .filter(|(name, _)| name.starts_with("share."))
-                .map(|(_, value)| number(value))
-                .sum();
-            let p = (x + y) / (2.0 * total.max(1.0));
-            // Five standard deviations of the difference of two draws.
-            (x - y).abs() <= 5.0 * (2.0 * total * p * (1.0 - p)).sqrt() + 1.0
-        }
-        _ => a == b,
+    let (x, y) = (a.map_or(0.0, number), b.map_or(0.0, number));
+    if field == "millis" {
+        return (x - y).abs() <= 100.0 + x.max(y) * 0.2;
     }
+    if field.starts_with("share.") {
+        let shares = facts.iter().filter(|(name, _)| name.starts_with("share."));
+        let total: f64 = shares.map(|(_, value)| number(value)).sum();
+        let p = (x + y) / (2.0 * total.max(1.0));
+        // Five standard deviations of the difference of two draws.
+        return (x - y).abs() <= 5.0 * (2.0 * total * p * (1.0 - p)).sqrt() + 1.0;
+    }
+    a == b
 }
 
 /// Counts an answer among its likes.
@@ -103,6 +109,8 @@ fn normal(facts: &Facts) -> Facts {
             "date" => "a date",
             "x-envoy-upstream-service-time" => "milliseconds",
             "x-request-id" if value.len() == 36 => "a random id",
+            // What is left of the route's timeout when a request is tried again.
+            "x-envoy-expected-rq-timeout-ms" if !field.starts_with("upstream.0.") => "milliseconds",
             _ => value,
         };
         normal.insert(field.clone(), value.to_owned());

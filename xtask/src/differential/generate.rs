@@ -451,7 +451,7 @@ impl Maker<'_> {
                     "409 | 200",
                     "404 x-from=app",
                     "200 server=app x-from=app",
-                    "reset | 200",
+                    "500 | 200",
                     "204",
                 ])
                 .to_owned(),

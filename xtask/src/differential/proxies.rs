@@ -220,7 +220,8 @@ impl Proxy {
         match &self.tally {
             TallySource::AccessLog(file) => {
                 for line in std::fs::read_to_string(file).unwrap_or_default().lines() {
-                    *tally.entry(line.to_owned()).or_insert(0) += 1;
+                    let (code, flags) = line.split_once(' ').unwrap_or((line, "-"));
+                    *tally.entry(end(code, flags)).or_insert(0) += 1;
                 }
             }
             TallySource::Metrics(port) => {
@@ -243,12 +244,19 @@ impl Proxy {
                         .next()
                         .and_then(|n| n.parse().ok())
                         .unwrap_or_default();
-                    *tally.entry(format!("{code} {flags}")).or_insert(0) += count as i64;
+                    *tally.entry(end(code, flags)).or_insert(0) += count as i64;
                 }
             }
         }
         Ok(tally)
     }
+}
+
+/// A status and its flags, in one order.
+fn end(code: &str, flags: &str) -> String {
+    let mut flags: Vec<&str> = flags.split(',').collect();
+    flags.sort_unstable();
+    format!("{code} {}", flags.join(","))
 }
 
 async fn fetch(port: u16, path: &str) -> anyhow::Result<String> {
