@@ -9,9 +9,9 @@
 //! * **Start here:** [`Control::run`], then `watch.rs` and `publish.rs`: the way of a change.
 
 mod http;
+mod leader;
 mod metrics;
 mod nodes;
-mod leader;
 mod publish;
 mod refusals;
 mod serving;
@@ -217,7 +217,8 @@ impl Control {
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ControlError> {
         let options = Arc::new(self.options);
         let metrics = Arc::new(metrics::Metrics::new(&options.version));
-        let (publisher, published, problems, shared) = publish::new(&options.revision, Arc::clone(&metrics));
+        let (publisher, published, problems, shared) =
+            publish::new(&options.revision, Arc::clone(&metrics));
         let refusals = refusals::Board::new();
         let nodes = nodes::Nodes::new(published, Arc::clone(&metrics), refusals.clone());
         let mut tasks = JoinSet::new();
