@@ -262,6 +262,7 @@ async fn through(proxy: &Proxy, i: usize, case: &Case, upstream: &Upstream) -> a
     for (r, spec) in case.requests.iter().enumerate() {
         let request = spec.full();
         let mut shares = Facts::new();
+        tokio::time::sleep(Duration::from_millis(request.pause_ms)).await;
         for n in 0..request.times.unwrap_or(1) {
             let id = format!("{}-{i:04}-{r:03}-{n:05}", proxy.side.letter());
             let facts = one(proxy, i, &request, &id, upstream).await;

@@ -122,6 +122,9 @@ pub(super) struct Request {
     /// What the endpoint does, try by try (see `upstream.rs`).
     #[serde(default)]
     pub(super) upstream: String,
+    /// Milliseconds to wait before it: Envoy ejects endpoints on another thread than the one that answers.
+    #[serde(default)]
+    pub(super) pause_ms: u64,
     /// How often it is sent; each is compared.
     pub(super) times: Option<u32>,
     /// Compare how often each answer came, not each answer: for choices by chance.
