@@ -5,11 +5,13 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::{SEPARATOR, StoreError, StoreOptions, open_value, seal_value};
 
 const DEFAULT_CACHE_BYTES: u64 = 16 << 20;
+/// How long a locked store is tried again before it counts as in use.
+const LETTING_GO: Duration = Duration::from_secs(1);
 /// Written once into a new store: sled takes a log without a single readable segment for a new one, and this tells the two apart.
 /// No tree has an empty name, so no key of a caller collides.
 pub(crate) const MARKER: &[u8] = b"\0format";
@@ -99,9 +101,23 @@ pub(crate) fn open(options: &StoreOptions) -> Result<(sled::Db, Recovery), Store
     Ok((db, recovery))
 }
 
+/// As [`open_once`], but gives who had the store open until now a moment to let go: sled's threads do so shortly after the last handle is
+/// dropped, as does a process that was just killed.
+fn try_open(config: &sled::Config, dir: &Path) -> Result<Option<sled::Db>, StoreError> {
+    let began = Instant::now();
+    loop {
+        match open_once(config, dir) {
+            Err(StoreError::Locked { .. }) if began.elapsed() < LETTING_GO => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other,
+        }
+    }
+}
+
 /// Opens and reads everything once, since a damaged log may only show while iterating. `None` means damaged; sled panics on some
 /// damage, which counts as the same.
-fn try_open(config: &sled::Config, dir: &Path) -> Result<Option<sled::Db>, StoreError> {
+fn open_once(config: &sled::Config, dir: &Path) -> Result<Option<sled::Db>, StoreError> {
     let is_new = std::fs::metadata(dir.join("db")).map_or(true, |m| m.len() == 0);
     let attempt = catch_unwind(AssertUnwindSafe(|| {
         let db = config.open()?;
