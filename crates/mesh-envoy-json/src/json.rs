@@ -254,7 +254,8 @@ fn convert_durations(descriptor: &MessageDescriptor, value: &mut Value) {
     if descriptor.full_name() == ANY {
         let inner = object.get("@type").and_then(Value::as_str).and_then(find);
         if let Some(inner) = inner {
-            if inner.full_name() == DURATION {
+            // An Any that holds an Any keeps it under `value`, as all types with a JSON form of their own do.
+            if inner.full_name() == DURATION || inner.full_name() == ANY {
                 object
                     .get_mut("value")
                     .into_iter()
@@ -357,6 +358,19 @@ mod tests {
 
     const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
     const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
+
+    #[test]
+    fn an_any_of_an_any_ends() {
+        let any = "type.googleapis.com/google.protobuf.Any";
+        for value in [
+            json!({"@type": any, "value": {}}),
+            json!({"@type": any, "value": {"@type": any, "value": {"@type": any}}}),
+        ] {
+            let options = json!({"typed_extension_protocol_options": {"a": value}});
+            // An answer, whichever: the reader used to go round for ever.
+            let _ = from_json(CLUSTER, &options);
+        }
+    }
 
     #[test]
     fn both_ways_with_nested_any() {

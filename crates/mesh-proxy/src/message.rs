@@ -332,14 +332,15 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
 
 /// Appends to a header that is a list, in one line.
 pub fn append_to_list(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue) {
-    let joined = headers.get(name).map(|before| {
-        let all = [before.as_bytes(), b",", value.as_bytes()].concat();
-        HeaderValue::from_bytes(&all)
-    });
-    match joined {
-        Some(Ok(joined)) => headers.insert(name, joined),
-        _ => headers.insert(name, value.clone()),
-    };
+    // All lines of the name are one list (RFC 9110 section 5.3); dropping one would let a client hide what a proxy before us added.
+    let mut all = Vec::new();
+    for before in headers.get_all(name) {
+        all.extend_from_slice(before.as_bytes());
+        all.push(b',');
+    }
+    all.extend_from_slice(value.as_bytes());
+    let joined = HeaderValue::from_bytes(&all).unwrap_or_else(|_| value.clone());
+    headers.insert(name, joined);
 }
 
 /// Joins the pieces of the cookie header that HTTP/2 may send apart (RFC 9113 section 8.2.3).
@@ -385,12 +386,8 @@ pub fn is_internal(headers: &HeaderMap, manager: &HttpManager) -> bool {
 
 /// Appends the client to `x-forwarded-for`.
 pub fn append_forwarded_for(headers: &mut HeaderMap, client: IpAddr) {
-    let text = match headers.get(FORWARDED_FOR).and_then(|v| v.to_str().ok()) {
-        Some(before) => format!("{before},{client}"),
-        None => client.to_string(),
-    };
-    if let Ok(value) = HeaderValue::from_str(&text) {
-        headers.insert(FORWARDED_FOR, value);
+    if let Ok(value) = HeaderValue::from_str(&client.to_string()) {
+        append_to_list(headers, &FORWARDED_FOR, &value);
     }
 }
 
@@ -422,6 +419,17 @@ mod tests {
         ] {
             assert_eq!(remove_dot_segments(path), expected, "{path}");
         }
+    }
+
+    #[test]
+    fn every_line_of_a_list_is_kept() {
+        let mut headers = HeaderMap::new();
+        for value in ["1.1.1.1", "2.2.2.2"] {
+            headers.append(FORWARDED_FOR, HeaderValue::from_static(value));
+        }
+        append_forwarded_for(&mut headers, "10.0.0.1".parse().unwrap());
+        let lines: Vec<_> = headers.get_all(FORWARDED_FOR).iter().collect();
+        assert_eq!(lines, ["1.1.1.1,2.2.2.2,10.0.0.1"]);
     }
 
     #[test]

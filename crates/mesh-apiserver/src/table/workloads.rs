@@ -225,7 +225,12 @@ fn cron_job(object: &Value, now: Timestamp, name: Value, created: Value) -> Vec<
         name,
         spec["schedule"].clone(),
         if zone.is_empty() { "<none>" } else { zone }.into(),
-        (spec["suspend"] == true).into(),
+        if spec["suspend"] == true {
+            "True"
+        } else {
+            "False"
+        }
+        .into(),
         json!(list(&status["active"]).count()),
         if last.is_null() {
             "<none>".into()

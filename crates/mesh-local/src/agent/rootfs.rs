@@ -4,6 +4,7 @@ use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use nix::errno::Errno;
@@ -44,6 +45,10 @@ pub struct VolumeMount {
     /// It can't be written.
     pub read_only: bool,
 }
+
+/// How often a path is looked up again while mounts change elsewhere, and the pause between: five seconds in all.
+const MOST_RACES: u32 = 5000;
+const RACE_PAUSE: Duration = Duration::from_millis(1);
 
 /// The host's directories that containers see, read-only.
 const HOST_DIRS: [&str; 9] = [
@@ -308,12 +313,21 @@ fn mount_volume(root: &Path, volume: &VolumeMount) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Opens `path` as if `root` were the root. A mount or rename anywhere on the machine at the same moment makes the kernel answer EAGAIN
+/// where the path goes through a link with `..` in it (openat2(2)): it is asked again.
 fn open_in(root: &OwnedFd, path: &str) -> nix::Result<OwnedFd> {
     let path = path.trim_matches('/');
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT);
-    openat2(root, if path.is_empty() { "." } else { path }, how)
+    let path = if path.is_empty() { "." } else { path };
+    for _ in 0..MOST_RACES {
+        match openat2(root, path, how) {
+            Err(Errno::EAGAIN) => std::thread::sleep(RACE_PAUSE),
+            done => return done,
+        }
+    }
+    openat2(root, path, how)
 }
 
 /// Opens `path` below `root`, making what is missing: directories, and the last part as a directory or an empty file.

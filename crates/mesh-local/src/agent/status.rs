@@ -96,7 +96,8 @@ pub fn status(
         "hostIPs": [{"ip": NODE_IP.to_string()}],
         "startTime": facts.started_at.map(|t| second(&t)),
         "containerStatuses": mains,
-        "qosClass": "BestEffort",
+        // The API server knows it from the pod's resources.
+        "qosClass": previous.get("qosClass").and_then(Value::as_str).unwrap_or("BestEffort"),
     });
     if !inits.is_empty() {
         status["initContainerStatuses"] = Value::Array(inits);

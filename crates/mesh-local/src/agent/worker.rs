@@ -403,7 +403,10 @@ impl Worker {
             .deletion_grace_period_seconds
             .or(spec)
             .unwrap_or(30);
-        Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+        // No longer than any clock can count: the field takes every 64-bit number.
+        Duration::from_secs(u64::from(
+            u32::try_from(seconds.clamp(0, i64::from(u32::MAX))).unwrap_or(0),
+        ))
     }
 
     /// Ends a container; `grace` is for this time only, else the pod's counts.

@@ -17,6 +17,7 @@ use crate::message;
 use crate::node::{PEER_ID, PEER_METADATA};
 use crate::report::{Flags, Flow, Report};
 
+const FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
@@ -91,6 +92,8 @@ pub(super) fn prepare_headers(
 ) {
     let headers = &mut parts.headers;
     message::remove_hop_by_hop(headers);
+    // Without a verified client certificate nobody may say what one holds (Envoy's forward_client_cert_details).
+    headers.remove(FORWARDED_CLIENT_CERT);
     if parts.version >= Version::HTTP_2 {
         message::join_cookies(headers);
     }

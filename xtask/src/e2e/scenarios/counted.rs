@@ -78,7 +78,10 @@ fn scrape(cluster: &Cluster) -> anyhow::Result<String> {
         let list = cluster.get(&["pods", "-n", namespace])?;
         for pod in list["items"].as_array().into_iter().flatten() {
             let address = pod["status"]["podIP"].as_str().unwrap_or_default();
-            if has_proxy(pod) && !address.is_empty() {
+            // A pod that is ending may be gone before it answers.
+            let stays = pod["metadata"]["deletionTimestamp"].is_null()
+                && pod["status"]["phase"] == "Running";
+            if has_proxy(pod) && stays && !address.is_empty() {
                 let url = format!("http://{address}:15090/stats/prometheus");
                 all.push_str(&cluster.curl(client, "curl", &[&url])?);
             }
@@ -134,7 +137,7 @@ fn every_edge(cluster: &Cluster, pages: u64) -> anyhow::Result<()> {
         );
         for (edge, expected) in loaded.edges() {
             let count = |edges: &Edges| edges.get(&edge).copied().unwrap_or(0);
-            let grown = count(&after) - count(&before);
+            let grown = count(&after).saturating_sub(count(&before));
             if grown != expected {
                 let (from, to) = &edge;
                 wrong.push(format!(
