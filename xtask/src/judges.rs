@@ -11,6 +11,7 @@ use crate::e2e::Cluster;
 use crate::{differential, run};
 
 mod envoy;
+mod goldens;
 pub(crate) mod install;
 mod kubectl;
 
@@ -36,6 +37,7 @@ const JUDGES: &[(&str, Judge)] = &[
         kubectl(mesh, install::kubectl("v36")?)
     }),
     ("stock-envoy", envoy::run),
+    ("stock-envoy-goldens", goldens::run),
     ("differential", differential::judge_all),
 ];
 
