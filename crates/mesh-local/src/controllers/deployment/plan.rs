@@ -87,8 +87,10 @@ pub(super) fn scale_old(old: &[Counts], new: Counts, wanted: i32, limits: &Limit
         *target -= gone;
         surplus -= gone;
     }
-    let available: i32 = new.available + old.iter().map(|set| set.available).sum::<i32>();
-    let mut surplus = available - least;
+    // A set's status is behind its size: of the pods that it counted last, those that it was told to delete serve no more.
+    let serving = old.iter().zip(&targets);
+    let serving: i32 = serving.map(|(set, left)| set.available.min(*left)).sum();
+    let mut surplus = new.available.min(new.wanted) + serving - least;
     for target in &mut targets {
         let gone = (*target).min(surplus.max(0));
         *target -= gone;
@@ -167,6 +169,22 @@ mod tests {
             "the old pod serves until the new one does"
         );
         assert_eq!(scale_old(&[set(1, 1)], set(1, 1), 1, &limits), [0]);
+    }
+
+    #[test]
+    fn a_status_that_is_behind_ends_no_pod_twice() {
+        let limits = Limits {
+            is_recreate: false,
+            surge: 1,
+            unavailable: 0,
+        };
+        let behind = Counts {
+            wanted: 2,
+            actual: 3,
+            available: 3,
+        };
+        assert_eq!(scale_old(&[set(3, 3)], set(1, 1), 3, &limits), [2]);
+        assert_eq!(scale_old(&[behind], set(1, 1), 3, &limits), [2]);
     }
 
     #[test]
