@@ -85,6 +85,7 @@ async fn run() -> anyhow::Result<()> {
         }
     });
     stop.await;
+    serve::linger().await;
     Ok(())
 }
 

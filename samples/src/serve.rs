@@ -2,6 +2,8 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -11,9 +13,23 @@ use axum::extract::{FromRequestParts, Request};
 use axum::middleware::Next;
 use axum::response::Response;
 use axum::serve::IncomingStream;
+use http::header::CONNECTION;
 use http::request::Parts;
+use http::{HeaderValue, Version};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
+
+/// How long a server goes on after it was told to stop. A pod is told at the same moment as those who call it, so requests still come.
+const LINGER: Duration = Duration::from_millis(500);
+/// It goes on until none has come for this long,
+const QUIET: Duration = Duration::from_millis(300);
+/// but no longer than this.
+const MOST_LINGER: Duration = Duration::from_secs(3);
+
+static STOPPING: AtomicBool = AtomicBool::new(false);
+static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
+/// When the last request came, in milliseconds after [`STARTED`].
+static LAST_REQUEST: AtomicU64 = AtomicU64::new(0);
 
 /// Address of the client of a connection, as handlers see it (port 0 where a router runs without a listener).
 #[derive(Debug, Clone, Copy)]
@@ -77,12 +93,46 @@ pub(crate) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyh
     runtime.block_on(work)
 }
 
-/// Serves `router` on `port` of all addresses until SIGTERM or SIGINT, then finishes the requests that are under way.
+/// Serves `router` on `port` of all addresses until SIGTERM or SIGINT and a moment longer ([`linger`]), then finishes the requests that are
+/// under way.
 pub(crate) async fn serve(name: &str, port: u16, router: Router) -> anyhow::Result<()> {
     let stop = stop_signal()?;
     let listener = listen(port).await?;
     say(&format!("{name} listens on port {port}"));
-    serve_on(listener, router, stop).await
+    let end = async {
+        stop.await;
+        linger().await;
+    };
+    serve_on(listener, router, end).await
+}
+
+/// Takes note of a request, for [`linger`].
+pub(crate) fn note_request() {
+    let now = u64::try_from(STARTED.elapsed().as_millis()).unwrap_or(u64::MAX);
+    LAST_REQUEST.store(now, Ordering::Relaxed);
+}
+
+/// To be waited for between the signal to stop and the end of listening: until those who call have heard that the pod goes.
+pub(crate) async fn linger() {
+    STOPPING.store(true, Ordering::Relaxed);
+    let began = Instant::now();
+    loop {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let last = Duration::from_millis(LAST_REQUEST.load(Ordering::Relaxed));
+        let quiet = STARTED.elapsed().saturating_sub(last) >= QUIET;
+        let lingered = began.elapsed();
+        if lingered >= MOST_LINGER || (quiet && lingered >= LINGER) {
+            return;
+        }
+    }
+}
+
+/// Tells the client of a response in the last moments that this connection ends with it (HTTP/2 has its own way).
+pub(crate) fn say_goodbye<B>(version: Version, response: &mut http::Response<B>) {
+    if version < Version::HTTP_2 && STOPPING.load(Ordering::Relaxed) {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(CONNECTION, close);
+    }
 }
 
 /// As [`serve`], on a listener that is there already, until `stop` completes.
@@ -138,7 +188,11 @@ async fn access_line(peer: Peer, request: Request, next: Next) -> Response {
         request.uri().clone(),
         request.version(),
     );
-    let response = next.run(request).await;
+    if uri.path() != "/health" {
+        note_request();
+    }
+    let mut response = next.run(request).await;
+    say_goodbye(version, &mut response);
     // Probes come every few seconds and would bury what people look for.
     if uri.path() != "/health" {
         say(&format!(

@@ -32,6 +32,7 @@ pub(crate) fn main(args: &[String]) -> anyhow::Result<()> {
             tokio::spawn(serve_on(listener, prefix.clone()));
         }
         stop.await;
+        serve::linger().await;
         Ok(())
     })
 }

@@ -28,7 +28,7 @@ const GRACE: Duration = Duration::from_secs(5);
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
-/// Serves both ports until SIGTERM or SIGINT, then lets what is under way finish.
+/// Serves both ports until SIGTERM or SIGINT and a moment longer, then lets what is under way finish.
 pub(super) async fn run(options: &Options) -> anyhow::Result<()> {
     let stop = serve::stop_signal()?;
     let http = serve::listen(options.http_port).await?;
@@ -37,11 +37,15 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<()> {
         "fortio server: HTTP echo on port {}, gRPC ping on port {}",
         options.http_port, options.grpc_port
     ));
-    tokio::pin!(stop);
+    let end = async {
+        stop.await;
+        serve::linger().await;
+    };
+    tokio::pin!(end);
     let graceful = GracefulShutdown::new();
     loop {
         tokio::select! {
-            () = &mut stop => break,
+            () = &mut end => break,
             () = accept(&http, &graceful) => {}
             () = accept(&grpc, &graceful) => {}
         }
@@ -71,6 +75,14 @@ async fn accept(listener: &TcpListener, graceful: &GracefulShutdown) {
 }
 
 async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    serve::note_request();
+    let version = request.version();
+    let mut response = respond(request).await;
+    serve::say_goodbye(version, &mut response);
+    Ok(response)
+}
+
+async fn respond(request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let content_type = parts.headers.get("content-type").cloned();
     let is_grpc = content_type
@@ -78,15 +90,15 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible
         .is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
     let body = match Limited::new(body, MAX_BODY).collect().await {
         Ok(body) => body.to_bytes(),
-        Err(_) => return Ok(plain(StatusCode::PAYLOAD_TOO_LARGE, Bytes::new(), None)),
+        Err(_) => return plain(StatusCode::PAYLOAD_TOO_LARGE, Bytes::new(), None),
     };
     if is_grpc {
-        return Ok(match parts.uri.path() {
+        return match parts.uri.path() {
             ping::PING => grpc(Some(body), "0"),
             ping::HEALTH => grpc(Some(ping::serving()), "0"),
             // UNIMPLEMENTED (gRPC status codes).
             _ => grpc(None, "12"),
-        });
+        };
     }
     let query = parts.uri.query().unwrap_or_default();
     let parameter = |name: &str| {
@@ -103,7 +115,7 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible
         Some(size) => Bytes::from(vec![b'x'; size.min(MAX_BODY)]),
         None => body,
     };
-    Ok(plain(status.unwrap_or(StatusCode::OK), body, content_type))
+    plain(status.unwrap_or(StatusCode::OK), body, content_type)
 }
 
 fn plain(status: StatusCode, body: Bytes, content_type: Option<HeaderValue>) -> Response<Body> {
