@@ -1,7 +1,8 @@
 //! A pod's sandbox: its network, UTS and IPC namespaces, held by descriptors (no process is needed for it), and its link to the node.
 //!
 //! The pod has a /32 address and sends everything, also to other pods, through the node's address on the bridge, so that the service
-//! rules in the node's namespace see all of it.
+//! rules in the node's namespace see all of it. The node has a route to each pod, and takes what is for a pod that has gone for its own: it
+//! refuses connections at once where they would wait for an answer.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::packet_route::link::{LinkAttribute, State as LinkState};
-use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 /// The node's address, which is the pods' gateway.
@@ -25,6 +26,7 @@ const BRIDGE: &str = "cni0";
 const BRIDGE_MAC: [u8; 6] = [0x0a, 0x58, 10, 244, 0, 1];
 /// Prefix of the pods' network and of the services'.
 const PREFIX: u8 = 16;
+const PODS: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 0);
 const SERVICES: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 0);
 /// How long an address rests before another pod gets it, so that nobody still sends there what was meant for the old one.
 const REST: Duration = Duration::from_secs(30);
@@ -160,7 +162,7 @@ async fn index_of(handle: &Handle, name: &str) -> anyhow::Result<u32> {
         .index)
 }
 
-async fn attach(handle: &Handle, peer: &str) -> anyhow::Result<()> {
+async fn attach(handle: &Handle, peer: &str, ip: Ipv4Addr) -> anyhow::Result<()> {
     let (bridge, port) = (
         index_of(handle, BRIDGE).await?,
         index_of(handle, peer).await?,
@@ -175,7 +177,32 @@ async fn attach(handle: &Handle, peer: &str) -> anyhow::Result<()> {
         )
         .execute()
         .await?;
-    Ok(())
+    let route = handle.route().add(pod_route(bridge, ip)).replace();
+    route.execute().await.context("adding the route to the pod")
+}
+
+fn pod_route(bridge: u32, ip: Ipv4Addr) -> RouteMessage {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(ip, 32)
+        .output_interface(bridge)
+        .scope(RouteScope::Link)
+        .pref_source(NODE_IP)
+        .build()
+}
+
+/// From now on the node refuses what comes for the pod's address. Without this the packets would go to where the pod was, and whoever sends
+/// them would wait until its own time is over.
+pub async fn refuse(ip: Ipv4Addr) -> anyhow::Result<()> {
+    let (handle, connection) = connect()?;
+    let connection = tokio::spawn(connection);
+    let refused = async {
+        let bridge = index_of(&handle, BRIDGE).await?;
+        let gone = handle.route().del(pod_route(bridge, ip)).execute().await;
+        gone.with_context(|| format!("removing the route to {ip}"))
+    };
+    let refused = refused.await;
+    connection.abort();
+    refused
 }
 
 /// Waits until the kernel has put a link to work. It does so in the background after a carrier came, and until then drops what is sent:
@@ -228,7 +255,7 @@ fn make_namespaces(
         let (inside, connection) = connect()?;
         tokio::spawn(connection);
         pod_links(&inside, ip, peer, &node).await?;
-        let attached = attach(&outside, peer).await;
+        let attached = attach(&outside, peer, ip).await;
         attached.with_context(|| format!("attaching {peer} to {BRIDGE}"))?;
         operational(&inside, "eth0").await?;
         operational(&outside, peer).await?;
@@ -337,10 +364,21 @@ async fn node_links(handle: &Handle) -> anyhow::Result<()> {
     let bridge = index_of(handle, BRIDGE).await?;
     handle
         .address()
-        .add(bridge, NODE_IP.into(), PREFIX)
+        .add(bridge, NODE_IP.into(), 32)
         .execute()
         .await
         .context("giving the bridge its address")?;
+    let nobody = RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(PODS, PREFIX)
+        .output_interface(index_of(handle, "lo").await?)
+        .kind(RouteType::Local)
+        .scope(RouteScope::Host);
+    handle
+        .route()
+        .add(nobody.build())
+        .execute()
+        .await
+        .context("adding the route for addresses without a pod")?;
     handle
         .address()
         .add(bridge, crate::dns::ADDRESS.into(), 32)

@@ -23,7 +23,7 @@ use super::sandbox::{NODE_IP, Sandbox};
 use super::state::{Ended, PodState, Restart, Run as RunState};
 use super::status::{Facts, status};
 use super::unsupported::unsupported;
-use super::{NODE_NAME, Shared, etc, volumes};
+use super::{NODE_NAME, Shared, etc, sandbox, volumes};
 
 /// The pause after a sandbox or volume could not be made; doubles up to [`RETRY_MAX`]. A change of what was missing ends it at once.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
@@ -580,6 +580,12 @@ impl Worker {
             .as_ref()
             .map(|s| s.ip)
             .filter(|_| !self.facts.host_network);
+        // Before the namespace ends, which refuses connections itself.
+        if let Some(ip) = ip
+            && let Err(error) = sandbox::refuse(ip).await
+        {
+            tracing::warn!(%error, "connections to a pod that has gone will wait for an answer");
+        }
         drop(self.sandbox);
         if let Some(ip) = ip {
             self.shared.ipam.release(ip, std::time::Instant::now());
