@@ -134,6 +134,8 @@ enum Try {
     Done(Box<Done>, Option<Spare>),
     /// Nothing was sent; the request is whole.
     Unsent(Box<Request<RequestBody>>, Failure),
+    /// The same, on a connection that had been used before and was closed meanwhile, or the first time; that does not count as a try.
+    Gone(Box<Request<RequestBody>>),
     /// It may have been received. A spare head, if one was kept, makes another try possible.
     Lost(Option<Spare>, Failure),
     /// An idle connection was closed under a request that may be repeated; that does not count as a try.
@@ -269,8 +271,8 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
                 }
                 Err(unwanted) => unwanted,
             },
-            Try::Unsent(whole, Failure::Closed) if !fresh => {
-                // A pooled connection that was closed meanwhile: the endpoint saw nothing.
+            // However many there are: a shared connection is found again by the next pick, and several endpoints may end at once.
+            Try::Gone(whole) => {
                 (request, fresh) = (*whole, true);
                 outcome.attempts -= 1;
                 continue;
@@ -502,7 +504,10 @@ async fn once(
         }
         Some(Sent::Unsent(request, error)) => {
             tracing::debug!(endpoint = %host.address, %error, "not sent");
-            Try::Unsent(request, Failure::Closed)
+            match lease.reused || !fresh {
+                true => Try::Gone(request),
+                false => Try::Unsent(request, Failure::Closed),
+            }
         }
         Some(Sent::Lost(error)) => {
             tracing::debug!(endpoint = %host.address, %error, "lost");

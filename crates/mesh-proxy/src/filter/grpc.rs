@@ -62,8 +62,8 @@ pub async fn call<Q: Message, A: Message + Default>(
         .ok_or_else(|| CallError::NoCluster(service.cluster.to_string()))?;
     let state = worker.cluster_state(cluster);
     let mut request = request(service, path, question);
-    // A connection from the pool may have been closed at this very moment; then the service has seen nothing.
-    for fresh in [false, true] {
+    let mut fresh = false;
+    loop {
         let host = state
             .pick(&Wish::default(), &worker.peers, || worker.random())
             .ok_or(CallError::NoHealthy)?;
@@ -77,7 +77,10 @@ pub async fn call<Q: Message, A: Message + Default>(
                 lease.give_back(true);
                 return Ok(answer);
             }
-            Some(Sent::Unsent(unsent, _)) if !fresh => request = *unsent,
+            // A connection from the pool that was closed meanwhile: the service has seen nothing.
+            Some(Sent::Unsent(unsent, _)) if lease.reused || !fresh => {
+                (request, fresh) = (*unsent, true);
+            }
             Some(Sent::Unsent(_, error) | Sent::Lost(error)) => {
                 host.observe(Observation::Reset);
                 return Err(error.into());
@@ -85,7 +88,6 @@ pub async fn call<Q: Message, A: Message + Default>(
             None => return Err(CallError::NoHealthy),
         }
     }
-    Err(CallError::NoHealthy)
 }
 
 fn request(service: &Service, path: &'static str, question: &impl Message) -> Request<RequestBody> {
