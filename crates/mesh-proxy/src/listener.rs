@@ -38,6 +38,11 @@ const MAX_STREAMS: u32 = 100;
 /// Streams that we reset because of the client's doing before the connection is closed (rapid reset, CVE-2023-44487 and successors).
 const MAX_RESETS: usize = 100;
 
+/// How long a drained proxy leaves HTTP/1 connections open that wait for a request, and how long such a connection must have waited, in
+/// seconds. The client may be about to send: it hears that the connection ends with the response, or from the control plane that the endpoint
+/// goes.
+const DRAIN_WAIT: u32 = 1;
+
 /// Seconds that the sweep leaves to a stream's own timer.
 const SWEEP_GRACE: u64 = 2;
 
@@ -65,6 +70,7 @@ pub struct Downstream {
     silence: Cell<Option<Duration>>,
     head_limit: Cell<u32>,
     closing: Cell<Closing>,
+    http2: Cell<bool>,
     waker: RefCell<Option<Waker>>,
     requests: Cell<u32>,
 }
@@ -214,6 +220,7 @@ async fn serve_inner(
         silence: Cell::new(None),
         head_limit: Cell::new(HEADER_TIMEOUT),
         closing: Cell::new(Closing::No),
+        http2: Cell::new(false),
         waker: RefCell::default(),
         requests: Cell::new(0),
         worker,
@@ -328,6 +335,7 @@ async fn serve_http(
             }
         }
     };
+    connection.http2.set(http2);
     let scan = (!http2).then(HeadScan::default);
     let mut io = Prefixed {
         prefix: prefix.freeze(),
@@ -519,6 +527,17 @@ impl Downstream {
         } else if self.idle_limit.get().is_some_and(|limit| {
             u64::from(now.saturating_sub(self.idle_since.get())) > limit.as_secs()
         }) {
+            self.end_gracefully();
+        }
+    }
+
+    /// The proxy has been draining since `began`: ends the connection where no request can be lost by it.
+    pub fn drain(&self, began: u32) {
+        let now = clock::now();
+        let is_recent = |second: u32| now.saturating_sub(second) <= DRAIN_WAIT;
+        let may_send = self.activity.in_flight() == 0
+            && (is_recent(began) || is_recent(self.idle_since.get()));
+        if self.http2.get() || !may_send {
             self.end_gracefully();
         }
     }

@@ -95,6 +95,7 @@ impl Worker {
             .serving
             .fetch_add(usize::from(!failed), Ordering::AcqRel);
         let mut counted = !failed;
+        let mut drained = None;
         loop {
             tokio::select! {
                 changed = changes.changed() => {
@@ -112,7 +113,8 @@ impl Worker {
                 }
             }
             if self.shared.draining.load(Ordering::Acquire) {
-                self.close_connections();
+                let began = *drained.get_or_insert_with(clock::now);
+                self.drain_connections(began);
             }
             if counted == failed {
                 counted = !failed;
@@ -231,12 +233,12 @@ impl Worker {
         states.iter().for_each(|state| state.sweep());
     }
 
-    /// Asks all connections to end with the response under way.
-    fn close_connections(&self) {
+    /// Asks all connections to end as soon as no request can be lost.
+    fn drain_connections(&self, began: u32) {
         self.connections
             .borrow()
             .iter()
             .filter_map(Weak::upgrade)
-            .for_each(|connection| connection.end_gracefully());
+            .for_each(|connection| connection.drain(began));
     }
 }
