@@ -13,7 +13,7 @@ use crate::errors::ApiError;
 use crate::registry::Resource;
 use crate::request::Request;
 use crate::selector::LabelSelector;
-use crate::{ApiServer, convert, rules};
+use crate::{ApiServer, convert, patch, rules};
 
 /// What is being done to the object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -445,7 +445,7 @@ fn apply_patch(
     subject: &Subject<'_>,
     hook: &Hook,
     object: &Value,
-    patch: &str,
+    encoded: &str,
 ) -> Result<Value, ApiError> {
     let failed = |reason: String| {
         ApiError::internal(format!(
@@ -453,11 +453,9 @@ fn apply_patch(
             hook.name()
         ))
     };
-    let bytes = STANDARD.decode(patch).map_err(|e| failed(e.to_string()))?;
-    let patch: json_patch::Patch =
-        serde_json::from_slice(&bytes).map_err(|e| failed(e.to_string()))?;
+    let bytes = STANDARD.decode(encoded).map_err(|e| failed(e.to_string()))?;
     let mut changed = convert::to_version(&hook.resource, object.clone());
-    json_patch::patch(&mut changed, &patch.0).map_err(|e| failed(e.to_string()))?;
+    patch::json::apply(&mut changed, &bytes).map_err(|e| failed(e.to_string()))?;
     if !changed["metadata"].is_object() {
         return Err(failed("it removes the metadata".to_owned()));
     }

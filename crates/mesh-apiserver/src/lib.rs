@@ -21,6 +21,7 @@ mod discovery;
 mod dispatch;
 mod documents;
 mod errors;
+mod limits;
 mod logs;
 mod managed;
 mod names;

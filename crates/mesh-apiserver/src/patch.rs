@@ -1,8 +1,9 @@
-//! The four kinds of patch: JSON patch (RFC 6902), merge patch (RFC 7386), strategic merge (`patch/strategic.rs`) and server-side apply
+//! The four kinds of patch: JSON patch (RFC 6902; `patch/json.rs`), merge patch (RFC 7386), strategic merge (`patch/strategic.rs`) and server-side apply
 //! (`patch/apply.rs`).
 
 pub mod apply;
 pub mod fieldset;
+pub mod json;
 pub mod strategic;
 
 use axum::response::Response;
@@ -15,9 +16,6 @@ use crate::request::Request;
 use crate::schema::Schema;
 use crate::write::{Writer, now};
 use crate::{ApiServer, respond};
-
-/// Operations in one JSON patch (as in Kubernetes).
-const MAX_OPERATIONS: usize = 10_000;
 
 /// Serves PATCH.
 ///
@@ -77,25 +75,7 @@ pub fn plain(
 ) -> Result<Value, ApiError> {
     let mut object = current.clone();
     match content_type {
-        "application/json-patch+json" => {
-            let bad = |e: &dyn std::fmt::Display| {
-                ApiError::bad_request(format!("decoding the JSON patch: {e}"))
-            };
-            let patch: json_patch::Patch = serde_json::from_slice(body).map_err(|e| bad(&e))?;
-            if patch.0.len() > MAX_OPERATIONS {
-                let message = format!(
-                    "The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {}",
-                    patch.0.len()
-                );
-                return Err(ApiError::new(413, "RequestEntityTooLarge", message));
-            }
-            json_patch::patch(&mut object, &patch.0).map_err(|error| {
-                let message = format!(
-                    "the server rejected our request due to an error in our request: {error}"
-                );
-                ApiError::new(422, "Invalid", message)
-            })?;
-        }
+        "application/json-patch+json" => json::apply(&mut object, body)?,
         "application/merge-patch+json" => {
             let patch = parse_body(content_type, body)?;
             require_object(&patch)?;

@@ -329,3 +329,33 @@ async fn apply_meets_updates() {
         format!(".{field}")
     );
 }
+
+/// `k` doubles its own size with every operation: 66 KB of patch would make 2^1000 bytes.
+#[tokio::test]
+async fn a_short_patch_makes_no_large_object() {
+    let api = Api::new();
+    let at = format!("{CONFIG_MAPS}/a");
+    api.post(CONFIG_MAPS, &config_map("a", json!({ "k": "1" })))
+        .await
+        .ok();
+    let copy = |from: &str, path: &str| json!({ "op": "copy", "from": from, "path": path });
+    let deeper: Vec<_> = (0..1000).map(|_| copy("/data", "/data/k")).collect();
+    let error = api.patch(&at, "json-patch", &json!(deeper)).await.fails(400);
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("nested more than 100 levels"), "{message}");
+
+    let wider: Vec<_> = (0..1000)
+        .map(|n| copy("/data", &format!("/metadata/k{n}")))
+        .chain((0..1000).map(|n| copy("/metadata", &format!("/data/k{n}"))))
+        .flat_map(|operation| [operation.clone(), operation])
+        .collect();
+    let error = api.patch(&at, "json-patch", &json!(wider)).await.fails(413);
+    assert_eq!(error["reason"], "RequestEntityTooLarge");
+
+    let long = format!("/data{}", "/a".repeat(200_000));
+    let operation = json!([{ "op": "add", "path": long, "value": "x" }]);
+    api.patch(&at, "json-patch", &operation).await.fails(400);
+    let many = vec![json!({ "op": "test", "path": "/data/k", "value": "1" }); 10_001];
+    api.patch(&at, "json-patch", &json!(many)).await.fails(413);
+    assert_eq!(api.get(&at).await.ok()["data"], json!({ "k": "1" }));
+}
