@@ -1,7 +1,8 @@
 //! What a route decision costs: one among 5,000 routes on 1,000 hosts, and one among 5,000 routes of one host.
 //!
-//! `cargo bench -p mesh-routing` prints times. `DECISIONS=10000 valgrind --tool=callgrind TARGET/release/deps/decide-...` counts
-//! instructions: the difference between two numbers of decisions, divided by their difference, is the cost of one.
+//! `cargo bench -p mesh-routing` prints times. `CASE=hosts DECISIONS=10000 valgrind --tool=callgrind TARGET/release/deps/decide-...` counts
+//! instructions: the difference between two numbers of decisions, divided by their difference, is the cost of one. `cargo xtask bench
+//! --part decide` does both.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -63,26 +64,31 @@ fn table(hosts: Vec<pb::VirtualHost>) -> RouteTable {
 fn main() {
     let decisions = std::env::var("DECISIONS").ok();
     let decisions = decisions.map_or(DECISIONS, |text| text.parse().expect("a number"));
-    let many = table((0..1000).map(service).collect());
-    let exact = |n| route(PathSpecifier::Path(format!("/products/{n}/reviews")));
-    let one = table(vec![pb::VirtualHost {
-        name: "all".to_owned(),
-        domains: vec!["*".to_owned()],
-        routes: (0..5000).map(exact).collect(),
-        ..Default::default()
-    }]);
-    let hosts: Vec<String> = (0..1000)
-        .map(|i| format!("SVC-{i}.default.svc.cluster.local:80"))
-        .collect();
-    let paths: Vec<String> = (0..5000)
-        .map(|n| format!("/products/{n}/reviews?page=2"))
-        .collect();
-    time("5,000 routes on 1,000 hosts", &many, decisions, |i| {
-        (&hosts[i % hosts.len()], "/api/v3/reviews?page=2")
-    });
-    time("5,000 exact routes of one host", &one, decisions, |i| {
-        ("shop.test", &paths[i % paths.len()])
-    });
+    let case = std::env::var("CASE").unwrap_or_default();
+    if case.is_empty() || case == "hosts" {
+        let many = table((0..1000).map(service).collect());
+        let hosts: Vec<String> = (0..1000)
+            .map(|i| format!("SVC-{i}.default.svc.cluster.local:80"))
+            .collect();
+        time("5,000 routes on 1,000 hosts", &many, decisions, |i| {
+            (&hosts[i % hosts.len()], "/api/v3/reviews?page=2")
+        });
+    }
+    if case.is_empty() || case == "paths" {
+        let exact = |n| route(PathSpecifier::Path(format!("/products/{n}/reviews")));
+        let one = table(vec![pb::VirtualHost {
+            name: "all".to_owned(),
+            domains: vec!["*".to_owned()],
+            routes: (0..5000).map(exact).collect(),
+            ..Default::default()
+        }]);
+        let paths: Vec<String> = (0..5000)
+            .map(|n| format!("/products/{n}/reviews?page=2"))
+            .collect();
+        time("5,000 exact routes of one host", &one, decisions, |i| {
+            ("shop.test", &paths[i % paths.len()])
+        });
+    }
 }
 
 fn time<'a>(

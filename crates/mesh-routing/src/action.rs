@@ -12,7 +12,6 @@ use envoy_types::pb::envoy::config::route::v3::route_action::{
 };
 use envoy_types::pb::envoy::config::route::v3::weighted_cluster::cluster_weight;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use regex::Regex;
 
 use crate::error::{CompileError, Result, Within, duration, every_field, timeout};
 use crate::filter::{RouteFilters, Scope};
@@ -20,6 +19,7 @@ use crate::hash::HashPolicy;
 use crate::headers::HeaderOps;
 use crate::matcher::whole_regex;
 use crate::mirror::Mirror;
+use crate::regex::Regex;
 use crate::retry::RetryPolicy;
 use crate::rewrite::{Rewrite, host_value, split_query};
 use crate::route::RequestView;

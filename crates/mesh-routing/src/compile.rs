@@ -13,6 +13,7 @@ use crate::cluster::{Cluster, ClusterConfig, Discovery};
 use crate::endpoint::EndpointSet;
 use crate::error::Result;
 use crate::listener::Listener;
+use crate::regex;
 use crate::route::RouteTable;
 
 /// Type URL of listeners.
@@ -68,8 +69,8 @@ pub struct Snapshot {
 struct Entry<T, R> {
     raw: Arc<R>,
     compiled: Arc<T>,
-    /// Differs from the message only for endpoints, whose form depends on the cluster.
-    variant: u32,
+    /// Bytes that its regular expressions take.
+    regexes: usize,
 }
 
 impl<T, R> Clone for Entry<T, R> {
@@ -77,7 +78,7 @@ impl<T, R> Clone for Entry<T, R> {
         Self {
             raw: self.raw.clone(),
             compiled: self.compiled.clone(),
-            variant: self.variant,
+            regexes: self.regexes,
         }
     }
 }
@@ -85,89 +86,113 @@ impl<T, R> Clone for Entry<T, R> {
 /// Compiles all resources. What did not change since `previous` is shared with it. Bad resources are reported one by one, and their last
 /// good version stays.
 pub fn compile(state: &XdsState, previous: Option<&Snapshot>) -> (Snapshot, Vec<Rejection>) {
+    compile_within(regex::MOST_TOGETHER, state, previous)
+}
+
+/// The same with a limit on what regular expressions may take, in bytes.
+fn compile_within(
+    most: usize,
+    state: &XdsState,
+    previous: Option<&Snapshot>,
+) -> (Snapshot, Vec<Rejection>) {
     let empty = Snapshot::default();
     let old = previous.unwrap_or(&empty);
     let mut rejections = Vec::new();
+    let kept = kept_regexes(&state.listeners, &old.listeners)
+        + kept_regexes(&state.routes, &old.routes)
+        + kept_regexes(&state.clusters, &old.configs);
+    let mut budget = most.saturating_sub(kept);
+    let mut all = Compiler {
+        budget: &mut budget,
+        rejections: &mut rejections,
+    };
     let mut snapshot = Snapshot {
-        listeners: compile_all(
+        listeners: all.of(
             LISTENER,
             &state.listeners,
             &old.listeners,
-            &mut rejections,
-            |_| 0,
-            |m, _| Listener::compile(m),
+            Listener::compile,
         ),
-        routes: compile_all(
-            ROUTE,
-            &state.routes,
-            &old.routes,
-            &mut rejections,
-            |_| 0,
-            |m, _| RouteTable::compile(m),
-        ),
-        configs: compile_all(
+        routes: all.of(ROUTE, &state.routes, &old.routes, RouteTable::compile),
+        configs: all.of(
             CLUSTER,
             &state.clusters,
             &old.configs,
-            &mut rejections,
-            |_| 0,
-            |m, _| ClusterConfig::compile(m),
+            ClusterConfig::compile,
+        ),
+        endpoints: all.of(
+            ENDPOINTS,
+            &state.endpoints,
+            &old.endpoints,
+            EndpointSet::compile,
         ),
         ..Snapshot::default()
     };
-    snapshot.endpoints = compile_all(
-        ENDPOINTS,
-        &state.endpoints,
-        &old.endpoints,
-        &mut rejections,
-        |_| 0,
-        |m, _| EndpointSet::compile(m),
-    );
     snapshot.warm(old);
     snapshot.index();
     (snapshot, rejections)
 }
 
-fn compile_all<T, R>(
-    type_url: &'static str,
+/// What the expressions of resources take that did not change.
+fn kept_regexes<T, R>(
     wanted: &BTreeMap<String, Arc<R>>,
     old: &BTreeMap<String, Entry<T, R>>,
-    rejections: &mut Vec<Rejection>,
-    variant: impl Fn(&str) -> u32,
-    compile: impl Fn(&R, u32) -> Result<T>,
-) -> BTreeMap<String, Entry<T, R>> {
-    let mut all = BTreeMap::new();
-    for (name, raw) in wanted {
-        let variant = variant(name);
-        let kept = old.get(name);
-        if let Some(entry) = kept.filter(|e| Arc::ptr_eq(&e.raw, raw) && e.variant == variant) {
-            all.insert(name.clone(), entry.clone());
-            continue;
-        }
-        match compile(raw, variant) {
-            Ok(compiled) => {
-                all.insert(
-                    name.clone(),
-                    Entry {
+) -> usize {
+    let entries = wanted.iter().filter_map(|(name, raw)| {
+        old.get(name)
+            .filter(|entry| Arc::ptr_eq(&entry.raw, raw))
+            .map(|entry| entry.regexes)
+    });
+    entries.sum()
+}
+
+/// What the compilation of one snapshot shares among its resources.
+struct Compiler<'a> {
+    /// Bytes that regular expressions may still take.
+    budget: &'a mut usize,
+    rejections: &'a mut Vec<Rejection>,
+}
+
+impl Compiler<'_> {
+    fn of<T, R>(
+        &mut self,
+        type_url: &'static str,
+        wanted: &BTreeMap<String, Arc<R>>,
+        old: &BTreeMap<String, Entry<T, R>>,
+        compile: impl Fn(&R) -> Result<T>,
+    ) -> BTreeMap<String, Entry<T, R>> {
+        let mut all = BTreeMap::new();
+        for (name, raw) in wanted {
+            let kept = old.get(name);
+            if let Some(entry) = kept.filter(|entry| Arc::ptr_eq(&entry.raw, raw)) {
+                all.insert(name.clone(), entry.clone());
+                continue;
+            }
+            match regex::within_budget(*self.budget, || compile(raw)) {
+                (Ok(compiled), regexes) => {
+                    *self.budget -= regexes.min(*self.budget);
+                    let entry = Entry {
                         raw: raw.clone(),
                         compiled: Arc::new(compiled),
-                        variant,
-                    },
-                );
-            }
-            Err(error) => {
-                rejections.push(Rejection {
-                    type_url,
-                    name: name.clone(),
-                    message: error.to_string(),
-                });
-                if let Some(entry) = kept {
-                    all.insert(name.clone(), entry.clone());
+                        regexes,
+                    };
+                    all.insert(name.clone(), entry);
+                }
+                (Err(error), _) => {
+                    self.rejections.push(Rejection {
+                        type_url,
+                        name: name.clone(),
+                        message: error.to_string(),
+                    });
+                    if let Some(entry) = kept {
+                        *self.budget -= entry.regexes.min(*self.budget);
+                        all.insert(name.clone(), entry.clone());
+                    }
                 }
             }
         }
+        all
     }
-    all
 }
 
 impl Snapshot {
@@ -290,5 +315,78 @@ impl Snapshot {
             clusters: raw(&self.configs),
             endpoints: raw(&self.endpoints),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use envoy_types::pb::envoy::config::route::v3 as pb;
+    use envoy_types::pb::envoy::r#type::matcher::v3::RegexMatcher;
+
+    use super::*;
+
+    fn table(name: &str, pattern: &str) -> Arc<RouteConfiguration> {
+        let matcher = RegexMatcher {
+            regex: pattern.to_owned(),
+            ..RegexMatcher::default()
+        };
+        let path = pb::route_match::PathSpecifier::SafeRegex(matcher);
+        let route = pb::Route {
+            r#match: Some(pb::RouteMatch {
+                path_specifier: Some(path),
+                ..pb::RouteMatch::default()
+            }),
+            action: Some(pb::route::Action::DirectResponse(
+                pb::DirectResponseAction {
+                    status: 200,
+                    ..pb::DirectResponseAction::default()
+                },
+            )),
+            ..pb::Route::default()
+        };
+        // The same expression for many hosts counts once.
+        let host = |i: usize| pb::VirtualHost {
+            name: i.to_string(),
+            domains: vec![i.to_string()],
+            routes: vec![route.clone()],
+            ..pb::VirtualHost::default()
+        };
+        Arc::new(RouteConfiguration {
+            name: name.to_owned(),
+            virtual_hosts: (0..20).map(host).collect(),
+            ..RouteConfiguration::default()
+        })
+    }
+
+    #[test]
+    fn expressions_that_take_too_much_together_are_refused_and_the_rest_stays() {
+        let mut state = XdsState::default();
+        state
+            .routes
+            .insert("a".to_owned(), table("a", "/[a-z]{40}"));
+        let (first, rejections) = compile(&state, None);
+        assert_eq!(rejections, []);
+        let taken = first.routes["a"].regexes;
+        assert!(taken > 0);
+
+        let most = taken * 3 / 2;
+        state
+            .routes
+            .insert("b".to_owned(), table("b", "/[b-z]{40}"));
+        let (second, rejections) = compile_within(most, &state, Some(&first));
+        assert_eq!(rejections.len(), 1);
+        assert_eq!(rejections[0].name, "b");
+        let message = &rejections[0].message;
+        assert!(
+            message.starts_with("virtual_hosts[0]") && message.contains("/[b-z]{40}"),
+            "{message}"
+        );
+        assert!(second.routes("a").is_some() && second.routes("b").is_none());
+
+        // Where the first one is gone there is room.
+        state.routes.remove("a");
+        let (third, rejections) = compile_within(most, &state, Some(&second));
+        assert_eq!(rejections, []);
+        assert!(third.routes("b").is_some());
     }
 }

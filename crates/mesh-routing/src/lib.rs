@@ -28,6 +28,7 @@ pub mod listener;
 pub mod matcher;
 mod metadata;
 pub mod mirror;
+mod regex;
 pub mod retry;
 pub mod rewrite;
 pub mod route;

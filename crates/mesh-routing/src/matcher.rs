@@ -10,13 +10,10 @@ use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
 use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use regex::{Regex, RegexBuilder};
 
 use crate::error::{CompileError, Result, Within};
+use crate::regex::Regex;
 use crate::route::RequestView;
-
-/// Compiled programs larger than this are refused, so that a route table cannot eat the memory.
-const REGEX_SIZE_LIMIT: usize = 1 << 20;
 
 /// A `StringMatcher`.
 #[derive(Debug, Clone)]
@@ -90,25 +87,12 @@ pub(crate) fn equal(a: &[u8], b: &[u8], ignore_case: bool) -> bool {
 
 /// A regular expression that must match the whole value (Envoy's `safe_regex`).
 pub(crate) fn whole_regex(message: &RegexMatcher, ignore_case: bool) -> Result<Regex> {
-    build_regex(&format!("^(?:{})$", message.regex), ignore_case)
+    Regex::new(&format!("^(?:{})$", message.regex), ignore_case)
 }
 
 /// A regular expression that may match anywhere (for substitutions).
 pub(crate) fn anywhere_regex(message: &RegexMatcher) -> Result<Regex> {
-    build_regex(&message.regex, false)
-}
-
-pub(crate) fn build_regex(pattern: &str, ignore_case: bool) -> Result<Regex> {
-    RegexBuilder::new(pattern)
-        .case_insensitive(ignore_case)
-        .size_limit(REGEX_SIZE_LIMIT)
-        .build()
-        .map_err(|error| {
-            CompileError::new(
-                "regex",
-                format!("{pattern:?} is not a valid expression: {error}"),
-            )
-        })
+    Regex::new(&message.regex, false)
 }
 
 /// A `HeaderMatcher`.

@@ -9,10 +9,10 @@ use envoy_types::pb::envoy::config::route::v3::redirect_action::{
 use envoy_types::pb::envoy::config::route::v3::route_action::HostRewriteSpecifier;
 use envoy_types::pb::envoy::r#type::matcher::v3::RegexMatchAndSubstitute;
 use http::{HeaderName, HeaderValue, StatusCode};
-use regex::Regex;
 
 use crate::error::{CompileError, Result, Within, every_field};
 use crate::matcher::anywhere_regex;
+use crate::regex::Regex;
 use crate::route::RequestView;
 use crate::template::TemplateRewrite;
 
@@ -33,7 +33,7 @@ pub enum HostRewrite {
 #[derive(Debug, Clone)]
 pub struct Substitution {
     regex: Regex,
-    /// In the form of this crate's `replace_all`.
+    /// In the form of [`Regex::replace_all`].
     by: String,
 }
 
@@ -51,7 +51,7 @@ impl Substitution {
 
     /// The text with all matches replaced.
     pub fn apply<'a>(&self, text: &'a str) -> Cow<'a, str> {
-        self.regex.replace_all(text, self.by.as_str())
+        self.regex.replace_all(text, &self.by)
     }
 }
 

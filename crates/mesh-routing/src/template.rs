@@ -7,10 +7,9 @@ use envoy_types::pb::envoy::config::core::v3::TypedExtensionConfig;
 use envoy_types::pb::envoy::extensions::path::r#match::uri_template::v3::UriTemplateMatchConfig;
 use envoy_types::pb::envoy::extensions::path::rewrite::uri_template::v3::UriTemplateRewriteConfig;
 use prost::Message;
-use regex::Regex;
 
 use crate::error::{CompileError, Result};
-use crate::matcher::build_regex;
+use crate::regex::{Regex, escape};
 
 /// Characters of a path segment (RFC 3986 section 3.3).
 const SEGMENT: &str = "[^/]+";
@@ -27,7 +26,7 @@ pub(crate) struct Template {
 #[derive(Debug, Clone)]
 pub(crate) struct TemplateRewrite {
     regex: Regex,
-    /// In the form of this crate's `expand`: `${name}`.
+    /// In the form of [`Regex::expand`]: `${name}`.
     substitution: String,
 }
 
@@ -36,7 +35,7 @@ impl Template {
         let config: UriTemplateMatchConfig = decode(m)?;
         let pattern = pattern(&config.path_template)?;
         Ok(Self {
-            regex: build_regex(&format!("^(?:{pattern})$"), false)?,
+            regex: Regex::new(&format!("^(?:{pattern})$"), false)?,
         })
     }
 
@@ -59,7 +58,7 @@ impl Template {
             let (name, after) = tail
                 .split_once('}')
                 .ok_or_else(|| broken("a { without its }"))?;
-            if !self.regex.capture_names().flatten().any(|n| n == name) {
+            if !self.regex.has_group(name) {
                 return Err(broken("uses a variable that the path does not have"));
             }
             substitution.push_str(&before.replace('$', "$$"));
@@ -77,11 +76,8 @@ impl Template {
 
 impl TemplateRewrite {
     pub(crate) fn apply(&self, path: &str) -> String {
-        let mut out = String::new();
-        if let Some(found) = self.regex.captures(path) {
-            found.expand(&self.substitution, &mut out);
-        }
-        out
+        let made = self.regex.expand(path, &self.substitution);
+        made.unwrap_or_default()
     }
 }
 
@@ -115,7 +111,7 @@ fn pattern(template: &str) -> Result<String> {
         if literal.contains('}') {
             return Err(broken("a } without its {"));
         }
-        out.push_str(&regex::escape(literal));
+        out.push_str(&escape(literal));
         if let Some(tail) = tail.strip_prefix("**") {
             out.push_str(".*");
             (rest, open_ended) = (tail, true);
@@ -142,7 +138,7 @@ fn pattern(template: &str) -> Result<String> {
                     .map(|part| match part {
                         "*" => SEGMENT.to_owned(),
                         "**" => ".*".to_owned(),
-                        literal => regex::escape(literal),
+                        literal => escape(literal),
                     })
                     .collect::<Vec<_>>()
                     .join("/"),
@@ -163,7 +159,7 @@ mod tests {
     fn template(text: &str) -> Template {
         let pattern = pattern(text).expect(text);
         Template {
-            regex: build_regex(&format!("^(?:{pattern})$"), false).expect(text),
+            regex: Regex::new(&format!("^(?:{pattern})$"), false).expect(text),
         }
     }
 
