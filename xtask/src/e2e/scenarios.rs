@@ -3,6 +3,7 @@
 use super::cluster::Cluster;
 
 mod counted;
+mod examples;
 mod limits;
 mod load;
 mod pods;
@@ -80,6 +81,39 @@ pub const ALL: &[(&str, Scenario)] = &[
         "a local rate limit by EnvoyFilter",
         limits::local_rate_limit,
     ),
+    ("example canary", |cluster| {
+        examples::run(cluster, &examples::CANARY)
+    }),
+    ("example header-routing", |cluster| {
+        examples::run(cluster, &examples::HEADER_ROUTING)
+    }),
+    ("example fault-injection", |cluster| {
+        examples::run(cluster, &examples::FAULT_INJECTION)
+    }),
+    ("example circuit-breaker", |cluster| {
+        examples::run(cluster, &examples::CIRCUIT_BREAKER)
+    }),
+    ("example mirroring", |cluster| {
+        examples::run(cluster, &examples::MIRRORING)
+    }),
+    ("example retries", |cluster| {
+        examples::run(cluster, &examples::RETRIES)
+    }),
+    ("example outlier-detection", |cluster| {
+        examples::run(cluster, &examples::OUTLIER_DETECTION)
+    }),
+    ("example locality-failover", |cluster| {
+        examples::run(cluster, &examples::LOCALITY_FAILOVER)
+    }),
+    ("example sticky-sessions", |cluster| {
+        examples::run(cluster, &examples::STICKY_SESSIONS)
+    }),
+    ("example local-rate-limit", |cluster| {
+        examples::run(cluster, &examples::LOCAL_RATE_LIMIT)
+    }),
+    ("example global-rate-limit", |cluster| {
+        examples::run(cluster, &examples::GLOBAL_RATE_LIMIT)
+    }),
     (
         "bad input is refused with its reason and changes nothing",
         refusals::bad_input,
