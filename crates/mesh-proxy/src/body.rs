@@ -36,6 +36,9 @@ pub enum BodyError {
     /// Another try has begun.
     #[error("the request is sent again elsewhere")]
     Superseded,
+    /// The endpoint has answered without waiting for the rest.
+    #[error("the answer is there before the request was sent whole")]
+    Answered,
     /// The request that this is a copy of.
     #[error("the request that is copied broke off, or came faster than the copy was taken")]
     Copied,
@@ -169,7 +172,11 @@ impl UpstreamBody {
     fn end(&mut self) {
         self.ended = true;
         if let Some(lease) = self.lease.take() {
-            lease.give_back(self.report.flow.request_sent.get());
+            let sent = self.report.flow.request_sent.get();
+            lease.give_back(sent);
+            if !sent {
+                self.report.flow.abandon_request();
+            }
         }
     }
 

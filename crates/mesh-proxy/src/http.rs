@@ -439,6 +439,11 @@ fn pass_on(
         None
     };
     head.version = Version::HTTP_11;
+    if exchange.version < Version::HTTP_2 && !report.flow.is_request_done() {
+        // An early answer: the rest of the request is not waited for, so this is the last one on its connection, as with Envoy.
+        let close = HeaderValue::from_static("close");
+        head.headers.insert(CONNECTION, close);
+    }
     let timeouts = &extras.timeouts;
     let limits = BodyLimits {
         timeout: timeouts.global,

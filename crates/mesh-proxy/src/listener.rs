@@ -1,5 +1,7 @@
 //! A connection that was accepted: where it was going, what it speaks, which filter chain takes it, and how it ends.
 
+mod linger;
+
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::SocketAddr;
@@ -7,7 +9,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -27,6 +29,7 @@ use crate::clock;
 use crate::exec::LocalExec;
 use crate::filter::bucket::Buckets;
 use crate::framing::HeadScan;
+use crate::listener::linger::Linger;
 use crate::sniff::{self, Protocol};
 use crate::worker::Worker;
 use crate::{http as http_path, tcp};
@@ -342,6 +345,7 @@ async fn serve_http(
         stream,
         activity: connection.activity.clone(),
         scan,
+        linger: None,
     };
     let prefix = io.prefix.clone();
     io.look_at(&prefix);
@@ -578,6 +582,8 @@ struct Prefixed {
     stream: TcpStream,
     activity: Arc<Activity>,
     scan: Option<HeadScan>,
+    /// At the end: how long what the client still sends is read and dropped.
+    linger: Option<Linger>,
 }
 
 impl Prefixed {
@@ -643,8 +649,13 @@ impl AsyncWrite for Prefixed {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.linger.is_none() {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+        }
+        let linger = this.linger.get_or_insert_with(Linger::new);
+        linger.poll(&mut this.stream, cx).map(Ok)
     }
 
     fn poll_write_vectored(

@@ -1,6 +1,7 @@
 //! Connections to endpoints, one pool for each worker, cluster and endpoint.
 
 mod connect;
+mod early;
 mod lease;
 
 use std::cell::{Cell, RefCell};
@@ -27,6 +28,7 @@ use crate::upstream::counters::{Counter, HostShard};
 pub use connect::{ConnectError, TcpUpstream};
 pub use lease::{Lease, Sent};
 
+use early::EarlyAnswer;
 use lease::Sender;
 
 /// Unused connections that an endpoint keeps open at most.
@@ -194,7 +196,7 @@ impl Host {
             };
             let (stream, open) = self.dial(shared, config, held).await?;
             let (mut sender, connection) = http1::Builder::new()
-                .handshake(TokioIo::new(stream))
+                .handshake(TokioIo::new(EarlyAnswer::new(stream)))
                 .await?;
             self.core.counters.inc(Counter::CxHttp1Total);
             tokio::task::spawn_local(async move {

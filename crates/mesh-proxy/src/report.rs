@@ -401,6 +401,9 @@ pub struct Flow {
     touched: Cell<Option<tokio::time::Instant>>,
     watched: Cell<bool>,
     waiting: RefCell<Option<Waker>>,
+    /// The rest of the request is not wanted: the whole answer is there.
+    abandoned: Cell<bool>,
+    sending: RefCell<Option<Waker>>,
     /// Copies of the request that are to see its body.
     pub tap: RefCell<Option<Box<Tap>>>,
 }
@@ -453,6 +456,28 @@ impl Flow {
     /// When the client had sent the request whole, if it has; call [`Flow::watch`] before.
     pub fn finished(&self) -> Option<tokio::time::Instant> {
         self.finished.get()
+    }
+
+    /// The answer is there whole: what is left of the request is not sent any more (Envoy resets the upstream request then, too).
+    pub fn abandon_request(&self) {
+        self.abandoned.set(true);
+        if let Some(waker) = self.sending.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    /// Has the request been answered before it was sent?
+    pub fn is_abandoned(&self) -> bool {
+        self.abandoned.get()
+    }
+
+    /// Wakes the task that sends the request when it is abandoned.
+    pub fn wait_for_abandon(&self, cx: &Context<'_>) {
+        let mut sending = self.sending.borrow_mut();
+        let known = sending.as_ref();
+        if !known.is_some_and(|known| known.will_wake(cx.waker())) {
+            *sending = Some(cx.waker().clone());
+        }
     }
 
     /// Wakes the task when the client has sent the request whole.

@@ -241,6 +241,12 @@ impl Body for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
+        if matches!(this.source, Source::Stream(_) | Source::Kept(_)) {
+            if this.flow.is_abandoned() {
+                return Poll::Ready(Some(Err(BodyError::Answered)));
+            }
+            this.flow.wait_for_abandon(cx);
+        }
         let (frame, new, ended) = match &mut this.source {
             Source::Empty => return Poll::Ready(None),
             Source::Whole(bytes) => (

@@ -7,6 +7,7 @@ mod balancing;
 mod config;
 mod control;
 mod drain;
+mod early;
 mod filters;
 mod floods;
 mod http;
