@@ -19,16 +19,20 @@ use http::{HeaderValue, Version};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// How long a server goes on after it was told to stop. A pod is told at the same moment as those who call it, so requests still come.
-const LINGER: Duration = Duration::from_millis(500);
-/// It goes on until none has come for this long,
-const QUIET: Duration = Duration::from_millis(300);
-/// but no longer than this.
-const MOST_LINGER: Duration = Duration::from_secs(3);
+/// How often a server that was told to stop looks for requests.
+const LOOK: Duration = Duration::from_millis(50);
+/// A pod is told to end at the same moment as those who call it, so requests still come: a server goes on for so many looks at least,
+const LINGER: u32 = 10;
+/// one that is in use until so many in a row have found nothing (looks and no time, as a machine that stands still brings no requests),
+const QUIET: u32 = 20;
+/// but no longer than so many.
+const MOST_LINGER: u32 = 200;
+/// A server is in use if a request came so short a time before.
+const RECENT: Duration = Duration::from_secs(5);
 
 static STOPPING: AtomicBool = AtomicBool::new(false);
 static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
-/// When the last request came, in milliseconds after [`STARTED`].
+/// When the last request came, in milliseconds after [`STARTED`]; 0 before there was one.
 static LAST_REQUEST: AtomicU64 = AtomicU64::new(0);
 
 /// Address of the client of a connection, as handlers see it (port 0 where a router runs without a listener).
@@ -109,19 +113,21 @@ pub(crate) async fn serve(name: &str, port: u16, router: Router) -> anyhow::Resu
 /// Takes note of a request, for [`linger`].
 pub(crate) fn note_request() {
     let now = u64::try_from(STARTED.elapsed().as_millis()).unwrap_or(u64::MAX);
-    LAST_REQUEST.store(now, Ordering::Relaxed);
+    LAST_REQUEST.store(now.max(1), Ordering::Relaxed);
 }
 
 /// To be waited for between the signal to stop and the end of listening: until those who call have heard that the pod goes.
 pub(crate) async fn linger() {
     STOPPING.store(true, Ordering::Relaxed);
-    let began = Instant::now();
-    loop {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        let last = Duration::from_millis(LAST_REQUEST.load(Ordering::Relaxed));
-        let quiet = STARTED.elapsed().saturating_sub(last) >= QUIET;
-        let lingered = began.elapsed();
-        if lingered >= MOST_LINGER || (quiet && lingered >= LINGER) {
+    let mut last = LAST_REQUEST.load(Ordering::Relaxed);
+    let in_use = last > 0 && STARTED.elapsed() < Duration::from_millis(last) + RECENT;
+    let mut quiet = 0;
+    for look in 1..=MOST_LINGER {
+        tokio::time::sleep(LOOK).await;
+        let newest = LAST_REQUEST.load(Ordering::Relaxed);
+        quiet = if newest == last { quiet + 1 } else { 0 };
+        last = newest;
+        if look >= LINGER && (quiet >= QUIET || !in_use && quiet >= LINGER) {
             return;
         }
     }

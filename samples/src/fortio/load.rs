@@ -12,9 +12,11 @@ use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 
 use super::options::Options;
 use super::ping;
+use crate::serve;
 
 /// What calls came to.
 #[derive(Default)]
@@ -32,12 +34,20 @@ struct Results {
 /// Failures that the report shows.
 const SHOWN: usize = 5;
 
-/// Sends the load and gives the report.
+/// Sends the load and gives the report. SIGTERM or SIGINT ends the load early, as with Fortio: what is under way is waited for and counted.
 pub(super) async fn run(options: &Options) -> anyhow::Result<String> {
     let target = Target::of(options)?;
+    let (stop, stopped) = watch::channel(false);
+    let signal = serve::stop_signal()?;
+    tokio::spawn(async move {
+        signal.await;
+        stop.send_replace(true);
+        // Without it nobody could wait for the signal any more.
+        std::future::pending::<()>().await;
+    });
     let began = Instant::now();
-    let workers =
-        (0..options.connections).map(|worker| connection(options, &target, worker, began));
+    let workers = (0..options.connections)
+        .map(|worker| connection(options, &target, worker, began, stopped.clone()));
     let mut all = Results::default();
     for results in futures::future::join_all(workers).await {
         for (code, count) in results.codes {
@@ -199,7 +209,13 @@ impl Sender {
     }
 }
 
-async fn connection(options: &Options, target: &Target, worker: usize, began: Instant) -> Results {
+async fn connection(
+    options: &Options,
+    target: &Target,
+    worker: usize,
+    began: Instant,
+    mut stopped: watch::Receiver<bool>,
+) -> Results {
     let mut results = Results::default();
     let mut sender = None;
     let share = options.connections as u64;
@@ -213,7 +229,13 @@ async fn connection(options: &Options, target: &Target, worker: usize, began: In
         if let Some(pause) = pause {
             // The connections take turns; who is late catches up.
             let turn = pause.mul_f64(call as f64 + worker as f64 / options.connections as f64);
-            tokio::time::sleep_until((began + turn).into()).await;
+            tokio::select! {
+                () = tokio::time::sleep_until((began + turn).into()) => {}
+                _ = stopped.wait_for(|stopped| *stopped) => {}
+            }
+        }
+        if *stopped.borrow() {
+            break;
         }
         if options.calls == 0 && began.elapsed() >= options.duration {
             break;
