@@ -80,7 +80,7 @@ pub async fn mutate(
     let mut called: HashSet<usize> = HashSet::new();
     let mut last_change = None;
     for (index, config) in hooks.iter().enumerate() {
-        let Some(hook) = concerned(api, &subject, config, Some(&object))? else {
+        let Some(hook) = concerned(api, &subject, config, Some(&object)).await? else {
             continue;
         };
         called.insert(index);
@@ -98,7 +98,7 @@ pub async fn mutate(
         if config["reinvocationPolicy"] != "IfNeeded" || !called.contains(&index) {
             continue;
         }
-        if let Some(hook) = concerned(api, &subject, config, Some(&object))?
+        if let Some(hook) = concerned(api, &subject, config, Some(&object)).await?
             && let Some(changed) = ask(api, &subject, &hook, Some(&object), warnings).await?
         {
             object = changed;
@@ -132,7 +132,7 @@ pub async fn validate(
     }
     hooks.extend(configured(api, request, "validatingwebhookconfigurations"));
     for config in &hooks {
-        if let Some(hook) = concerned(api, &subject, config, object)? {
+        if let Some(hook) = concerned(api, &subject, config, object).await? {
             ask(api, &subject, &hook, object, warnings).await?;
         }
     }
@@ -160,7 +160,7 @@ fn configured(api: &ApiServer, request: &Request, plural: &str) -> Vec<Value> {
         .collect()
 }
 
-fn concerned(
+async fn concerned(
     api: &ApiServer,
     subject: &Subject<'_>,
     config: &Value,
@@ -202,13 +202,13 @@ fn concerned(
         config: config.clone(),
         resource,
     };
-    let wanted = conditions_hold(subject, &hook, object)?;
+    let wanted = conditions_hold(subject, &hook, object).await?;
     Ok(wanted.then_some(hook))
 }
 
 /// Whether all of the webhook's match conditions hold. One that can't be evaluated counts as the failure policy says: the request is
 /// refused, or the webhook left out.
-fn conditions_hold(
+async fn conditions_hold(
     subject: &Subject<'_>,
     hook: &Hook,
     object: Option<&Value>,
@@ -226,31 +226,39 @@ fn conditions_hold(
     };
     let (object, old) = (shown(object), shown(subject.old));
     let facts = condition_facts(subject, hook);
-    let mut failure = None;
-    for condition in conditions {
-        let source = condition["expression"].as_str().unwrap_or_default();
-        match rules::condition(source, [&object, &old, &facts]) {
-            Ok(true) => {}
-            // One that does not hold decides, whatever the others came to.
-            Ok(false) => return Ok(false),
-            Err(reason) => {
-                let name = condition["name"].as_str().unwrap_or_default().to_owned();
-                failure = Some((name, reason));
+    let conditions = conditions.clone();
+    let evaluate = move || {
+        let mut failure = None;
+        for condition in &conditions {
+            let source = condition["expression"].as_str().unwrap_or_default();
+            match rules::condition(source, [&object, &old, &facts]) {
+                Ok(true) => {}
+                // One that does not hold decides, whatever the others came to.
+                Ok(false) => return Ok(false),
+                Err(reason) => {
+                    let name = condition["name"].as_str().unwrap_or_default().to_owned();
+                    failure = Some((name, reason));
+                }
             }
         }
+        failure.map_or(Ok(true), Err)
+    };
+    let failure = match rules::aside(evaluate).await? {
+        Ok(wanted) => return Ok(wanted),
+        Err(failure) => failure,
+    };
+    if hook.config["failurePolicy"] == "Ignore" {
+        return Ok(false);
     }
-    match failure {
-        None => Ok(true),
-        Some(_) if hook.config["failurePolicy"] == "Ignore" => Ok(false),
-        Some((name, reason)) => Err(ApiError::forbidden(
-            &subject.request.target.resource,
-            subject.request.target.name.as_deref().unwrap_or_default(),
-            &format!(
-                "evaluating the match condition {name:?} of webhook {:?}: {reason}",
-                hook.name()
-            ),
-        )),
-    }
+    let (name, reason) = failure;
+    Err(ApiError::forbidden(
+        &subject.request.target.resource,
+        subject.request.target.name.as_deref().unwrap_or_default(),
+        &format!(
+            "evaluating the match condition {name:?} of webhook {:?}: {reason}",
+            hook.name()
+        ),
+    ))
 }
 
 /// The variable `request` of a match condition: the AdmissionRequest without its objects.
@@ -453,7 +461,9 @@ fn apply_patch(
             hook.name()
         ))
     };
-    let bytes = STANDARD.decode(encoded).map_err(|e| failed(e.to_string()))?;
+    let bytes = STANDARD
+        .decode(encoded)
+        .map_err(|e| failed(e.to_string()))?;
     let mut changed = convert::to_version(&hook.resource, object.clone());
     patch::json::apply(&mut changed, &bytes).map_err(|e| failed(e.to_string()))?;
     if !changed["metadata"].is_object() {

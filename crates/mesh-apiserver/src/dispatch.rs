@@ -13,8 +13,8 @@ use crate::errors::ApiError;
 use crate::request::{self, Query, Request};
 use crate::write::Writer;
 use crate::{
-    ApiServer, connect, delete, discovery, documents, logs, patch, protobuf, proxy, read, respond,
-    reviews, scale, watch,
+    ApiServer, connect, delete, discovery, documents, limits, logs, patch, protobuf, proxy, read,
+    respond, reviews, scale, watch,
 };
 
 /// Largest request body (as in Kubernetes).
@@ -203,33 +203,56 @@ pub fn parse_object(request: &Request, body: &[u8]) -> Result<Value, ApiError> {
     Ok(object)
 }
 
-/// A JSON or YAML body as a value.
+/// A JSON or YAML body as a value, nested at most [`MAX_DEPTH`](crate::limits::MAX_DEPTH) levels deep.
 ///
 /// # Errors
 /// 415 for other media types, 400 when it does not parse.
 pub fn parse_body(content_type: &str, body: &[u8]) -> Result<Value, ApiError> {
-    match content_type {
+    let value = match content_type {
         ""
         | "application/json"
         | "application/json-patch+json"
         | "application/merge-patch+json"
-        | "application/strategic-merge-patch+json" => serde_json::from_slice(body).map_err(|e| {
-            ApiError::bad_request(format!("the object provided is not valid JSON: {e}"))
-        }),
-        "application/yaml" | "application/apply-patch+yaml" => serde_yaml::from_slice(body)
-            .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}"))),
-        "application/apply-patch+json" => serde_json::from_slice(body).map_err(|e| {
-            ApiError::bad_request(format!("the object provided is not valid JSON: {e}"))
-        }),
+        | "application/strategic-merge-patch+json"
+        | "application/apply-patch+json" => parse_json(body)?,
+        "application/yaml" | "application/apply-patch+yaml" => parse_yaml(body)?,
         protobuf::MEDIA => protobuf::decode(body)
-            .map_err(|reason| ApiError::new(415, "UnsupportedMediaType", reason)),
-        other => Err(ApiError::new(
-            415,
-            "UnsupportedMediaType",
-            format!(
-                "the body of the request was in an unknown format - accepted media types include: application/json, \
-                 application/yaml (not {other})"
-            ),
-        )),
+            .map_err(|reason| ApiError::new(415, "UnsupportedMediaType", reason))?,
+        other => {
+            return Err(ApiError::new(
+                415,
+                "UnsupportedMediaType",
+                format!(
+                    "the body of the request was in an unknown format - accepted media types include: application/json, \
+                     application/yaml (not {other})"
+                ),
+            ));
+        }
+    };
+    if limits::depth(&value) > limits::MAX_DEPTH {
+        return Err(ApiError::bad_request(format!(
+            "the object provided is {}",
+            limits::TooDeep
+        )));
     }
+    Ok(value)
+}
+
+fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
+    serde_json::from_slice(body)
+        .map_err(|e| ApiError::bad_request(format!("the object provided is not valid JSON: {e}")))
+}
+
+fn parse_yaml(body: &[u8]) -> Result<Value, ApiError> {
+    // What clients apply is nearly always JSON, which is YAML too and much faster to read.
+    if body.trim_ascii_start().starts_with(b"{")
+        && let Ok(value) = serde_json::from_slice(body)
+    {
+        return Ok(value);
+    }
+    let bad =
+        |e: &dyn std::fmt::Display| ApiError::bad_request(format!("error decoding YAML: {e}"));
+    let text = std::str::from_utf8(body).map_err(|e| bad(&e))?;
+    limits::check_yaml(text).map_err(|e| bad(&e))?;
+    serde_yaml::from_str(text).map_err(|e| bad(&e))
 }

@@ -2,11 +2,14 @@
 //!
 //! The language is the `cel` crate's; here is what Kubernetes adds: transition rules, messages, escaped field names, types by schema.
 //! A rule that calls a function which this server lacks is refused when the definition is written, so that none is silently ignored.
-//! There is no cost budget: whoever may write a definition may also keep the server busy.
+//! An expression is small, flat and cheap by its form (`rules/cost.rs`) before it is evaluated, on a thread and a stack of its own
+//! ([`aside`]).
 
 mod convert;
+mod cost;
 mod functions;
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -15,14 +18,48 @@ use cel::common::ast::{EntryExpr, Expr, IdedExpr};
 use cel::objects::OptionalValue;
 use cel::{Context, Env, Program, Value as CelValue};
 use serde_json::Value;
+use tokio::sync::{Semaphore, oneshot};
 
-use crate::errors::{FieldError, FieldErrorKind};
+use crate::errors::{ApiError, FieldError, FieldErrorKind};
 use crate::schema::{ListType, Schema};
+use cost::Size;
 
 /// Characters of one expression.
 const MAX_EXPRESSION: usize = 16 * 1024;
+/// Operators, points and brackets of one expression, those inside of texts too. They bound the depth of the parser's recursion.
+const MAX_OPERATORS: usize = 1_500;
+/// Units ([`cost`]) that all rules of one object may cost together.
+const MAX_TOTAL_COST: u64 = 20_000_000;
 /// Compiled match conditions that are kept.
 const KEPT: usize = 256;
+/// Address space of the stack of a thread that parses and evaluates; the deepest expression allowed needs about a fifth of it.
+const STACK: usize = 256 << 20;
+/// Threads of that kind at a time.
+static ASIDE: Semaphore = Semaphore::const_new(4);
+
+/// Does work that parses or evaluates expressions on a thread with a deep stack, away from the workers that serve requests.
+///
+/// # Errors
+/// 500 when there is no thread to be had, or the work panicked.
+pub async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let failed = |error: &dyn std::fmt::Display| {
+        ApiError::internal(format!("evaluating validation rules: {error}"))
+    };
+    let _permit = ASIDE.acquire().await.map_err(|e| failed(&e))?;
+    let (sender, receiver) = oneshot::channel();
+    let run = move || {
+        // Nobody waits any more when the client has gone.
+        let _ = sender.send(work());
+    };
+    std::thread::Builder::new()
+        .name("api-rules".to_owned())
+        .stack_size(STACK)
+        .spawn(run)
+        .map_err(|e| failed(&e))?;
+    receiver.await.map_err(|e| failed(&e))
+}
 
 /// A compiled expression.
 pub struct Expression {
@@ -61,11 +98,31 @@ impl Expression {
         if source.len() > MAX_EXPRESSION {
             return Err(format!("longer than {MAX_EXPRESSION} characters"));
         }
+        let operators = source.bytes().filter(u8::is_ascii_punctuation);
+        let operators = operators.filter(|c| !b"_'\"\\".contains(c)).count();
+        if operators > MAX_OPERATORS {
+            return Err(format!(
+                "too complex: {operators} operators and brackets, at most {MAX_OPERATORS} are allowed"
+            ));
+        }
         let program = catch_unwind(AssertUnwindSafe(|| env().compile(source)))
             .map_err(|_| "the expression could not be parsed".to_owned())?
             .map_err(|errors| errors.to_string().replace('\n', " "))?;
         let mut found = Names::default();
         found.read(program.expression(), &mut Vec::new());
+        if found.deepest > cost::MAX_LEVELS {
+            return Err(format!(
+                "too complex: expression recursion limit exceeded: {}",
+                cost::MAX_LEVELS
+            ));
+        }
+        if found.nested > cost::MAX_NESTED {
+            return Err(format!(
+                "too complex: {} comprehensions (all, exists, map, ...) inside each other, at most {} are allowed",
+                found.nested,
+                cost::MAX_NESTED
+            ));
+        }
         let mut missing: Vec<_> = found.functions.iter().map(String::as_str).collect();
         missing.retain(|name| !functions::is_known(name));
         missing.sort_unstable();
@@ -95,12 +152,20 @@ impl Expression {
     ///
     /// # Errors
     /// What went wrong, for example a key that is not there.
-    fn evaluate(&self, variables: &[(&str, CelValue)]) -> Result<CelValue, String> {
+    fn evaluate(&self, variables: &[Variable], budget: &Cell<u64>) -> Result<CelValue, String> {
+        let sizes = variables.iter().map(|v| (v.name, v.size)).collect();
+        let cost = cost::of(self.program.expression(), &sizes);
+        if cost > cost::MAX_COST || cost > budget.get() {
+            return Err("it would cost more than the budget for validation rules allows; \
+                        bound the lists and texts that it works on (maxItems, maxLength) or simplify it"
+                .to_owned());
+        }
+        budget.set(budget.get() - cost);
         let run = || {
             let mut context = Context::with_env(env().clone());
             functions::add_to(&mut context);
-            for (name, value) in variables {
-                context.add_variable_from_value(*name, value.clone());
+            for variable in variables {
+                context.add_variable_from_value(variable.name, variable.value.clone());
             }
             self.program.execute(&context)
         };
@@ -109,23 +174,41 @@ impl Expression {
             .map_err(|error| error.to_string())
     }
 
-    fn holds(&self, variables: &[(&str, CelValue)]) -> Result<bool, String> {
-        match self.evaluate(variables)? {
+    fn holds(&self, variables: &[Variable], budget: &Cell<u64>) -> Result<bool, String> {
+        match self.evaluate(variables, budget)? {
             CelValue::Bool(holds) => Ok(holds),
             other => Err(format!("the result is {other:?} and not a bool")),
         }
     }
 }
 
-/// The names that an expression uses and does not itself declare.
+/// What an expression is about.
+struct Variable {
+    name: &'static str,
+    value: CelValue,
+    size: Size,
+}
+
+/// The names that an expression uses and does not itself declare, and how deep it is.
 #[derive(Default)]
 struct Names {
     variables: HashSet<String>,
     functions: HashSet<String>,
+    level: usize,
+    deepest: usize,
+    loops: usize,
+    nested: usize,
 }
 
 impl Names {
     fn read(&mut self, expression: &IdedExpr, scope: &mut Vec<String>) {
+        self.level += 1;
+        self.deepest = self.deepest.max(self.level);
+        self.read_inner(expression, scope);
+        self.level -= 1;
+    }
+
+    fn read_inner(&mut self, expression: &IdedExpr, scope: &mut Vec<String>) {
         match &expression.expr {
             Expr::Unspecified | Expr::Literal(_) => {}
             Expr::Ident(name) => {
@@ -157,9 +240,12 @@ impl Names {
                 scope.push(inner.iter_var.clone());
                 scope.extend(inner.iter_var2.clone());
                 scope.push(inner.accu_var.clone());
+                self.loops += 1;
+                self.nested = self.nested.max(self.loops);
                 for part in [&inner.loop_cond, &inner.loop_step, &inner.result] {
                     self.read(part, scope);
                 }
+                self.loops -= 1;
                 scope.truncate(depth);
             }
         }
@@ -221,7 +307,7 @@ impl Rule {
         self.raw["optionalOldSelf"] == true
     }
 
-    fn check(&self, node: &Node<'_>, errors: &mut Vec<FieldError>) {
+    fn check(&self, node: &Node<'_>, budget: &Cell<u64>, errors: &mut Vec<FieldError>) {
         let compiled = match self.compiled() {
             Ok(compiled) => compiled,
             Err(reason) => return errors.push(self.error(node, reason)),
@@ -243,16 +329,21 @@ impl Rule {
                 Some(CelValue::Opaque(Arc::new(optional)))
             }
         };
-        let mut variables = vec![(
-            "self",
-            convert::value(node.value, node.schema, node.is_root),
-        )];
-        variables.extend(old.map(|old| ("oldSelf", old)));
-        match compiled.rule.holds(&variables) {
+        let mut variables = vec![Variable {
+            name: "self",
+            value: convert::value(node.value, node.schema, node.is_root),
+            size: Size::of(node.value),
+        }];
+        variables.extend(old.map(|value| Variable {
+            name: "oldSelf",
+            value,
+            size: node.old.map(Size::of).unwrap_or_default(),
+        }));
+        match compiled.rule.holds(&variables, budget) {
             Ok(true) => {}
             Ok(false) => {
                 let computed = compiled.message.as_ref().and_then(|message| {
-                    match message.evaluate(&variables) {
+                    match message.evaluate(&variables, budget) {
                         Ok(CelValue::String(text)) if !text.trim().is_empty() => {
                             Some(text.replace('\n', " "))
                         }
@@ -302,7 +393,8 @@ struct Node<'a> {
 /// Adds what the rules of `schema` find wrong with `value` to `errors`; `old` is the object before an update.
 pub fn validate(value: &Value, old: Option<&Value>, schema: &Schema, errors: &mut Vec<FieldError>) {
     if schema.has_validations {
-        walk(value, old, schema, "", true, errors);
+        let budget = Cell::new(MAX_TOTAL_COST);
+        walk(value, old, schema, "", true, &budget, errors);
     }
 }
 
@@ -312,6 +404,7 @@ fn walk(
     schema: &Schema,
     path: &str,
     is_root: bool,
+    budget: &Cell<u64>,
     errors: &mut Vec<FieldError>,
 ) {
     if !schema.has_validations || value.is_null() {
@@ -326,7 +419,7 @@ fn walk(
         is_root,
     };
     for rule in &schema.validations {
-        rule.check(&node, errors);
+        rule.check(&node, budget, errors);
     }
     match value {
         Value::Object(map) => {
@@ -338,7 +431,7 @@ fn walk(
                         None => format!("{path}[{key}]"),
                     };
                     let before = old.and_then(|old| old.get(key));
-                    walk(child, before, field, &at, false, errors);
+                    walk(child, before, field, &at, false, budget, errors);
                 }
             }
         }
@@ -347,7 +440,7 @@ fn walk(
             for (index, item) in list.iter().enumerate() {
                 let before = old.and_then(|old| same_item(old, item, &schema.list_type));
                 let at = format!("{path}[{index}]");
-                walk(item, before, items, &at, false, errors);
+                walk(item, before, items, &at, false, budget, errors);
             }
         }
         _ => {}
@@ -471,7 +564,11 @@ pub fn condition(source: &str, values: [&Value; 3]) -> Result<bool, String> {
     let variables: Vec<_> = CONDITION_VARIABLES
         .into_iter()
         .zip(values)
-        .map(|(name, value)| (name, convert::plain(value)))
+        .map(|(name, value)| Variable {
+            name,
+            value: convert::plain(value),
+            size: Size::of(value),
+        })
         .collect();
-    expression.holds(&variables)
+    expression.holds(&variables, &Cell::new(cost::MAX_COST))
 }

@@ -106,7 +106,7 @@ impl<'a> Writer<'a> {
         }
         let _allocating = self.allocating().await;
         strategy::prepare_create(self.api, resource, &mut object)?;
-        self.validate(&object, None)?;
+        self.validate(&object, None).await?;
         self.review(Operation::Create, &object, None).await?;
         if !self.applied {
             managed::track(resource, None, &mut object, &self.manager());
@@ -232,7 +232,7 @@ impl<'a> Writer<'a> {
             let generation = old["metadata"]["generation"].as_i64().unwrap_or_default() + 1;
             new["metadata"]["generation"] = generation.into();
         }
-        self.validate(&new, Some(old))?;
+        self.validate(&new, Some(old)).await?;
         self.review(Operation::Update, &new, Some(old)).await?;
         if self.applied {
             new["metadata"]["managedFields"] = user_managed;
@@ -411,27 +411,42 @@ impl<'a> Writer<'a> {
         .await
     }
 
-    fn validate(&self, object: &Value, old: Option<&Value>) -> Result<(), ApiError> {
-        let resource = &self.request.target.resource;
-        let mut errors = Vec::new();
-        names::validate_metadata(resource, &object["metadata"], &mut errors);
-        check::validate(object, &resource.schema, "", &mut errors);
-        if errors.is_empty() {
-            rules::validate(object, old, &resource.schema, &mut errors);
-            strategy::validate(
-                resource,
-                self.request.target.subresource.as_deref(),
-                object,
-                old,
-                &mut errors,
+    /// Checks the object; rules in CEL, and the definitions that bring such rules, on a thread of their own.
+    async fn validate(&self, object: &Value, old: Option<&Value>) -> Result<(), ApiError> {
+        let target = &self.request.target;
+        let (resource, subresource) = (target.resource.clone(), target.subresource.clone());
+        let has_rules = resource.schema.has_validations
+            || matches!(
+                resource.group.as_str(),
+                "apiextensions.k8s.io" | "admissionregistration.k8s.io"
             );
+        if !has_rules {
+            return validate(&resource, subresource.as_deref(), object, old);
         }
-        if errors.is_empty() {
-            return Ok(());
-        }
-        let name = object["metadata"]["name"].as_str().unwrap_or_default();
-        Err(ApiError::invalid(resource, name, &errors))
+        let (object, old) = (object.clone(), old.cloned());
+        rules::aside(move || validate(&resource, subresource.as_deref(), &object, old.as_ref()))
+            .await?
     }
+}
+
+fn validate(
+    resource: &crate::registry::Resource,
+    subresource: Option<&str>,
+    object: &Value,
+    old: Option<&Value>,
+) -> Result<(), ApiError> {
+    let mut errors = Vec::new();
+    names::validate_metadata(resource, &object["metadata"], &mut errors);
+    check::validate(object, &resource.schema, "", &mut errors);
+    if errors.is_empty() {
+        rules::validate(object, old, &resource.schema, &mut errors);
+        strategy::validate(resource, subresource, object, old, &mut errors);
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    let name = object["metadata"]["name"].as_str().unwrap_or_default();
+    Err(ApiError::invalid(resource, name, &errors))
 }
 
 /// A built-in object whose fields have the wrong JSON type can't be decoded: 400 rather than 422, as in Kubernetes.

@@ -103,7 +103,10 @@ fn admit(
         return Err(deep(TooDeep));
     }
     // What is not there is refused by the operation itself.
-    let Some(value) = object.pointer(from.as_str()).filter(|_| is_copy || at > before) else {
+    let Some(value) = object
+        .pointer(from.as_str())
+        .filter(|_| is_copy || at > before)
+    else {
         return Ok(());
     };
     *copied += written_size(value);
@@ -125,7 +128,12 @@ fn written_size(value: &Value) -> usize {
     match value {
         Value::Null | Value::Bool(_) | Value::Number(_) => 4,
         Value::String(text) => text.len() + 2,
-        Value::Array(items) => 2 + items.iter().map(|item| 1 + written_size(item)).sum::<usize>(),
+        Value::Array(items) => {
+            2 + items
+                .iter()
+                .map(|item| 1 + written_size(item))
+                .sum::<usize>()
+        }
         Value::Object(fields) => {
             let field = |(key, value): (&String, &Value)| key.len() + 4 + written_size(value);
             2 + fields.iter().map(field).sum::<usize>()

@@ -340,7 +340,10 @@ async fn a_short_patch_makes_no_large_object() {
         .ok();
     let copy = |from: &str, path: &str| json!({ "op": "copy", "from": from, "path": path });
     let deeper: Vec<_> = (0..1000).map(|_| copy("/data", "/data/k")).collect();
-    let error = api.patch(&at, "json-patch", &json!(deeper)).await.fails(400);
+    let error = api
+        .patch(&at, "json-patch", &json!(deeper))
+        .await
+        .fails(400);
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("nested more than 100 levels"), "{message}");
 

@@ -302,3 +302,66 @@ async fn an_ending_definition_goes_on_ending_after_a_restart() {
         .ok();
     api.until(&crd, |answer| answer.code == 404).await;
 }
+
+#[tokio::test]
+async fn rules_that_would_exhaust_the_server_are_refused() {
+    let api = Api::new();
+    let chain = format!("self{} == 1", ".a".repeat(7_500));
+    let brackets = format!("{}1{} == 1", "(".repeat(7_000), ")".repeat(7_000));
+    let not = format!("{}true", "!".repeat(16_000));
+    let nested =
+        "self.parts.all(a, self.parts.all(b, self.parts.all(c, self.parts.all(d, a == d))))";
+    let levels = format!("self{} == 1", ".a".repeat(700));
+    for (rule, reason) in [
+        (chain.as_str(), "too complex"),
+        (&brackets, "too complex"),
+        (&not, "too complex"),
+        (nested, "4 comprehensions"),
+        (&levels, "recursion limit"),
+    ] {
+        let spec = rules(json!([{ "rule": rule }]));
+        let error = api.post(CRDS, &definition(spec)).await.fails(422);
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains(reason), "{reason}: {message:.300}");
+    }
+    // The deepest that is allowed is parsed and evaluated on a stack that is deep enough.
+    let sum = format!("1{} > 1", " + 1".repeat(200));
+    let depth = format!("{}true{}", "(".repeat(60), ")".repeat(60));
+    let spec = rules(json!([{ "rule": sum }, { "rule": depth }]));
+    api.post(CRDS, &definition(spec)).await.ok();
+    api.post(GADGETS, &gadget("a", json!({}))).await.ok();
+}
+
+#[tokio::test]
+async fn rules_that_would_cost_too_much_are_not_evaluated() {
+    let growing = format!(
+        "self.mode{} != ''",
+        ".replace('a', 'aaaaaaaaaa')".repeat(12)
+    );
+    for (rule, spec) in [
+        (growing.as_str(), json!({ "mode": "aaaaaaaaaa" })),
+        ("lists.range(4000000000).size() > 0", json!({})),
+        (
+            "self.parts.all(a, self.parts.all(b, self.parts.exists(c, c.id == a.id + b.id)))",
+            json!({ "parts": (0..2000).map(|n| json!({ "id": n.to_string() })).collect::<Vec<_>>() }),
+        ),
+    ] {
+        let api = with_rules(json!([{ "rule": rule }])).await;
+        let error = api.post(GADGETS, &gadget("a", spec)).await.fails(422);
+        let message = error["message"].as_str().unwrap();
+        assert!(
+            message.contains("budget for validation rules"),
+            "{rule}: {message:.300}"
+        );
+    }
+    // A sensible rule over a sensible list is well within.
+    let api = with_rules(json!([
+        { "rule": "self.parts.all(a, self.parts.exists_one(b, a.id == b.id))" },
+        { "rule": "self.parts.map(p, p.id).join(',').matches('^[0-9,]*$')" },
+    ]))
+    .await;
+    let parts: Vec<_> = (0..64).map(|n| json!({ "id": n.to_string() })).collect();
+    api.post(GADGETS, &gadget("a", json!({ "parts": parts })))
+        .await
+        .ok();
+}

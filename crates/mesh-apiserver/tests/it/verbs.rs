@@ -451,3 +451,35 @@ async fn a_patch_that_is_overtaken_tries_again_with_what_was_written() {
     let map = api.get(&format!("{CONFIG_MAPS}/a")).await.ok();
     assert_eq!(map["data"].as_object().unwrap().len(), 10);
 }
+
+#[tokio::test]
+async fn deep_and_growing_bodies_are_refused() {
+    let api = Api::new();
+    let yaml = [("content-type", "application/yaml")];
+    for body in [
+        "[".repeat(200_000),
+        format!("{{\"a\": {}", "[".repeat(200_000)),
+        "- ".repeat(100_000),
+        format!(
+            "a: &a {}\nb:\n{}",
+            "x".repeat(100_000),
+            "- *a\n".repeat(10_000)
+        ),
+    ] {
+        let error = api.send("POST", CONFIG_MAPS, &yaml, body).await.fails(400);
+        let message = error["message"].as_str().unwrap();
+        assert!(message.starts_with("error decoding YAML"), "{message:.200}");
+    }
+    let json = [("content-type", "application/json")];
+    for levels in [110, 126, 100_000] {
+        let body = format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+        let body = format!("{{\"metadata\": {{\"name\": \"a\"}}, \"data\": {body}}}");
+        api.send("POST", CONFIG_MAPS, &json, body).await.fails(400);
+    }
+    let whole = "metadata: {name: a}\ndata: {k: &v \"[[[\", l: *v}\n";
+    let stored = api.send("POST", CONFIG_MAPS, &yaml, whole).await.ok();
+    assert_eq!(
+        stored["data"],
+        serde_json::json!({ "k": "[[[", "l": "[[[" })
+    );
+}
