@@ -91,7 +91,7 @@ fn virtual_inbound(mesh: &Mesh, node: &Node, ports: &BTreeMap<u16, Port<'_>>) ->
 }
 
 /// Ports without a service, by what the first bytes say.
-fn unknown_port(node: &Node) -> [FilterChain; 2] {
+fn unknown_port(node: &Node) -> [FilterChain; 3] {
     let http = routes(
         names::INBOUND_PASSTHROUGH,
         "inbound|http|0",
@@ -106,10 +106,22 @@ fn unknown_port(node: &Node) -> [FilterChain; 2] {
         Routes::Inline(http),
         Place::Inbound,
     );
-    [
-        named(http, "virtualInbound-catchall-http"),
-        named(tcp_chain(None, names::INBOUND_PASSTHROUGH), VIRTUAL_INBOUND),
-    ]
+    let [plain, tls] = NOT_HTTP.map(|transport| {
+        let chain = tcp_chain(Some(of_transport(transport)), names::INBOUND_PASSTHROUGH);
+        named(chain, VIRTUAL_INBOUND)
+    });
+    [named(http, "virtualInbound-catchall-http"), plain, tls]
+}
+
+/// What connections are that are not found to be HTTP. Both are named: Envoy looks at no chain without a transport protocol once there is one for
+/// plain text, which plain HTTP has, and would close other plain connections.
+const NOT_HTTP: [&str; 2] = ["raw_buffer", "tls"];
+
+fn of_transport(name: &str) -> FilterChainMatch {
+    FilterChainMatch {
+        transport_protocol: name.to_owned(),
+        ..FilterChainMatch::default()
+    }
 }
 
 /// A port that services lead to, by what they declare or, where they don't, by what the first bytes say.
@@ -137,16 +149,19 @@ fn known_port(node: &Node, target: u16, protocol: Protocol) -> Vec<FilterChain> 
             name.clone(),
         )
     };
-    let tcp = || {
+    let tcp = |matched| {
         named(
-            tcp_chain(Some(to_port(FilterChainMatch::default(), target)), &cluster),
+            tcp_chain(Some(to_port(matched, target)), &cluster),
             name.clone(),
         )
     };
     match protocol {
-        Protocol::Auto => vec![http(settings.plain()), tcp()],
+        Protocol::Auto => {
+            let [plain, tls] = NOT_HTTP.map(|transport| tcp(of_transport(transport)));
+            vec![http(settings.plain()), plain, tls]
+        }
         _ if protocol.is_http() => vec![http(FilterChainMatch::default())],
-        _ => vec![tcp()],
+        _ => vec![tcp(FilterChainMatch::default())],
     }
 }
 

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use envoy_types::pb::envoy::config::route::v3::virtual_host::TlsRequirementType;
 use envoy_types::pb::envoy::config::route::v3::{Route, VirtualHost};
 use mesh_model::{
-    MESH_GATEWAY, Mesh, Node, Protocol, ServerMode, Service, VirtualService, hostname,
+    GatewayServer, MESH_GATEWAY, Mesh, Node, Protocol, ServerMode, Service, VirtualService,
+    hostname,
 };
 
 use crate::gateway::{self, Server};
@@ -57,7 +58,8 @@ pub(crate) fn outbound_service(
 }
 
 /// The table of a gateway port: hosts of all servers, each with the routes of all rules that are bound to the server's gateway, oldest first, those
-/// that take every request behind all others.
+/// that take every request behind all others. Hosts with the same rules are one virtual host, named after the first (as Istio collapses them): the
+/// rules of many hosts would else be sent once for each.
 pub(crate) fn gateway_port(
     mesh: &Mesh,
     node: &Node,
@@ -66,6 +68,7 @@ pub(crate) fn gateway_port(
 ) -> Resource {
     let mut hosts: BTreeMap<String, GatewayHost> = BTreeMap::new();
     let mut seen = BTreeSet::new();
+    let mut lists = Vec::new();
     for (gateway, server) in servers {
         let reference = gateway.reference();
         let client = gateway::client(mesh, node, &reference, server);
@@ -75,32 +78,31 @@ pub(crate) fn gateway_port(
                 https_redirect: true
             }
         );
-        let host = |name: String| (name, GatewayHost::new(server.port));
         for rule in gateway::bound(mesh, node, &reference) {
-            let mut routes = None;
-            for (name, new) in shared_hosts(&server.hosts, rule).into_iter().map(host) {
-                // Two servers may have a host in common; its rules count once.
-                if seen.insert((name.clone(), rule.key.clone())) {
-                    let routes =
-                        routes.get_or_insert_with(|| route::of_virtual_service(rule, &client));
-                    let entry = hosts.entry(name).or_insert(new);
-                    entry.routes.extend(routes.iter().cloned());
-                    entry.redirect |= redirect;
-                }
+            let mut shared = shared_hosts(&server.hosts, rule);
+            // Two servers may have a host in common; its rules count once.
+            shared.retain(|host| seen.insert((host.clone(), rule.key.clone())));
+            if shared.is_empty() {
+                continue;
+            }
+            lists.push(route::of_virtual_service(rule, &client));
+            for host in shared {
+                let entry = hosts.entry(host).or_insert_with(|| GatewayHost::of(server));
+                entry.lists.push(lists.len() - 1);
+                entry.redirect |= redirect;
             }
         }
         // What is redirected needs no rule.
         if redirect {
-            for (name, new) in server.hosts.iter().map(|(_, name)| host(name.clone())) {
-                hosts.entry(name).or_insert(new).redirect = true;
+            for (_, host) in &server.hosts {
+                let entry = hosts.entry(host.clone());
+                entry.or_insert_with(|| GatewayHost::of(server)).redirect = true;
             }
         }
     }
     let mut table = Table::default();
-    for (host, entry) in hosts {
-        if !entry.routes.is_empty() || entry.redirect {
-            table.push(entry.into_virtual_host(host));
-        }
+    for (host, domains) in collapsed(hosts, &lists) {
+        table.push(host.into_virtual_host(domains, &lists));
     }
     if table.hosts.is_empty() {
         let port = servers.first().map_or(0, |(_, server)| server.port);
@@ -113,33 +115,62 @@ pub(crate) fn gateway_port(
     table.into_resource(name)
 }
 
-/// A host of a gateway in the making.
+/// Hosts with what is the same for all of them, in the order of the first; those without any effect are left out.
+fn collapsed(
+    hosts: BTreeMap<String, GatewayHost>,
+    lists: &[Vec<Route>],
+) -> Vec<(GatewayHost, Vec<String>)> {
+    let mut groups: Vec<(GatewayHost, Vec<String>)> = Vec::new();
+    let mut known = BTreeMap::new();
+    for (name, mut host) in hosts {
+        host.lists.retain(|list| !lists[*list].is_empty());
+        if host.lists.is_empty() && !host.redirect {
+            continue;
+        }
+        let at = *known.entry(host.clone()).or_insert(groups.len());
+        match groups.get_mut(at) {
+            Some((_, domains)) => domains.push(name),
+            None => groups.push((host, vec![name])),
+        }
+    }
+    groups
+}
+
+/// What a host of a gateway has.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct GatewayHost {
     port: u16,
-    routes: Vec<Route>,
+    /// Its lists of routes, in order, by index.
+    lists: Vec<usize>,
     /// Every plain request is redirected to https.
     redirect: bool,
 }
 
 impl GatewayHost {
-    fn new(port: u16) -> Self {
+    fn of(server: &GatewayServer) -> Self {
         Self {
-            port,
-            routes: Vec::new(),
+            port: server.port,
+            lists: Vec::new(),
             redirect: false,
         }
     }
 
-    fn into_virtual_host(mut self, host: String) -> VirtualHost {
-        self.routes.sort_by_key(route::is_catch_all);
+    fn into_virtual_host(self, domains: Vec<String>, lists: &[Vec<Route>]) -> VirtualHost {
+        let mut routes: Vec<Route> = self
+            .lists
+            .iter()
+            .flat_map(|list| lists[*list].iter().cloned())
+            .collect();
+        routes.sort_by_key(route::is_catch_all);
         let tls = if self.redirect {
             TlsRequirementType::All
         } else {
             TlsRequirementType::None
         };
+        let first = domains.first().map_or("", String::as_str);
         VirtualHost {
             require_tls: tls as i32,
-            ..route::virtual_host(format!("{host}:{}", self.port), vec![host], self.routes)
+            ..route::virtual_host(format!("{first}:{}", self.port), domains, routes)
         }
     }
 }

@@ -4,6 +4,7 @@ mod delegates;
 mod destinations;
 mod http;
 mod l4;
+mod size;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -35,7 +36,8 @@ pub(crate) fn build(
             && !object.spec.hosts.is_empty()
         {
             let mut report = Reporter::new(key, problems);
-            let rule = virtual_service(key, object, mesh, &mut delegates, &mut report);
+            let mut rule = virtual_service(key, object, mesh, &mut delegates, &mut report);
+            size::check(&mut rule, mesh, &mut report);
             check_gateways(&rule, objects, &gateways, &mut report);
             check_connections(&rule, mesh, &mut report);
             check_ownership(&rule, mesh, &mut report);

@@ -191,3 +191,78 @@ fn one_bad_object_does_not_stop_the_others() {
         ]
     );
 }
+
+/// Rules that come to more than a proxy's table may hold are refused as a whole, with the count; others go on.
+#[test]
+fn rules_of_one_object_have_a_limit() {
+    let rules = |name: &str, hosts: usize, rules: usize, conditions: usize, gateway: &str| {
+        let hosts: Vec<String> = (0..hosts).map(|i| format!("h{i}.example.com")).collect();
+        let conditions: Vec<String> = (0..conditions)
+            .map(|i| format!("{{ uri: {{ exact: /{i} }} }}"))
+            .collect();
+        let rule = format!(
+            "{{ match: [{}], route: [{{ destination: {{ host: a }} }}] }}",
+            conditions.join(", ")
+        );
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: {name}, namespace: prod }}\nspec: {{ hosts: [{}], gateways: [{gateway}], http: [{}] }}\n---\n",
+            hosts.join(", "),
+            vec![rule; rules].join(", ")
+        )
+    };
+    let text = [
+        service("a", "prod"),
+        rules("many-hosts", 101, 10, 100, "mesh"),
+        rules("fits", 100, 10, 100, "mesh"),
+        rules("shared-by-hosts", 200, 10, 100, "g"),
+    ]
+    .concat();
+    let mesh = mesh(&text);
+    let kept = |name: &str| {
+        let sidecars = mesh.sidecar_virtual_services("prod");
+        let mut all = sidecars.chain(mesh.gateway_virtual_services("prod/g", "prod"));
+        all.find(|rule| rule.key.name == name).unwrap().http.len()
+    };
+    assert_eq!(kept("many-hosts"), 0);
+    assert_eq!(kept("fits"), 10);
+    assert_eq!(kept("shared-by-hosts"), 10);
+    let found: Vec<_> = mesh
+        .problems()
+        .iter()
+        .filter(|problem| problem.field == "spec.http")
+        .collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].severity, Severity::Error);
+    assert!(
+        found[0].message.contains("1000 destinations") && found[0].message.contains("101 hosts"),
+        "{}",
+        found[0].message
+    );
+}
+
+/// A delegate multiplies the conditions of its roots: that is counted before it is done.
+#[test]
+fn delegates_have_the_same_limit() {
+    let conditions = |count: usize| -> String {
+        let all: Vec<String> = (0..count)
+            .map(|i| format!("{{ headers: {{ x-{i}: {{ exact: z }} }} }}"))
+            .collect();
+        all.join(", ")
+    };
+    let text = format!(
+        "{}apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: root, namespace: prod }}\nspec: {{ hosts: [a], http: [{{ match: [{}], delegate: {{ name: part }} }}, {{ route: [{{ destination: {{ host: a }} }}] }}] }}\n---\n\
+         apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: part, namespace: prod }}\nspec: {{ http: [{{ match: [{}], route: [{{ destination: {{ host: a }} }}] }}] }}\n",
+        service("a", "prod"),
+        conditions(400),
+        conditions(400),
+    );
+    let mesh = mesh(&text);
+    let root = mesh.sidecar_virtual_services("prod").next().unwrap();
+    assert_eq!(root.http.len(), 1, "what does not delegate stays");
+    let found = mesh
+        .problems()
+        .iter()
+        .find(|problem| problem.field == "spec.http[0].delegate")
+        .unwrap();
+    assert!(found.message.contains("100000"), "{}", found.message);
+}

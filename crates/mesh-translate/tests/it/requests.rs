@@ -3,17 +3,22 @@
 //! A line is `TABLE METHOD AUTHORITY PATH [name=value ...] -> OUTCOME`; the outcome is the cluster (of several, the one that `random=N` picks),
 //! `redirect LOCATION`, `direct STATUS`, `https` (redirect to it) or `none`; what follows a cluster is the path and host that the upstream sees.
 //! A line `connect ADDRESS:PORT [sni=NAME] [alpn=NAME] [random=N] -> OUTCOME` is a connection to the node's only listening port (a sidecar's outgoing
-//! one, or a gateway's by port); the outcome is the cluster, `http TABLE`, or `closed`.
+//! one, or a gateway's by port); the outcome is the cluster, `http TABLE`, or `closed`. `inbound` in its place is a connection to a sidecar from outside.
+//! Behind an outcome that is a cluster ` | NAME VALUE` tells more: `route`, `tries`, `per-try`, `timeout`, `mirror`, `hash` (whether there is one), or the
+//! name of a request header with its value as the upstream sees it (`-` for none).
 
 use std::fs;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use mesh_routing::Snapshot;
-use mesh_routing::action::{Action, ClusterTarget};
+use mesh_routing::action::{Action, ClusterTarget, Forward};
 use mesh_routing::chain::{ConnectionView, NetworkFilter};
+use mesh_routing::format::Facts;
 use mesh_routing::hcm::RouteSource;
-use mesh_routing::route::{Decision, RequestView};
+use mesh_routing::listener::Listener;
+use mesh_routing::route::{Decision, RequestView, Route};
 use mesh_translate::translate;
 
 use crate::case::Case;
@@ -25,9 +30,9 @@ fn requests_go_where_the_rules_say() {
     let mut failed = Vec::new();
     for case in Case::all() {
         let path = case.folder.join("requests.txt");
-        let Ok(text) = fs::read_to_string(&path) else {
-            continue;
-        };
+        let text = fs::read_to_string(&path).unwrap_or_else(|error| {
+            panic!("every case asks the matcher: {}: {error}", path.display())
+        });
         let mesh = case.mesh();
         let snapshot = snapshot(&translate(&mesh, &case.node), &path.display().to_string());
         for line in text
@@ -38,9 +43,16 @@ fn requests_go_where_the_rules_say() {
             let (request, expected) = line
                 .split_once(" -> ")
                 .unwrap_or_else(|| panic!("no outcome: {line}"));
-            let outcome = match request.strip_prefix("connect ") {
-                Some(connection) => connected(&snapshot, connection),
-                None => outcome(&snapshot, request),
+            let (verb, rest) = request.split_once(' ').unwrap();
+            let outcome = match verb {
+                "connect" => connected(&snapshot, rest),
+                "inbound" => inbound(&snapshot, rest),
+                _ => {
+                    let asked = expected.split(" | ").skip(1);
+                    let asked: Vec<&str> =
+                        asked.filter_map(|part| part.split(' ').next()).collect();
+                    outcome(&snapshot, request, &asked)
+                }
             };
             if outcome != expected {
                 failed.push(format!("{}: {line}\n  got {outcome}", path.display()));
@@ -52,7 +64,7 @@ fn requests_go_where_the_rules_say() {
     assert!(count > 20, "only {count} requests were tried");
 }
 
-fn outcome(snapshot: &Snapshot, line: &str) -> String {
+fn outcome(snapshot: &Snapshot, line: &str, asked: &[&str]) -> String {
     let mut words = line.split_whitespace();
     let mut next = || words.next().unwrap_or_else(|| panic!("too short: {line}"));
     let (table, method, host, path) = (next(), next(), next(), next());
@@ -104,12 +116,96 @@ fn outcome(snapshot: &Snapshot, line: &str) -> String {
                 .rewritten_host(&target, &headers, path)
                 .map(|host| format!(" host {}", host.to_str().unwrap()))
                 .unwrap_or_default();
-            format!("{}{new_path}{host}", entry.name)
+            let details: String = asked
+                .iter()
+                .map(|name| {
+                    format!(
+                        " | {name} {}",
+                        detail(name, matched.route, forward, &request)
+                    )
+                })
+                .collect();
+            format!("{}{new_path}{host}{details}", entry.name)
         }
     }
 }
 
+/// What a route says about one thing.
+fn detail(name: &str, route: &Route, forward: &Forward, request: &RequestView<'_>) -> String {
+    let retry = forward.retry.as_ref();
+    let time = |time: Option<Duration>| time.map_or("-".to_owned(), |time| format!("{time:?}"));
+    match name {
+        "route" => route.name.to_string(),
+        "tries" => retry.map_or(1, |retry| retry.retries + 1).to_string(),
+        "per-try" => time(retry.and_then(|retry| retry.per_try_timeout)),
+        "timeout" => time(forward.timeout),
+        "mirror" => {
+            let all = forward.mirrors.iter();
+            let taken: Vec<String> = all
+                .filter_map(|mirror| Some(mirror.target(request, request.random)?.to_string()))
+                .collect();
+            if taken.is_empty() {
+                "-".to_owned()
+            } else {
+                taken.join(",")
+            }
+        }
+        "hash" => {
+            let here = SocketAddr::from(([10, 244, 0, 10], 1));
+            let hash = forward
+                .hash
+                .as_ref()
+                .map(|policy| policy.hash(request, here, here));
+            let some = hash.is_some_and(|hash| hash.value.is_some());
+            if some { "yes" } else { "-" }.to_owned()
+        }
+        header => {
+            let mut headers = request.headers.clone();
+            let facts = Facts {
+                request: Some(request.headers),
+                method: request.method,
+                path: request.path_and_query,
+                authority: request.host,
+                protocol: "HTTP/1.1",
+                ..Facts::default()
+            };
+            route.request_ops.apply_to_request(&mut headers, &facts);
+            let values: Vec<&str> = headers
+                .get_all(header)
+                .iter()
+                .map(|value| value.to_str().unwrap())
+                .collect();
+            if values.is_empty() {
+                "-".to_owned()
+            } else {
+                values.join(",")
+            }
+        }
+    }
+}
+
+/// A connection that comes to a sidecar from outside: its chain, and the cluster or table behind it.
+fn inbound(snapshot: &Snapshot, line: &str) -> String {
+    let listener = snapshot.listener("virtualInbound").unwrap();
+    chain(listener, line)
+}
+
 fn connected(snapshot: &Snapshot, line: &str) -> String {
+    let destination: SocketAddr = line.split_whitespace().next().unwrap().parse().unwrap();
+    let listener = match snapshot.listener("virtualOutbound") {
+        Some(outbound) => snapshot.hand_over(outbound, destination),
+        None => match snapshot
+            .listeners()
+            .find(|listener| listener.address.port() == destination.port())
+        {
+            Some(listener) => listener,
+            None => return "closed".to_owned(),
+        },
+    };
+    chain(listener, line)
+}
+
+fn chain(listener: &Listener, line: &str) -> String {
     let mut words = line.split_whitespace();
     let destination: SocketAddr = words.next().unwrap().parse().unwrap();
     let (mut name, mut application, mut random) = (None, None, 0);
@@ -121,16 +217,6 @@ fn connected(snapshot: &Snapshot, line: &str) -> String {
             other => panic!("{other:?}: {line}"),
         }
     }
-    let listener = match snapshot.listener("virtualOutbound") {
-        Some(outbound) => snapshot.hand_over(outbound, destination),
-        None => match snapshot
-            .listeners()
-            .find(|listener| listener.address.port() == destination.port())
-        {
-            Some(listener) => listener,
-            None => return "closed".to_owned(),
-        },
-    };
     let view = ConnectionView {
         destination: Some(destination),
         source: None,

@@ -7,6 +7,7 @@ use mesh_api::{AnyObject, StringMatch};
 
 use super::destinations::Context;
 use super::http::{self, Rule};
+use super::size;
 use crate::problem::Reporter;
 use crate::{Mesh, ObjectKey, Objects, Problem, Severity, Visibility};
 
@@ -69,11 +70,14 @@ impl Delegates {
         report: &mut Reporter<'_>,
     ) -> Vec<HttpRoute> {
         let mut expanded = Vec::new();
+        let mut left = size::MOST;
         for mut rule in rules {
             match rule.route.delegate.take() {
                 None => expanded.push(rule.route),
                 Some(delegate) => {
-                    expanded.extend(self.replace(&rule, &delegate, namespace, report))
+                    let replaced = self.replace(&rule, &delegate, namespace, left, report);
+                    left -= replaced.iter().map(size::of_rule).sum::<usize>().min(left);
+                    expanded.extend(replaced);
                 }
             }
         }
@@ -85,6 +89,7 @@ impl Delegates {
         root: &Rule,
         delegate: &Delegate,
         own: &str,
+        left: usize,
         report: &mut Reporter<'_>,
     ) -> Vec<HttpRoute> {
         let namespace = match delegate.namespace.as_str() {
@@ -108,6 +113,19 @@ impl Delegates {
                 entry.key
             );
             report.report(Severity::Error, Some("IST0101"), field, message);
+            return Vec::new();
+        }
+        let conditions = root.route.matches.len().max(1);
+        let product = entry.rules.iter().fold(0_usize, |sum, rule| {
+            sum.saturating_add(conditions.saturating_mul(size::of_rule(&rule.route)))
+        });
+        if product > left {
+            let message = format!(
+                "with the rules of {} this object comes to more than {} destinations, counted for each condition; this rule has no effect",
+                entry.key,
+                size::MOST
+            );
+            report.report(Severity::Error, Some("IST0106"), field, message);
             return Vec::new();
         }
         let mut merged = Vec::new();
