@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use crate::judges::install;
 use crate::run;
 
+mod decide;
 mod discovery;
 mod peers;
 mod sidecar;
@@ -48,6 +49,8 @@ enum Part {
     Start,
     /// Memory of the proxies of a local cluster.
     Memory,
+    /// Time and instructions of one route decision.
+    Decide,
 }
 
 /// Where nginx answers.
@@ -71,6 +74,13 @@ struct Figures {
 
 /// Runs the measurement and prints a table for the document.
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    let wants = |part| args.part == part || args.part == Part::All;
+    if wants(Part::Decide) {
+        decide::run(args.rounds)?;
+    }
+    if args.part == Part::Decide {
+        return Ok(());
+    }
     let binary = match &args.binary {
         Some(binary) => binary.clone(),
         None => {
@@ -78,7 +88,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             run::target().join("dist/mesh")
         }
     };
-    let wants = |part| args.part == part || args.part == Part::All;
     if wants(Part::Start) {
         sidecar::start(&binary)?;
     }
