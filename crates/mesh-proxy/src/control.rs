@@ -1,6 +1,6 @@
 //! The proxy's end of the control plane: resources come in, are compiled, put in force and kept.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -109,6 +109,8 @@ pub struct Receiver {
     /// Versions by type and name, for the config dump and for what a new stream begins with.
     versions: BTreeMap<String, Versions>,
     seen: [bool; 2],
+    /// Listeners that were refused and of which there is no good version.
+    missing: BTreeSet<String>,
 }
 
 impl Receiver {
@@ -120,6 +122,7 @@ impl Receiver {
             state: XdsState::default(),
             versions: BTreeMap::new(),
             seen: [false; 2],
+            missing: BTreeSet::new(),
         };
         let kept = receiver.keeper.as_ref().map(Keeper::load);
         match kept {
@@ -153,6 +156,9 @@ impl Receiver {
                 reason = refused.message,
                 "a kept resource"
             );
+            if refused.type_url == LISTENER {
+                self.missing.insert(refused.name.clone());
+            }
             // Not announced as held, so that the control plane sends it again.
             self.versions
                 .entry(refused.type_url.to_owned())
@@ -171,11 +177,26 @@ impl Receiver {
         self.versions.clone()
     }
 
+    /// Ready means that every listener that was asked for is there: a sidecar without its inbound listener would let nothing in (Istio's
+    /// agent waits for an update of listeners of which Envoy refused none).
     fn note_configured(&self) {
-        let complete = self.seen == [true; 2] && self.shared.snapshot().warming().is_empty();
+        let complete = self.seen == [true; 2]
+            && self.missing.is_empty()
+            && self.shared.snapshot().warming().is_empty();
         if complete {
             self.shared.configured.store(true, Ordering::Release);
         }
+    }
+
+    fn note_missing(&mut self, update: &Update, refused: &[Rejection]) {
+        let settled = update.upserts.iter().map(|resource| &resource.name);
+        for name in settled.chain(&update.removals) {
+            self.missing.remove(name);
+        }
+        let snapshot = self.shared.snapshot();
+        let gone = refused.iter().map(|rejection| &rejection.name);
+        let gone = gone.filter(|name| snapshot.listener(name).is_none());
+        self.missing.extend(gone.cloned());
     }
 
     fn apply(&mut self, update: &Update) -> Vec<Rejection> {
@@ -225,7 +246,10 @@ impl Handler for Receiver {
         }
         match update.type_url.as_str() {
             CLUSTER => self.seen[0] = true,
-            LISTENER => self.seen[1] = true,
+            LISTENER => {
+                self.seen[1] = true;
+                self.note_missing(&update, &refused);
+            }
             _ => {}
         }
         self.note_configured();

@@ -1,5 +1,6 @@
 //! A connection that was accepted: where it was going, what it speaks, which filter chain takes it, and how it ends.
 
+mod frames;
 mod linger;
 
 use std::cell::{Cell, RefCell};
@@ -29,6 +30,7 @@ use crate::clock;
 use crate::exec::LocalExec;
 use crate::filter::bucket::Buckets;
 use crate::framing::HeadScan;
+use crate::listener::frames::FrameScan;
 use crate::listener::linger::Linger;
 use crate::sniff::{self, Protocol};
 use crate::worker::Worker;
@@ -345,10 +347,11 @@ async fn serve_http(
         stream,
         activity: connection.activity.clone(),
         scan,
+        frames: http2.then(FrameScan::new),
         linger: None,
     };
     let prefix = io.prefix.clone();
-    io.look_at(&prefix);
+    io.look_at(&prefix)?;
     let io = TokioIo::new(io);
     let result = if http2 {
         serve_http2(connection, manager, io).await
@@ -582,24 +585,29 @@ struct Prefixed {
     stream: TcpStream,
     activity: Arc<Activity>,
     scan: Option<HeadScan>,
+    frames: Option<FrameScan>,
     /// At the end: how long what the client still sends is read and dropped.
     linger: Option<Linger>,
 }
 
 impl Prefixed {
-    fn look_at(&mut self, bytes: &[u8]) {
+    fn look_at(&mut self, bytes: &[u8]) -> io::Result<()> {
         if bytes.is_empty() {
-            return;
+            return Ok(());
         }
         self.activity.note_moved();
         let begins = self.activity.note_read();
         if let Some(scan) = &mut self.scan {
             if begins {
-                self.activity.two_lengths.store(false, Ordering::Relaxed);
+                let after_body = self.activity.had_body.load(Ordering::Relaxed);
+                // Without a body in between, a head with two lengths is this one, which may have begun to come ahead.
+                if after_body {
+                    self.activity.two_lengths.store(false, Ordering::Relaxed);
+                }
                 self.activity
                     .repeated_length
                     .store(false, Ordering::Relaxed);
-                scan.begin(self.activity.had_body.load(Ordering::Relaxed));
+                scan.begin(after_body);
             }
             let found = scan.read(bytes);
             if found.both {
@@ -607,6 +615,22 @@ impl Prefixed {
             }
             if found.repeated {
                 self.activity.repeated_length.store(true, Ordering::Relaxed);
+            }
+        } else if let Some(frames) = &mut self.frames
+            && frames.read(bytes)
+        {
+            return Err(io::Error::other(
+                "the client floods the connection with control frames",
+            ));
+        }
+        Ok(())
+    }
+
+    fn note_written(&mut self, written: &Poll<io::Result<usize>>) {
+        if let Poll::Ready(written) = written {
+            self.activity.note_moved();
+            if let (Some(frames), Ok(written)) = (&mut self.frames, written) {
+                frames.note_written(*written);
             }
         }
     }
@@ -627,7 +651,7 @@ impl AsyncRead for Prefixed {
         }
         let before = buf.filled().len();
         let done = Pin::new(&mut this.stream).poll_read(cx, buf);
-        this.look_at(buf.filled().get(before..).unwrap_or_default());
+        this.look_at(buf.filled().get(before..).unwrap_or_default())?;
         done
     }
 }
@@ -639,9 +663,7 @@ impl AsyncWrite for Prefixed {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let done = Pin::new(&mut self.stream).poll_write(cx, buf);
-        if done.is_ready() {
-            self.activity.note_moved();
-        }
+        self.note_written(&done);
         done
     }
 
@@ -654,6 +676,10 @@ impl AsyncWrite for Prefixed {
         if this.linger.is_none() {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
         }
+        if this.scan.is_none() {
+            // HTTP/2 has ends of its own for streams, and only ends a connection as a whole where nothing is left to be read from it.
+            return Poll::Ready(Ok(()));
+        }
         let linger = this.linger.get_or_insert_with(Linger::new);
         linger.poll(&mut this.stream, cx).map(Ok)
     }
@@ -664,9 +690,7 @@ impl AsyncWrite for Prefixed {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let done = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        if done.is_ready() {
-            self.activity.note_moved();
-        }
+        self.note_written(&done);
         done
     }
 

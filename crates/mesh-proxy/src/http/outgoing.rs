@@ -80,7 +80,10 @@ pub(super) fn rewrite(
 ) {
     mutate(matched, target, exchange, parts);
     let path = path(parts);
-    let authority = route.rewritten_host(target, &parts.headers, path);
+    // Nothing to rewrite with leaves the authority as it is, as in Envoy.
+    let authority = route
+        .rewritten_host(target, &parts.headers, path)
+        .filter(|authority| !authority.is_empty());
     let path = route.rewritten_path(path, matched.matched_len);
     if let Some(path) = path
         && let Some(uri) = message::with_path(&parts.uri, &path)

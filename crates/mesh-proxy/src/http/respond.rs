@@ -17,7 +17,7 @@ use crate::message::Refusal;
 use crate::reply;
 use crate::report::{Flag, Flags, Report};
 
-/// gRPC's status for a deadline that is over.
+/// gRPC's status for a deadline that is over (Envoy: `onStreamMaxDurationReached`; a route's own timeout is a 504, which stands for 14).
 const DEADLINE_EXCEEDED: u16 = 4;
 const OVERLOADED: HeaderName = HeaderName::from_static("x-envoy-overloaded");
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
@@ -172,7 +172,13 @@ impl Failed<'_> {
             }
             Failure::Duration => {
                 let status = late(&report);
-                return reply::local(status, reply::DURATION_TIMEOUT, Flags::NONE, report);
+                return reply::with_grpc_status(
+                    status,
+                    reply::DURATION_TIMEOUT,
+                    Flags::NONE,
+                    Some(DEADLINE_EXCEEDED),
+                    report,
+                );
             }
             Failure::Client => {
                 return reply::local(StatusCode::BAD_REQUEST, "", Flag::BadRequest, report);
@@ -194,11 +200,10 @@ impl Failed<'_> {
     fn timed_out(&self, report: Box<Report>) -> Response<ResponseBody> {
         match self.timeouts.no_content {
             true => reply::local(StatusCode::NO_CONTENT, "", Flag::Timeout, report),
-            false => reply::with_grpc_status(
+            false => reply::local(
                 StatusCode::GATEWAY_TIMEOUT,
                 reply::TIMEOUT,
                 Flag::Timeout,
-                Some(DEADLINE_EXCEEDED),
                 report,
             ),
         }

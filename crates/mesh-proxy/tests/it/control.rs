@@ -107,3 +107,42 @@ async fn the_last_good_resources_survive_a_restart() {
         [(name, "1".to_owned())].into()
     );
 }
+
+#[tokio::test]
+async fn a_refused_listener_keeps_a_new_proxy_from_being_ready() {
+    let shared = shared();
+    let mut receiver = Receiver::new(shared.clone(), None);
+    let ready = || shared.configured.load(std::sync::atomic::Ordering::Relaxed);
+    let listener = http_listener(free_port(), |_| {});
+    let name = listener.name.clone();
+    let routes = table(vec![route_to(prefix("/"), action("a"))]);
+    let good = [
+        update(CLUSTER, &[("a", cluster("a", &[]).encode_to_vec())]),
+        update(ROUTE, &[("routes", routes.encode_to_vec())]),
+    ];
+    for update in good {
+        assert!(receiver.update(update).await.is_empty());
+    }
+    let broken = Listener {
+        name: "inbound".to_owned(),
+        ..Listener::default()
+    };
+    let mixed = update(
+        LISTENER,
+        &[
+            (&name, listener.encode_to_vec()),
+            ("inbound", broken.encode_to_vec()),
+        ],
+    );
+    assert_eq!(receiver.update(mixed).await.len(), 1);
+    assert!(shared.snapshot().listener(&name).is_some() && !ready());
+    // A change elsewhere does not bring it.
+    let other = update(LISTENER, &[(&name, listener.encode_to_vec())]);
+    assert!(receiver.update(other).await.is_empty());
+    assert!(!ready());
+    let mut mended = http_listener(free_port(), |_| {});
+    mended.name = "inbound".to_owned();
+    let mended = update(LISTENER, &[("inbound", mended.encode_to_vec())]);
+    assert!(receiver.update(mended).await.is_empty());
+    assert!(ready());
+}

@@ -145,3 +145,21 @@ async fn an_early_answer_passes_from_http2() {
     let (at, _proxy) = start(refusing_http2(), true);
     check_http2(at).await;
 }
+
+#[test]
+fn a_head_that_is_much_too_large_is_answered() {
+    let (at, _proxy) = start(free_port(), false);
+    for round in 0..10 {
+        let mut client = Client::connect(at);
+        let mut writer = client.0.try_clone().expect("a second handle");
+        let writing = std::thread::spawn(move || {
+            let head = format!("GET / HTTP/1.1\r\nHost: x\r\nX: {}", "x".repeat(1 << 20));
+            let _ = writer.write_all(head.as_bytes());
+        });
+        let reply = client.reply().expect("an answer, not a reset");
+        assert_eq!(reply.status, 431, "round {round}");
+        assert!(client.is_closed());
+        drop(client);
+        writing.join().expect("a thread");
+    }
+}

@@ -241,7 +241,7 @@ fn empty_frames_end_the_connection_or_change_nothing() {
 }
 
 #[test]
-fn control_frames_are_not_queued_for_those_who_do_not_read() {
+fn floods_of_control_frames_end_the_connection() {
     for make in [
         frame(PING, 0, 0, &[7; 8]),
         frame(SETTINGS, 0, 0, &[]),
@@ -252,6 +252,8 @@ fn control_frames_are_not_queued_for_those_who_do_not_read() {
         let scene = Scene::start();
         let mut attacker = Attacker::connect(scene.at);
         attacker.flood(|_| make.clone());
+        let end = attacker.end_of_connection();
+        assert!(matches!(end, End::Closed | End::Away(_)), "{end:?}");
         scene.check_bystander();
     }
 }

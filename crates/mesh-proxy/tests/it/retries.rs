@@ -426,6 +426,11 @@ fn limits_end_what_takes_too_long() {
     );
     assert_eq!(
         (reply.status, reply.header("grpc-status")),
+        (200, Some("14"))
+    );
+    let reply = Client::connect(at).get("/stream", "content-type: application/grpc\r\n");
+    assert_eq!(
+        (reply.status, reply.header("grpc-status")),
         (200, Some("4"))
     );
     let reply = Client::connect(at).get("/stream", "");

@@ -76,6 +76,13 @@ fn two_lengths_are_refused_in_any_order() {
         assert!(matches!(client.reply().map(|r| r.status), Some(400) | None));
         assert!(client.is_closed());
     }
+    // Behind another request, cut where both are there but not the end of the head.
+    let mut client = Client::connect(at);
+    client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\nPOST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n");
+    assert_eq!(client.reply().expect("a reply").status, 200);
+    client.send("\r\n0\r\n\r\n");
+    assert_eq!(client.reply().expect("a reply").status, 400);
+    assert!(client.is_closed());
     // Each alone is fine, one after the other.
     let mut client = Client::connect(at);
     for _ in 0..2 {
