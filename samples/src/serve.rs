@@ -24,7 +24,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// A pod is told to end at the same moment as those who call it, so requests still come: a server goes on for so many looks at least,
 const LINGER: u32 = 10;
 /// one that is in use until so many in a row have found nothing (looks and no time, as a machine that stands still brings no requests),
-const QUIET: u32 = 20;
+const QUIET: u32 = 30;
 /// but no longer than so many.
 const MOST_LINGER: u32 = 200;
 /// A server is in use if a request came so short a time before.
