@@ -18,7 +18,7 @@ mod deployment;
 mod disruption;
 mod endpoints;
 mod endpointslice;
-mod events;
+pub(crate) mod events;
 mod garbage;
 mod history;
 mod job;

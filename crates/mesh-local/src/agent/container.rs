@@ -20,7 +20,7 @@ use super::launch::{LaunchFailure, LaunchSpec, ProcessSpec};
 use super::logs::RunLog;
 use super::probe::{self, Kind, Verdict};
 use super::process::{self, Target, exit_code};
-use super::resolve::{DEFAULT_PATH, privileges, program};
+use super::resolve::{DEFAULT_PATH, START_ERROR, privileges, program};
 use super::rootfs::RootSpec;
 use super::sandbox::Sandbox;
 use super::state::Ended;
@@ -81,6 +81,19 @@ pub struct Run {
     pub index: usize,
 }
 
+/// The end of a container whose program could not be executed, as the kubelet shows it: it began at no time.
+fn never_ran(failure: LaunchFailure) -> Ended {
+    Ended {
+        exit_code: 128,
+        signal: None,
+        reason: failure.reason,
+        message: failure.message,
+        started_at: Timestamp::UNIX_EPOCH,
+        finished_at: Timestamp::now(),
+        container_id: format!("mesh://{}", uuid::Uuid::new_v4().simple()),
+    }
+}
+
 impl Run {
     async fn report(&self, report: Report) {
         let _ = self.reports.send((self.index, self.attempt, report)).await;
@@ -111,6 +124,10 @@ impl Run {
     pub async fn drive(self, stops: mpsc::Receiver<Stop>) {
         match self.launch().await {
             Ok(started) => self.watch(started, stops).await,
+            Err(failure) if failure.reason == START_ERROR => {
+                self.event(true, "Failed", format!("Error: {}", failure.message));
+                self.report(Report::Ended(never_ran(failure))).await;
+            }
             Err(failure) => {
                 self.event(
                     true,

@@ -8,6 +8,8 @@ use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::json;
 use tokio::sync::mpsc;
 
+use crate::controllers::events::unique_name;
+
 /// Events that are remembered for counting; beyond that repeated ones start anew.
 const MAX_REMEMBERED: usize = 4096;
 
@@ -104,11 +106,7 @@ async fn write(client: kube::Client, mut notes: mpsc::UnboundedReceiver<Note>) {
         if known.len() >= MAX_REMEMBERED {
             known.clear();
         }
-        let name = format!(
-            "{}.{}",
-            meta.name.as_deref().unwrap_or_default(),
-            &uuid::Uuid::new_v4().simple().to_string()[..16]
-        );
+        let name = unique_name(meta.name.as_deref().unwrap_or_default());
         let event = json!({
             "apiVersion": "v1", "kind": "Event",
             "metadata": {"name": name, "namespace": namespace},

@@ -18,7 +18,7 @@ use nix::unistd::{Gid, Pid, Uid, setgroups, setresgid, setresuid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use serde::{Deserialize, Serialize};
 
-use super::resolve::Privileges;
+use super::resolve::{Privileges, START_ERROR};
 use super::rootfs::{RootSpec, make_root};
 use super::terminal::take_terminal;
 use crate::pass;
@@ -76,7 +76,7 @@ pub struct ExecSpec {
 /// Why a container did not start, as sent to the agent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LaunchFailure {
-    /// `RunContainerError` or `CreateContainerError`.
+    /// `StartError` or `CreateContainerError`.
     pub reason: String,
     /// For people.
     pub message: String,
@@ -166,7 +166,7 @@ pub(crate) fn enter_stage() -> anyhow::Result<ExitCode> {
     let mut socket = UnixStream::from(take_stdin()?);
     let (process, input) = read_spec::<ProcessSpec>(&mut socket)?;
     let error = become_process(&process, input);
-    report(&mut socket, "RunContainerError", &error);
+    report(&mut socket, START_ERROR, &error);
     Ok(ExitCode::from(
         if error
             .downcast_ref::<std::io::Error>()

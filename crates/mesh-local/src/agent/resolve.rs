@@ -14,6 +14,10 @@ const DEFAULT_UID: u32 = 1000;
 /// The search path of containers that set none.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// The reason of a container whose program could not be executed. As with containerd below the kubelet this is an end with exit code 128,
+/// which the restart policy follows, and not a container that waits.
+pub const START_ERROR: &str = "StartError";
+
 /// Why a container can't be run.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ResolveError {
@@ -50,11 +54,12 @@ pub enum ResolveError {
 }
 
 impl ResolveError {
-    /// The word for the container's waiting state.
+    /// The word for the container's state.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::UnknownImage { .. } => "ErrImagePull",
-            Self::NoProgram { .. } | Self::NoCommand(_) => "RunContainerError",
+            Self::NoProgram { .. } => START_ERROR,
+            Self::NoCommand(_) => "CreateContainerError",
             Self::Root | Self::Capability(_) => "CreateContainerConfigError",
         }
     }

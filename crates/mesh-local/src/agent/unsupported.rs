@@ -13,6 +13,7 @@ pub fn unsupported(pod: &Pod, uids_mapped: bool, cgroups: bool) -> Vec<String> {
             found.push(format!("{field} is not applied: {why}"));
         }
     };
+    let injected = injected(pod);
     let isolated = "every container has its own PID namespace on this node";
     add(spec.host_pid == Some(true), "spec.hostPID", isolated);
     add(
@@ -45,6 +46,7 @@ pub fn unsupported(pod: &Pod, uids_mapped: bool, cgroups: bool) -> Vec<String> {
         .iter()
         .flatten()
         .chain(&spec.containers)
+        .filter(|container| !injected.contains(&container.name))
     {
         for (wrong, field, why) in container_fields(container, cgroups) {
             add(
@@ -62,6 +64,20 @@ pub fn unsupported(pod: &Pod, uids_mapped: bool, cgroups: bool) -> Vec<String> {
         );
     }
     found
+}
+
+/// Containers that sidecar injection added: nobody wrote their fields who could change them.
+fn injected(pod: &Pod) -> Vec<String> {
+    let annotations = pod.metadata.annotations.as_ref();
+    let status = annotations.and_then(|all| all.get("sidecar.istio.io/status"));
+    let status: serde_json::Value = status
+        .and_then(|text| serde_json::from_str(text).ok())
+        .unwrap_or_default();
+    let names = ["initContainers", "containers"].map(|list| status[list].as_array().cloned());
+    let names = names.into_iter().flatten().flatten();
+    names
+        .filter_map(|name| name.as_str().map(str::to_owned))
+        .collect()
 }
 
 fn container_fields(
@@ -131,5 +147,10 @@ mod tests {
         assert!(found[0].starts_with("spec.hostPID is not applied"));
         assert!(found[1].starts_with("resources.limits of container app is not applied"));
         assert_eq!(unsupported(&pod, true, true).len(), 1);
+        let mut injected = pod;
+        let status = json!({"initContainers": [], "containers": ["app"]}).to_string();
+        injected.metadata.annotations =
+            Some([("sidecar.istio.io/status".to_owned(), status)].into());
+        assert_eq!(unsupported(&injected, true, false).len(), 1);
     }
 }

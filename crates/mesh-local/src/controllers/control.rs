@@ -176,7 +176,7 @@ where
             let results = join_all(now.iter().map(|pod| self.create(pod))).await;
             results.into_iter().collect::<Result<(), _>>()?;
             rest = later;
-            batch *= 2;
+            batch = (batch * 2).min(BURST);
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Events for people, written beside the loops so that they never wait for them.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -131,10 +132,7 @@ fn event(note: Note, namespace: &str) -> Event {
     let about = note.about.name.clone().unwrap_or_default();
     Event {
         metadata: ObjectMeta {
-            name: Some(format!(
-                "{about}.{}",
-                &uuid::Uuid::new_v4().simple().to_string()[..16]
-            )),
+            name: Some(unique_name(&about)),
             namespace: Some(namespace.into()),
             ..Default::default()
         },
@@ -157,8 +155,33 @@ fn event(note: Note, namespace: &str) -> Event {
     }
 }
 
+/// A name for an event about the object `about`: with the time in nanoseconds as Kubernetes does, so that events of one object are listed
+/// in their order. No two are equal.
+pub(crate) fn unique_name(about: &str) -> String {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let now = u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or_default();
+    let last = LAST.fetch_max(now, Ordering::Relaxed);
+    let unique = if now > last {
+        now
+    } else {
+        LAST.fetch_add(1, Ordering::Relaxed) + 1
+    };
+    format!("{about}.{unique:016x}")
+}
+
 /// The present time as the API writes it, in whole seconds.
 pub(super) fn now() -> Time {
     let now = jiff::Timestamp::now();
     Time(jiff::Timestamp::from_second(now.as_second()).unwrap_or(now))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_in_the_order_of_time() {
+        let names: Vec<_> = (0..1000).map(|_| unique_name("pod")).collect();
+        assert!(names.is_sorted_by(|a, b| a < b));
+    }
 }

@@ -3,6 +3,7 @@
 //! Each pod carries a finalizer until its end is counted in the job's status, so that no end is lost or counted twice,
 //! whoever deletes the pod and whenever this process stops.
 
+mod indexes;
 mod plan;
 
 use std::sync::Arc;

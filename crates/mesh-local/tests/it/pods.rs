@@ -355,17 +355,41 @@ async fn pods_that_can_not_run(run: &Path) {
     );
     let status = pod
         .api
-        .wait(
-            "a missing program to be refused",
-            waiting("RunContainerError"),
-        )
+        .wait("a missing program to end the container", |s| {
+            s["containerStatuses"][0]["lastState"]["terminated"].is_object()
+                && s["containerStatuses"][0]["state"]["waiting"]["reason"] == "CrashLoopBackOff"
+        })
         .await;
-    let message = status["containerStatuses"][0]["state"]["waiting"]["message"]
-        .as_str()
-        .unwrap();
+    let ended = &status["containerStatuses"][0]["lastState"]["terminated"];
+    let message = "exec: \"/no/such/program\": no such file or directory";
+    assert_eq!(
+        (&ended["reason"], &ended["exitCode"]),
+        (&json!("StartError"), &json!(128))
+    );
     assert!(
-        message.contains("\"/no/such/program\": no such file or directory"),
-        "{message}"
+        ended["message"].as_str().unwrap().contains(message),
+        "{ended}"
+    );
+    let api = pod.delete().await;
+    assert!(
+        api.reasons().iter().any(|r| r.contains(message)),
+        "{:?}",
+        api.reasons()
+    );
+
+    let spec = json!({"restartPolicy": "Never", "containers": [{"name": "app", "image": "x", "command": ["no-such-program"]}]});
+    let pod = start(run, Api::new(), spec);
+    let status = pod
+        .api
+        .wait("the pod to fail", |s| s["phase"] == "Failed")
+        .await;
+    let ended = &status["containerStatuses"][0]["state"]["terminated"];
+    assert_eq!(
+        (&ended["exitCode"], &ended["message"]),
+        (
+            &json!(128),
+            &json!("exec: \"no-such-program\": executable file not found in $PATH")
+        )
     );
     pod.delete().await;
 

@@ -13,6 +13,7 @@ use super::super::control::{BURST, count};
 use super::super::events::Level;
 use super::super::pod;
 use super::super::replicaset::surplus;
+use super::indexes::Indexes;
 use super::{INDEX, TRACKING};
 
 /// Pause before the first failed pod is replaced; it doubles with every failure in a row.
@@ -225,17 +226,16 @@ fn account(spec: &JobSpec, pods: &[Arc<Pod>], census: &Census, next: &mut Next) 
     note(&mut noted.failed, &census.failed);
     if is_indexed(spec) {
         // Numbers count themselves: one can't succeed twice.
-        let mut done = read_indexes(status.completed_indexes.as_deref().unwrap_or_default());
+        let mut done = completed(spec, status);
         let wanted = spec.completions.unwrap_or(0);
         let ended = census.succeeded.iter().filter(|pod| is_tracked(pod));
         next.release.extend(ended.clone().cloned());
-        done.extend(
-            ended
-                .filter_map(|pod| index(pod))
-                .filter(|index| *index < wanted),
-        );
+        ended
+            .filter_map(|pod| index(pod))
+            .filter(|index| (0..wanted).contains(index))
+            .for_each(|index| done.insert(index));
         status.succeeded = count(done.len());
-        status.completed_indexes = Some(write_indexes(&done)).filter(|text| !text.is_empty());
+        status.completed_indexes = Some(done.to_string()).filter(|text| !text.is_empty());
     } else {
         note(&mut noted.succeeded, &census.succeeded);
     }
@@ -379,12 +379,9 @@ fn work(spec: &JobSpec, census: &Census, next: &mut Next, now: jiff::Timestamp) 
             .chain(&census.ending)
             .filter_map(|p| index(p))
             .collect();
-        let done = read_indexes(next.status.completed_indexes.as_deref().unwrap_or_default());
-        (0..spec.completions.unwrap_or(0))
-            .filter(|number| !done.contains(number) && !busy.contains(number))
-            .take(missing)
-            .map(Some)
-            .collect()
+        let free =
+            completed(spec, &next.status).free(spec.completions.unwrap_or(0), &busy, missing);
+        free.into_iter().map(Some).collect()
     } else {
         vec![None; missing]
     };
@@ -392,11 +389,11 @@ fn work(spec: &JobSpec, census: &Census, next: &mut Next, now: jiff::Timestamp) 
 
 /// Active pods of an indexed job whose number is done, out of range or taken by another.
 fn misnumbered(spec: &JobSpec, census: &Census, status: &JobStatus) -> Vec<Arc<Pod>> {
-    let done = read_indexes(status.completed_indexes.as_deref().unwrap_or_default());
+    let done = completed(spec, status);
     let mut seen = BTreeSet::new();
     let range = 0..spec.completions.unwrap_or(0);
     let surplus = census.active.iter().filter(|pod| match index(pod) {
-        Some(number) => !range.contains(&number) || done.contains(&number) || !seen.insert(number),
+        Some(number) => !range.contains(&number) || done.contains(number) || !seen.insert(number),
         None => true,
     });
     surplus.cloned().collect()
@@ -496,43 +493,14 @@ fn is_indexed(spec: &JobSpec) -> bool {
     spec.completion_mode.as_deref() == Some("Indexed")
 }
 
+/// The numbers that are done, as the status says.
+fn completed(spec: &JobSpec, status: &JobStatus) -> Indexes {
+    let text = status.completed_indexes.as_deref().unwrap_or_default();
+    Indexes::read(text, 0..spec.completions.unwrap_or(0).max(0))
+}
+
 fn index(pod: &Pod) -> Option<i32> {
     pod.annotations().get(INDEX)?.parse().ok()
-}
-
-/// `0-2,5` as numbers.
-fn read_indexes(text: &str) -> BTreeSet<i32> {
-    let mut all = BTreeSet::new();
-    for part in text.split(',').filter(|part| !part.is_empty()) {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        if let (Ok(first), Ok(last)) = (first.parse::<i32>(), last.parse::<i32>()) {
-            all.extend(first..=last);
-        }
-    }
-    all
-}
-
-/// Numbers as `0-2,5`.
-fn write_indexes(indexes: &BTreeSet<i32>) -> String {
-    let mut ranges: Vec<(i32, i32)> = Vec::new();
-    for index in indexes {
-        match ranges.last_mut() {
-            Some((_, last)) if *last + 1 == *index => *last = *index,
-            _ => ranges.push((*index, *index)),
-        }
-    }
-    let texts: Vec<_> = ranges
-        .into_iter()
-        .map(|(first, last)| {
-            // Two neighbours are written as a list, as Kubernetes does.
-            match last - first {
-                0 => first.to_string(),
-                1 => format!("{first},{last}"),
-                _ => format!("{first}-{last}"),
-            }
-        })
-        .collect();
-    texts.join(",")
 }
 
 #[cfg(test)]
@@ -762,7 +730,6 @@ mod tests {
         );
         let next = decide(&late, &["1 Running", "3 Running"]);
         assert_eq!(next.delete.len(), 1, "number 1 is done already");
-        assert_eq!(write_indexes(&read_indexes("0-2,5,6,9")), "0-2,5,6,9");
     }
 
     #[test]

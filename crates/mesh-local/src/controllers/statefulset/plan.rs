@@ -8,7 +8,7 @@ use k8s_openapi::api::apps::v1::StatefulSetSpec;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 
-use super::super::control::resolve;
+use super::super::control::{BURST, resolve};
 use super::super::history::REVISION_LABEL;
 use super::super::pod;
 use super::{INDEX_LABEL, NAME_LABEL};
@@ -122,18 +122,24 @@ fn available_in(view: &View<'_>, pod: &Pod) -> Option<Duration> {
     pod::available_in(pod, view.spec.min_ready_seconds.unwrap_or(0), view.now)
 }
 
-/// Makes what is missing; false when the next number has to wait for one before it.
+/// Makes what is missing, as much of it as one round may; false when the next number has to wait for one before it.
 fn fill(
     view: &View<'_>,
     range: std::ops::Range<i32>,
     members: &BTreeMap<i32, &Arc<Pod>>,
     plan: &mut Plan,
 ) -> bool {
+    let mut created = 0;
     for number in range {
         let Some(pod) = members.get(&number) else {
             plan.steps.push(Step::Create(number));
             if in_order(view) {
                 return false;
+            }
+            created += 1;
+            if created == BURST {
+                // The new pods bring the next round.
+                break;
             }
             continue;
         };
@@ -320,6 +326,14 @@ mod tests {
         ] {
             assert_eq!(steps(&ordered, pods), expected, "{pods:?}");
         }
+    }
+
+    #[test]
+    fn a_round_makes_no_more_than_a_burst() {
+        let huge = spec(json!({ "podManagementPolicy": "Parallel", "replicas": i32::MAX }));
+        let steps = steps(&huge, &["web-1 new ready"]);
+        assert_eq!(steps.len(), BURST);
+        assert_eq!(steps[..2], ["+0", "+2"]);
     }
 
     #[test]
