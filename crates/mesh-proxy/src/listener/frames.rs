@@ -148,7 +148,8 @@ mod tests {
                 assert_eq!(most, Some(FREE as usize), "{frames:?}");
             }
             // A ping for every small message, and for every request.
-            assert_eq!(taken(&[ping.clone()], answer + 24, piece), None);
+            let pings = std::slice::from_ref(&ping);
+            assert_eq!(taken(pings, answer + 24, piece), None);
             assert_eq!(
                 taken(&[frame(DATA, 0, 24), ping.clone()], answer, piece),
                 None
