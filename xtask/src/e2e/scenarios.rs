@@ -4,6 +4,7 @@ use super::cluster::Cluster;
 
 mod counted;
 mod examples;
+mod graceful;
 mod limits;
 mod load;
 mod pods;
@@ -114,6 +115,10 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("example global-rate-limit", |cluster| {
         examples::run(cluster, &examples::GLOBAL_RATE_LIMIT)
     }),
+    (
+        "a rolling restart, scaling and changes under load lose nothing",
+        graceful::nothing_is_lost,
+    ),
     (
         "bad input is refused with its reason and changes nothing",
         refusals::bad_input,
