@@ -49,6 +49,16 @@ impl Identity {
         Identity::named(username, &["system:masters", "system:authenticated"])
     }
 
+    /// What the requests' fields are managed by when no user agent says it: `kube-controller-manager`, `kubelet`, the name of a service
+    /// account; `unknown` for nobody in particular, as in Kubernetes.
+    pub fn component(&self) -> &str {
+        match self.username.strip_prefix("system:") {
+            Some("anonymous") => "unknown",
+            Some(node) if node.starts_with("node:") => "kubelet",
+            _ => self.username.rsplit(':').next().unwrap_or_default(),
+        }
+    }
+
     /// A service account.
     pub fn service_account(namespace: &str, name: &str, uid: &str) -> Identity {
         let group = format!("system:serviceaccounts:{namespace}");

@@ -48,7 +48,10 @@ async fn serve(
         return proxy::proxy(api, target, http::Request::from_parts(parts, body)).await;
     }
     let target = request::target(path, &api.registry())?.ok_or_else(ApiError::no_resource)?;
-    let (form, yaml, content_type, agent) = request::read_headers(&parts.headers)?;
+    let (form, yaml, content_type, mut agent) = request::read_headers(&parts.headers)?;
+    if agent.is_empty() {
+        identity.component().clone_into(&mut agent);
+    }
     let query = Query::parse(parts.uri.query().unwrap_or_default());
     let request = Request {
         identity,
@@ -139,6 +142,7 @@ async fn verb(
 async fn create(api: &ApiServer, request: &Request, body: &[u8]) -> Result<Response, ApiError> {
     let object = parse_object(request, body)?;
     let mut writer = Writer::new(api, request)?;
+    writer.note_duplicates(body);
     let stored = writer.create(object, None).await?;
     respond::object(request, 201, &stored, &writer.warnings)
 }
@@ -151,6 +155,7 @@ async fn replace(
 ) -> Result<Response, ApiError> {
     let object = parse_object(request, body)?;
     let mut writer = Writer::new(api, request)?;
+    writer.note_duplicates(body);
     let in_body = object["metadata"]["name"].as_str().unwrap_or_default();
     if !in_body.is_empty() && in_body != name {
         let message = format!(

@@ -20,6 +20,7 @@ mod delete;
 mod discovery;
 mod dispatch;
 mod documents;
+mod duplicates;
 mod errors;
 mod limits;
 mod logs;

@@ -109,7 +109,7 @@ pub struct Request {
     pub yaml: bool,
     /// Media type of the body without parameters.
     pub content_type: String,
-    /// First word of the user agent before `/`: the default field manager.
+    /// First word of the user agent before `/`, else the name of who asks: the default field manager.
     pub agent: String,
 }
 
@@ -159,7 +159,6 @@ pub fn read_headers(headers: &HeaderMap) -> Result<(Form, bool, String, String),
         .split(['/', ' '])
         .next()
         .unwrap_or_default();
-    let agent = if agent.is_empty() { "unknown" } else { agent };
     Ok((form, yaml, content_type, agent.to_owned()))
 }
 

@@ -13,7 +13,7 @@ use crate::request::Request;
 use crate::schema::check;
 use crate::storage::{Expect, WriteError};
 use crate::strategy;
-use crate::{ApiServer, convert, names, rules};
+use crate::{ApiServer, convert, duplicates, names, rules};
 
 /// Rounds of an update that others keep overtaking.
 const ATTEMPTS: usize = 16;
@@ -39,6 +39,8 @@ pub struct Writer<'a> {
     pub warnings: Vec<String>,
     /// Managed fields are already right (server-side apply).
     pub applied: bool,
+    /// Fields that the body has twice.
+    duplicates: Vec<String>,
 }
 
 impl<'a> Writer<'a> {
@@ -65,7 +67,15 @@ impl<'a> Writer<'a> {
             validation,
             warnings: Vec::new(),
             applied: false,
+            duplicates: Vec::new(),
         })
+    }
+
+    /// Takes note of fields that the body has twice; the write warns of them or is refused, as of unknown fields.
+    pub fn note_duplicates(&mut self, body: &[u8]) {
+        if self.validation != FieldValidation::Ignore {
+            self.duplicates = duplicates::find(body);
+        }
     }
 
     /// Stores a new object; `name` is set when the URL names it. Returns it as stored.
@@ -350,12 +360,17 @@ impl<'a> Writer<'a> {
             check::prune(&mut copy, &resource.schema, "", &mut known_before);
             unknown.retain(|path| !known_before.contains(path));
         }
-        let messages = unknown
+        let twice = self
+            .duplicates
+            .iter()
+            .map(|path| format!("duplicate field \"{path}\""));
+        let unknown = unknown
             .iter()
             .map(|path| format!("unknown field \"{path}\""));
+        let messages: Vec<String> = twice.chain(unknown).collect();
         match self.validation {
-            FieldValidation::Strict if !unknown.is_empty() => {
-                let list = messages.collect::<Vec<_>>().join(", ");
+            FieldValidation::Strict if !messages.is_empty() => {
+                let list = messages.join(", ");
                 return Err(ApiError::bad_request(format!(
                     "{} in version \"{}\" cannot be handled as a {}: strict decoding error: {list}",
                     resource.kind, resource.version, resource.kind

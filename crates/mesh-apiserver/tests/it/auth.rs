@@ -8,7 +8,7 @@ use mesh_apiserver::ApiServer;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{ADMIN_TOKEN, Answer, Api, CONFIG_MAPS, PODS, options, pod};
+use crate::support::{ADMIN_TOKEN, Answer, Api, CONFIG_MAPS, PODS, config_map, options, pod};
 
 fn real() -> Api {
     let server = ApiServer::open(options(None)).unwrap();
@@ -183,4 +183,26 @@ async fn a_real_client_over_tls() {
 fn base64(text: &str) -> String {
     use base64::Engine as _;
     base64::engine::general_purpose::STANDARD.encode(text)
+}
+
+#[tokio::test]
+async fn fields_are_managed_by_who_writes_them() {
+    for (username, manager) in [
+        ("system:kube-controller-manager", "kube-controller-manager"),
+        ("system:node:mesh-node", "kubelet"),
+    ] {
+        let api = Api::new();
+        let router = api
+            .server
+            .router_as(mesh_apiserver::Identity::system(username));
+        let body = config_map("a", json!({ "k": "1" })).to_string();
+        let request = http::Request::post(CONFIG_MAPS)
+            .header("content-type", "application/json")
+            .body(axum::body::Body::from(body))
+            .unwrap();
+        let response = tower::ServiceExt::oneshot(router, request).await.unwrap();
+        assert_eq!(response.status(), 201);
+        let stored = api.get(&format!("{CONFIG_MAPS}/a")).await.ok();
+        assert_eq!(stored["metadata"]["managedFields"][0]["manager"], manager);
+    }
 }

@@ -483,3 +483,28 @@ async fn deep_and_growing_bodies_are_refused() {
         serde_json::json!({ "k": "[[[", "l": "[[[" })
     );
 }
+
+#[tokio::test]
+async fn a_field_that_is_there_twice_is_told_of() {
+    let api = Api::new();
+    let body = r#"{"metadata": {"name": "a"}, "data": {"k": "1", "k": "2"}}"#;
+    let json = [("content-type", "application/json")];
+    let strict = format!("{CONFIG_MAPS}?fieldValidation=Strict");
+    let error = api.send("POST", &strict, &json, body).await.fails(400);
+    let message = error["message"].as_str().unwrap();
+    assert!(
+        message.contains("strict decoding error: duplicate field \"data.k\""),
+        "{message}"
+    );
+    for (validation, warned) in [("Ignore", false), ("Warn", true)] {
+        let path = format!("{CONFIG_MAPS}?dryRun=All&fieldValidation={validation}");
+        let answer = api.send("POST", &path, &json, body).await;
+        let warning = answer.headers.get("warning").map(|w| w.to_str().unwrap());
+        assert_eq!(
+            warning.is_some_and(|w| w.contains("duplicate field \\\"data.k\\\"")),
+            warned,
+            "{warning:?}"
+        );
+        assert_eq!(answer.ok()["data"]["k"], "2");
+    }
+}
