@@ -31,6 +31,20 @@ impl Cluster {
         }
     }
 
+    /// DELETE of a path; false if there is no such object (any more).
+    pub(crate) async fn delete_optional(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Vec<u8>,
+    ) -> anyhow::Result<bool> {
+        match self.send("DELETE", path, headers, body).await {
+            Ok(_) => Ok(true),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+            Err(error) => Err(self.words(error)),
+        }
+    }
+
     /// Any request with an answer in JSON.
     pub(crate) async fn request(
         &self,

@@ -174,17 +174,18 @@ async fn delete(cluster: &Cluster, target: &Target, args: &Args) -> anyhow::Resu
         options["gracePeriodSeconds"] = json!(seconds);
     }
     let headers = [("content-type", "application/json")];
-    cluster
-        .request("DELETE", &path, &headers, serde_json::to_vec(&options)?)
+    // Somebody else may have removed it since it was read.
+    let asked = cluster
+        .delete_optional(&path, &headers, serde_json::to_vec(&options)?)
         .await
         .with_context(|| format!("deleting {}", target.resource.label(&target.name)))?;
-    Ok(Some(
+    Ok(asked.then(|| {
         object
             .pointer("/metadata/uid")
             .and_then(Value::as_str)
             .unwrap_or_default()
-            .to_owned(),
-    ))
+            .to_owned()
+    }))
 }
 
 /// Waits until objects are gone, or others have their names.

@@ -248,7 +248,8 @@ fn complete(item: &mut Value, resource: &Resource, managed_fields: bool) {
     item.sort_all_objects();
 }
 
-/// Shows what is there, then every change, until it is stopped or the server ends.
+/// Shows what is there, then every change, until it is stopped or the server ends. A table's columns are as wide as the list needs and
+/// grow with later rows.
 async fn watch(cluster: &Cluster, queries: &[Query], args: &Args, out: &Out) -> anyhow::Result<()> {
     let [query] = queries else {
         anyhow::bail!("-w watches one type, or one object");
@@ -266,6 +267,20 @@ async fn watch(cluster: &Cluster, queries: &[Query], args: &Args, out: &Out) -> 
         Some(Output::Yaml | Output::Json | Output::Name)
     );
     let headers: &[(&str, &str)] = if table { &[("accept", AS_TABLE)] } else { &[] };
+    let columns = Columns {
+        wide: args.output == Some(Output::Wide),
+        namespace: args.all_namespaces,
+        labels: args.show_labels,
+    };
+    let mut widths: Option<Vec<usize>> = None;
+    if table {
+        // The watch follows the list without a gap.
+        let path = format!("{}?{selector}", query.resource.path(namespace));
+        let list = cluster.request("GET", &path, headers, Vec::new()).await?;
+        let revision = list["metadata"]["resourceVersion"].as_str();
+        selector.push_str(&format!("&resourceVersion={}", revision.unwrap_or("0")));
+        show_rows(&list, columns, !args.no_headers, &mut widths, out)?;
+    }
     let lines = cluster
         .stream(
             &format!("{}?watch=true&{selector}", query.resource.path(namespace)),
@@ -273,7 +288,6 @@ async fn watch(cluster: &Cluster, queries: &[Query], args: &Args, out: &Out) -> 
         )
         .await?;
     let mut lines = Box::pin(lines).lines().map_err(anyhow::Error::from);
-    let mut widths: Option<Vec<usize>> = None;
     while let Some(line) = lines.next().await {
         let event: Value = serde_json::from_str(&line?)?;
         match event["type"].as_str() {
@@ -286,15 +300,13 @@ async fn watch(cluster: &Cluster, queries: &[Query], args: &Args, out: &Out) -> 
             Some(_) => {}
         }
         if table {
-            let columns = Columns {
-                wide: args.output == Some(Output::Wide),
-                namespace: args.all_namespaces,
-                labels: args.show_labels,
-            };
-            let rows = Table::from_server(&event["object"], columns, "");
-            let first = widths.is_none() && !args.no_headers;
-            let widths = widths.get_or_insert_with(|| rows.widths());
-            out.print(&rows.render(widths, first))?;
+            show_rows(
+                &event["object"],
+                columns,
+                !args.no_headers,
+                &mut widths,
+                out,
+            )?;
         } else {
             let mut item = event["object"].clone();
             complete(&mut item, &query.resource, args.show_managed_fields);
@@ -310,4 +322,26 @@ async fn watch(cluster: &Cluster, queries: &[Query], args: &Args, out: &Out) -> 
         }
     }
     Ok(())
+}
+
+/// Prints the rows of a server's table, if it has any, the first ones below the headings.
+fn show_rows(
+    table: &Value,
+    columns: Columns,
+    headings: bool,
+    widths: &mut Option<Vec<usize>>,
+    out: &Out,
+) -> anyhow::Result<()> {
+    let rows = Table::from_server(table, columns, "");
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let first = widths.is_none() && headings;
+    let known = widths.get_or_insert_default();
+    let needed = rows.widths();
+    known.resize(needed.len(), 0);
+    for (known, needed) in known.iter_mut().zip(needed) {
+        *known = needed.max(*known);
+    }
+    out.print(&rows.render(known, first))
 }

@@ -241,6 +241,36 @@ async fn watch_shows_what_happens() {
         .mesh_until("get cm settings -w", |text| text.contains("settings"))
         .await;
     assert!(table.starts_with("NAME "), "{table}");
+
+    // The columns are as wide as the whole list needs, and wider for what comes.
+    world.file("c.yaml", &CONFIG.replace("name: settings", "name: a"));
+    let long = "a-name-that-is-longer-than-all-the-others";
+    world.file(
+        "d.yaml",
+        &CONFIG.replace("name: settings", &format!("name: {long}")),
+    );
+    world.mesh("apply -f @c.yaml").await.ok();
+    let started = tokio::sync::Notify::new();
+    let watching = world.mesh_until("get cm -w", |text| {
+        if text.contains("settings") {
+            started.notify_one();
+        }
+        text.contains(long)
+    });
+    let changing = async {
+        started.notified().await;
+        world.mesh("apply -f @d.yaml").await.ok();
+    };
+    let (table, ()) = tokio::join!(watching, changing);
+    let starts: Vec<_> = ["NAME ", "a ", "settings "]
+        .into_iter()
+        .map(|name| {
+            let line = table.lines().find(|line| line.starts_with(name)).unwrap();
+            let rest = line.trim_start_matches(|c| c != ' ');
+            line.len() - rest.trim_start().len()
+        })
+        .collect();
+    assert!(starts.iter().all(|start| *start == starts[0]), "{table}");
 }
 
 #[tokio::test]
