@@ -19,6 +19,8 @@ const RECONCILED: &str = "Reconciled";
 const ACCEPTED: &str = "Accepted";
 /// Proxies that a status names at most.
 const MAX_REFUSALS: usize = 5;
+/// Findings that a status tells at most, the worst first: an object may hold thousands of bad rules, and its status has to fit into the API.
+const MAX_PROBLEMS: usize = 50;
 /// Refusals are collected for so long before they are written: a bad object is refused by many proxies at once.
 const COLLECT: Duration = Duration::from_millis(200);
 
@@ -141,7 +143,9 @@ fn api(client: &kube::Client, wish: &Wish) -> Option<Api<DynamicObject>> {
 /// The status to be written, or nothing if the present one says it already. An object without problems is left alone unless
 /// its status tells of some.
 fn desired(wish: &Wish, current: &Value, refusals: &BTreeSet<Refusal>, now: &str) -> Option<Value> {
-    let messages: Vec<Value> = wish.problems.iter().map(message).collect();
+    let problems = worst_first(&wish.problems);
+    let told = problems.iter().take(MAX_PROBLEMS);
+    let messages: Vec<Value> = told.map(|problem| message(problem)).collect();
     let had_messages = current["validationMessages"]
         .as_array()
         .is_some_and(|list| !list.is_empty());
@@ -154,7 +158,7 @@ fn desired(wish: &Wish, current: &Value, refusals: &BTreeSet<Refusal>, now: &str
     let mut ours = Vec::new();
     // Once a condition is there it is kept up to date.
     if reconciled || condition(current, RECONCILED).is_some() {
-        ours.push(of_problems(&wish.problems));
+        ours.push(of_problems(&problems));
     }
     if accepted || condition(current, ACCEPTED).is_some() {
         ours.push(of_refusals(refusals));
@@ -207,14 +211,24 @@ impl Condition {
     }
 }
 
-fn of_problems(problems: &[Problem]) -> Condition {
-    let worst = problems.iter().map(|problem| problem.severity).max();
+fn worst_first(problems: &[Problem]) -> Vec<&Problem> {
+    let mut sorted: Vec<&Problem> = problems.iter().collect();
+    sorted.sort_by_key(|problem| std::cmp::Reverse(problem.severity));
+    sorted
+}
+
+fn of_problems(problems: &[&Problem]) -> Condition {
+    let worst = problems.first().map(|problem| problem.severity);
     let (status, reason) = match worst {
         Some(Severity::Error) => ("False", "ErrorsFound"),
         Some(Severity::Warning) => ("True", "WarningsFound"),
         _ => ("True", "Reconciled"),
     };
-    let texts: Vec<String> = problems.iter().map(describe).collect();
+    let told = problems.iter().take(MAX_PROBLEMS);
+    let mut texts: Vec<String> = told.map(|problem| describe(problem)).collect();
+    if problems.len() > MAX_PROBLEMS {
+        texts.push(format!("and {} more", problems.len() - MAX_PROBLEMS));
+    }
     Condition {
         kind: RECONCILED,
         status,
@@ -273,12 +287,28 @@ fn describe(problem: &Problem) -> String {
 
 /// A message in the form of Istio's `AnalysisMessageBase`.
 fn message(problem: &Problem) -> Value {
-    let code = problem.code.unwrap_or("IST0106");
+    let code = problem.code.unwrap_or(match problem.severity {
+        Severity::Error => "IST0106",
+        Severity::Warning | Severity::Info => "IST0133",
+    });
     json!({
-        "type": { "code": code },
+        "type": { "code": code, "name": name_of(code) },
         "level": problem.severity.to_string().to_uppercase(),
         "documentationUrl": format!("https://istio.io/latest/docs/reference/config/analysis/{}/", code.to_lowercase()),
     })
+}
+
+/// Istio's name of a code that findings here have.
+fn name_of(code: &str) -> &'static str {
+    match code {
+        "IST0101" => "ReferencedResourceNotFound",
+        "IST0109" => "ConflictingMeshGatewayVirtualServiceHosts",
+        "IST0112" => "VirtualServiceDestinationPortSelectorRequired",
+        "IST0132" => "VirtualServiceHostNotFoundInGateway",
+        "IST0133" => "SchemaWarning",
+        "IST0145" => "ConflictingGateways",
+        _ => "SchemaValidationError",
+    }
 }
 
 #[cfg(test)]
@@ -329,6 +359,25 @@ mod tests {
         assert_eq!(cleared["conditions"][0]["status"], "True");
         assert_eq!(cleared["validationMessages"], json!([]));
         assert_eq!(written(&wish(Vec::new(), cleared), "t4"), None);
+    }
+
+    #[test]
+    fn a_status_tells_the_worst_and_counts_the_rest() {
+        let mut problems: Vec<Problem> = (0..60).map(|_| problem(Severity::Warning)).collect();
+        problems.push(Problem {
+            message: "the worst".to_owned(),
+            code: None,
+            ..problem(Severity::Error)
+        });
+        let status = written(&wish(problems, Value::Null), "t").unwrap();
+        let text = status["conditions"][0]["message"].as_str().unwrap();
+        assert!(text.starts_with("spec.hosts[0]: the worst; "), "{text}");
+        assert!(text.ends_with("; and 11 more"), "{text}");
+        assert_eq!(status["conditions"][0]["status"], "False");
+        let messages = status["validationMessages"].as_array().unwrap();
+        assert_eq!(messages.len(), MAX_PROBLEMS);
+        let kind = json!({"code": "IST0106", "name": "SchemaValidationError"});
+        assert_eq!(messages[0]["type"], kind);
     }
 
     #[test]

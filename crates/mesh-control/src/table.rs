@@ -187,8 +187,8 @@ fn findings(key: &ObjectKey, object: &AnyObject) -> Vec<Problem> {
                 mesh_api::Severity::Warning => Severity::Warning,
             },
             message: finding.message,
-            // Istio's SchemaValidationError.
-            code: Some("IST0106"),
+            // Istio's SchemaValidationError or SchemaWarning, by severity.
+            code: None,
         })
         .collect()
 }

@@ -185,11 +185,11 @@ impl Forward {
             max_stream_duration, path_rewrite_policy, hash_policy, request_mirror_policies, rate_limits, include_vh_rate_limits,
             cors,
         }
-        // priority: there are no per-priority circuit breakers. flush_timeout, early_data_policy: concern codecs that are not here.
-        // max_internal_redirects: nothing without the field that it modifies, which is refused.
-        irrelevant { priority, flush_timeout, early_data_policy, max_internal_redirects }
+        // flush_timeout, early_data_policy: concern codecs that are not here. max_internal_redirects: nothing without the field that it
+        // modifies, which is refused.
+        irrelevant { flush_timeout, early_data_policy, max_internal_redirects }
         refused {
-            metadata_match, path_rewrite, retry_policy_typed_config, internal_redirect_policy, internal_redirect_action, hedge_policy,
+            priority, metadata_match, path_rewrite, retry_policy_typed_config, internal_redirect_policy, internal_redirect_action, hedge_policy,
         });
         let (clusters, cluster_header) = compile_clusters(m.cluster_specifier.as_ref(), scope)?;
         let total_weight = clusters.iter().map(|c| c.weight).sum();

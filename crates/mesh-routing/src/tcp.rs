@@ -34,10 +34,9 @@ impl TcpProxy {
         irrelevant {
             stat_prefix, on_demand, access_log_flush_interval, flush_access_log_on_connected, access_log_options, check_drain_close,
             backoff_options, max_early_data_bytes,
-            max_downstream_connection_duration_jitter_percentage,
         }
         refused {
-            metadata_match, access_log, tunneling_config, proxy_protocol_tlvs,
+            max_downstream_connection_duration_jitter_percentage, metadata_match, access_log, tunneling_config, proxy_protocol_tlvs,
             proxy_protocol_tlv_merge_policy, upstream_connect_mode, downstream_idle_timeout, upstream_idle_timeout,
         });
         let clusters = match &m.cluster_specifier {

@@ -55,7 +55,7 @@ impl Breakers {
 
     pub(crate) fn compile(m: &CircuitBreakers) -> Result<Self> {
         every_field!(m, CircuitBreakers, used { thresholds } irrelevant {} refused { per_host_thresholds });
-        // priority HIGH: routes of that priority are treated as of default priority, so its limits are never asked for.
+        // priority HIGH: routes of that priority are refused, so its limits are never asked for.
         match m.thresholds.iter().position(|t| t.priority == 0) {
             Some(i) => m.thresholds.get(i).map_or(Ok(Self::default()), |t| {
                 compile(t).within(format_args!("thresholds[{i}]"))

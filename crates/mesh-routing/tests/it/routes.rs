@@ -535,6 +535,13 @@ fn what_is_not_implemented_is_refused_by_name() {
         }
     });
     assert!(error.contains("route.request_mirror_policies"), "{error}");
+    // Nothing here has breakers of its own for it.
+    let error = refused(&|r| {
+        if let Some(pb::route::Action::Route(action)) = &mut r.action {
+            action.priority = 1;
+        }
+    });
+    assert!(error.contains("route.priority"), "{error}");
     let error = refused(&|r| r.r#match = Some(path(PathSpecifier::SafeRegex(regex("(")))));
     assert!(error.contains("match.safe_regex.regex"), "{error}");
     let error = refused(&|r| {
