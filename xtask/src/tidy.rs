@@ -31,6 +31,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-net",
             "mesh-telemetry",
             "mesh-store",
+            "mesh-identity",
             "mesh-xds",
             "mesh-routing",
         ],

@@ -26,6 +26,7 @@ pub mod pool;
 pub mod reply;
 pub mod report;
 pub mod run;
+pub mod secrets;
 pub mod serve;
 pub mod shared;
 pub mod sniff;

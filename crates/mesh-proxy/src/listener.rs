@@ -20,6 +20,7 @@ use mesh_routing::chain::{ConnectionView, FilterChain, NetworkFilter};
 use mesh_routing::filter::local_rate_limit::LocalRateLimit;
 use mesh_routing::hcm::{Codec, HttpManager};
 use mesh_routing::listener::{Direction, Listener};
+use mesh_routing::peer::PeerTls;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -53,6 +54,8 @@ pub struct Downstream {
     pub redirected: bool,
     /// Direction of the listener.
     pub direction: Direction,
+    /// What the TLS handshake has shown; `None` for plain text.
+    pub tls: Option<Arc<PeerTls>>,
     /// Where its filter chain is found in snapshots to come.
     place: Place,
     manager: RefCell<Managed>,
@@ -207,6 +210,7 @@ async fn serve_inner(
         destination,
         redirected: original.is_some(),
         direction,
+        tls: None,
         buckets: RefCell::default(),
         activity: Arc::default(),
         idle_since: Cell::new(clock::now()),

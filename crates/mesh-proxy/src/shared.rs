@@ -50,6 +50,8 @@ pub struct Shared {
     pub upstreams: Upstreams,
     /// What filters of all workers count together.
     pub counters: crate::filter::bucket::Counters,
+    /// Keys, certificates and authorities.
+    pub secrets: crate::secrets::Secrets,
     /// Set while connections are drained.
     pub draining: AtomicBool,
     /// Set by `POST /healthcheck/fail`.
@@ -80,6 +82,7 @@ impl Shared {
             totals: Totals::default(),
             upstreams: Upstreams::default(),
             counters: crate::filter::bucket::Counters::default(),
+            secrets: crate::secrets::Secrets::default(),
             draining: AtomicBool::new(false),
             failing: AtomicBool::new(false),
             configured: AtomicBool::new(false),

@@ -28,6 +28,7 @@ pub mod listener;
 pub mod matcher;
 mod metadata;
 pub mod mirror;
+pub mod peer;
 pub mod retry;
 pub mod rewrite;
 pub mod route;
