@@ -3,6 +3,7 @@
 mod destination_rules;
 mod envoy_filters;
 mod gateways;
+mod security;
 mod services;
 mod virtual_services;
 mod workloads;
@@ -26,6 +27,8 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
     mesh.destination_rules = destination_rules::build(objects, &mesh, &mut problems);
     mesh.envoy_filters = envoy_filters::build(objects, &mut problems);
     mesh.gateways = gateways::build(objects, &mut problems);
+    mesh.security = security::build(objects, &mut problems);
+    mesh.jwks = objects.jwks.clone();
     mesh.virtual_services = virtual_services::build(objects, &mesh, &mut problems);
     for (key, object) in &objects.istio {
         report_kind_not_applied(key, object, &mut problems);
@@ -55,6 +58,9 @@ fn report_kind_not_applied(key: &ObjectKey, object: &AnyObject, problems: &mut V
             | AnyObject::DestinationRule(_)
             | AnyObject::Gateway(_)
             | AnyObject::EnvoyFilter(_)
+            | AnyObject::PeerAuthentication(_)
+            | AnyObject::AuthorizationPolicy(_)
+            | AnyObject::RequestAuthentication(_)
     ) {
         return;
     }
