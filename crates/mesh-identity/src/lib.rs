@@ -7,6 +7,7 @@
 //! [`spiffe::SpiffeId`] names a workload, [`tls`] turns PEM into rustls configurations.
 
 pub mod ca;
+pub mod channel;
 pub mod csr;
 pub mod spiffe;
 pub mod tls;

@@ -5,9 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,12 +12,11 @@ use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service
 use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse,
 };
-use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::backoff::Backoff;
+use crate::channel::{self, ChannelError, Connector, CredentialSource};
 use crate::nack::{self, Rejection};
 use crate::resources::Resource;
 use crate::{Node, types};
@@ -30,10 +26,8 @@ const MAX_RESPONSE: usize = 256 << 20;
 /// Requests that may wait for the network. More than one per type is never needed for long.
 const REQUEST_QUEUE: usize = 64;
 
-/// Opens a TCP connection to a resolved address. The proxy passes one that marks its sockets, so that capture lets them through.
-pub type Connector = Arc<
-    dyn Fn(SocketAddr) -> Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>> + Send + Sync,
->;
+/// Adds to what the node says of itself, before each stream.
+pub type NodeUpdate = Arc<dyn Fn(&mut Node) + Send + Sync>;
 
 /// Name, then version, of resources.
 pub type Versions = BTreeMap<String, String>;
@@ -57,6 +51,12 @@ pub struct ClientConfig {
     pub connect_timeout: Duration,
     /// Opens connections. Default: a plain TCP connection.
     pub connector: Connector,
+    /// What connections are authenticated with, in TLS. Default: none, plain text.
+    pub credentials: Option<CredentialSource>,
+    /// Changes the node before each stream. Default: none.
+    pub node_update: Option<NodeUpdate>,
+    /// A change here ends the stream and opens another at once: with new credentials, and what else the node says then. Default: none.
+    pub reconnect: Option<watch::Receiver<u64>>,
 }
 
 impl ClientConfig {
@@ -71,7 +71,10 @@ impl ClientConfig {
             backoff_first: Duration::from_millis(50),
             backoff_max: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
-            connector: Arc::new(|address| Box::pin(TcpStream::connect(address))),
+            connector: channel::plain_connector(),
+            credentials: None,
+            node_update: None,
+            reconnect: None,
         }
     }
 }
@@ -122,18 +125,14 @@ pub struct AdsClient {
 enum StreamError {
     #[error("no address of a control plane is configured")]
     NoAddress,
-    #[error("resolving {0}: {1}")]
-    Resolve(String, io::Error),
-    #[error("resolving {0}: no addresses")]
-    NoSuchHost(String),
-    #[error("connecting to {0}: {1}")]
-    Connect(String, String),
-    #[error("connecting to {0}: no answer within {1:?}")]
-    ConnectTimeout(String, Duration),
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
     #[error("discovery stream to {0}: {1}")]
     Stream(String, String),
     #[error("discovery stream to {0}: ended by the control plane")]
     Ended(String),
+    #[error("discovery stream: opened anew, since what this node is known by has changed")]
+    Renewed,
 }
 
 impl AdsClient {
@@ -167,9 +166,18 @@ impl AdsClient {
             });
         let mut backoff = Backoff::new(self.config.backoff_first, self.config.backoff_max, seed);
         let mut attempt = 0_usize;
+        let mut renewals = self.config.reconnect.take();
         loop {
             let mut was_connected = false;
-            let error = self.stream(attempt, &mut handler, &mut was_connected).await;
+            if let Some(renewals) = &mut renewals {
+                renewals.mark_unchanged();
+            }
+            let error = self
+                .stream(attempt, &mut handler, &mut was_connected, &mut renewals)
+                .await;
+            if matches!(error, StreamError::Renewed) {
+                continue;
+            }
             if was_connected {
                 backoff.reset();
             }
@@ -188,26 +196,32 @@ impl AdsClient {
         attempt: usize,
         handler: &mut H,
         was_connected: &mut bool,
+        renewals: &mut Option<watch::Receiver<u64>>,
     ) -> StreamError {
         let count = self.config.addresses.len();
         if count == 0 {
             return StreamError::NoAddress;
         }
         let address = self.config.addresses[attempt % count].clone();
-        let channel = match self.connect(&address).await {
-            Ok(channel) => channel,
-            Err(error) => return error,
+        let opened = channel::open(
+            &address,
+            &self.config.connector,
+            self.config.credentials.as_ref(),
+            self.config.connect_timeout,
+        );
+        let connection = match opened.await {
+            Ok(connection) => connection,
+            Err(error) => return error.into(),
         };
         let (requests, queue) = mpsc::channel(REQUEST_QUEUE.max(self.config.types.len() + 1));
         for request in self.first_requests() {
             // The queue was made long enough for these.
             let _ = requests.try_send(request);
         }
-        let mut client =
-            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE);
-        let opened = client
-            .delta_aggregated_resources(ReceiverStream::new(queue))
-            .await;
+        let request = connection.request(ReceiverStream::new(queue));
+        let mut client = AggregatedDiscoveryServiceClient::new(connection.channel)
+            .max_decoding_message_size(MAX_RESPONSE);
+        let opened = client.delta_aggregated_resources(request).await;
         let mut responses = match opened {
             Ok(response) => response.into_inner(),
             Err(status) => return StreamError::Stream(address, describe(&status)),
@@ -216,7 +230,11 @@ impl AdsClient {
             address: address.clone(),
         });
         loop {
-            match responses.message().await {
+            let message = tokio::select! {
+                message = responses.message() => message,
+                () = renewed(renewals) => return StreamError::Renewed,
+            };
+            match message {
                 Ok(Some(response)) => {
                     *was_connected = true;
                     let answer = self.take(response, handler).await;
@@ -230,53 +248,13 @@ impl AdsClient {
         }
     }
 
-    /// Resolves the address and connects to the first of its addresses that answers.
-    async fn connect(&self, address: &str) -> Result<Channel, StreamError> {
-        let limit = self.config.connect_timeout;
-        let attempt = async {
-            let resolved: Vec<SocketAddr> = tokio::net::lookup_host(address)
-                .await
-                .map_err(|error| StreamError::Resolve(address.to_owned(), error))?
-                .collect();
-            let mut last = StreamError::NoSuchHost(address.to_owned());
-            for candidate in resolved {
-                match self.connect_to(candidate).await {
-                    Ok(channel) => return Ok(channel),
-                    Err(error) => {
-                        last = StreamError::Connect(address.to_owned(), describe_chain(&error));
-                    }
-                }
-            }
-            Err(last)
-        };
-        tokio::time::timeout(limit, attempt)
-            .await
-            .unwrap_or_else(|_| Err(StreamError::ConnectTimeout(address.to_owned(), limit)))
-    }
-
-    async fn connect_to(&self, address: SocketAddr) -> Result<Channel, tonic::transport::Error> {
-        let connector = Arc::clone(&self.config.connector);
-        let service = tower::service_fn(move |_: Uri| {
-            let connecting = connector(address);
-            async move {
-                let stream = connecting.await?;
-                stream.set_nodelay(true)?;
-                Ok::<_, io::Error>(hyper_util::rt::TokioIo::new(stream))
-            }
-        });
-        Endpoint::from_shared(format!("http://{address}"))?
-            .http2_keep_alive_interval(Duration::from_secs(30))
-            .keep_alive_timeout(Duration::from_secs(10))
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20)
-            .connect_with_connector(service)
-            .await
-    }
-
     /// One subscription per type; the node goes with the first.
     fn first_requests(&self) -> Vec<DeltaDiscoveryRequest> {
-        let mut node = Some(self.config.node.clone());
+        let mut node = self.config.node.clone();
+        if let Some(update) = &self.config.node_update {
+            update(&mut node);
+        }
+        let mut node = Some(node);
         self.config
             .types
             .iter()
@@ -376,14 +354,12 @@ fn describe(status: &tonic::Status) -> String {
     format!("{:?}: {}", status.code(), status.message())
 }
 
-/// An error with its causes; tonic's own text ("transport error") says nothing.
-fn describe_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
+/// Waits for a change; for ever where nothing will change.
+async fn renewed(renewals: &mut Option<watch::Receiver<u64>>) {
+    if let Some(renewals) = renewals
+        && renewals.changed().await.is_ok()
+    {
+        return;
     }
-    text
+    std::future::pending().await
 }
