@@ -199,6 +199,10 @@ async fn serve_inner(
         tracing::debug!(%remote, %destination, listener = &*listener.name, "no filter chain takes the connection");
         return Ok(());
     };
+    if chain.tls.is_some() {
+        tracing::debug!(%remote, %destination, "closed: TLS is not terminated yet");
+        return Ok(());
+    }
     if !admits(&worker, &chain) {
         tracing::debug!(%remote, %destination, "closed: beyond the local rate limit");
         return Ok(());

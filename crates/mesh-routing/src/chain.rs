@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3::CidrRange;
 use envoy_types::pb::envoy::config::listener::v3 as pb;
@@ -12,16 +13,24 @@ use envoy_types::pb::envoy::extensions::filters::network::local_ratelimit::v3::L
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy as PbTcpProxy;
 use prost::Message;
 
-use crate::error::{CompileError, Result, Within, every_field, flag};
+use crate::error::{CompileError, Result, Within, every_field, flag, nonzero_duration};
 use crate::filter::local_rate_limit::ConnectionLimit;
 use crate::hcm::HttpManager;
 use crate::tcp::TcpProxy;
+use crate::tls::{self, ServerTls};
+
+/// Limit for a handshake where none is configured (Envoy waits for ever).
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A filter chain.
 #[derive(Debug)]
 pub struct FilterChain {
     /// Its name.
     pub name: Arc<str>,
+    /// How the bytes are protected; `None` for plain text.
+    pub tls: Option<Arc<ServerTls>>,
+    /// Limit for the handshake.
+    pub handshake_timeout: Duration,
     /// Limits for new connections, in order.
     pub limits: Vec<Arc<ConnectionLimit>>,
     /// What it does with a connection.
@@ -161,17 +170,11 @@ impl Candidate {
 /// The chain itself.
 pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
     every_field!(m, pb::FilterChain,
-        used { filter_chain_match, filters, name, transport_socket, use_proxy_proto }
-        irrelevant { metadata, transport_socket_connect_timeout }
+        used { filter_chain_match, filters, name, transport_socket, use_proxy_proto, transport_socket_connect_timeout }
+        irrelevant { metadata }
         refused {});
     if flag(m.use_proxy_proto.as_ref(), false) {
         return Err(CompileError::unsupported("use_proxy_proto"));
-    }
-    if m.transport_socket
-        .as_ref()
-        .is_some_and(|s| s.name != "envoy.transport_sockets.raw_buffer")
-    {
-        return Err(CompileError::unsupported("transport_socket"));
     }
     let mut terminal = None;
     let mut limits = Vec::new();
@@ -188,6 +191,12 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
     }
     Ok(Arc::new(FilterChain {
         name: m.name.as_str().into(),
+        tls: tls::downstream(m.transport_socket.as_ref()).within("transport_socket")?,
+        handshake_timeout: nonzero_duration(
+            "transport_socket_connect_timeout",
+            m.transport_socket_connect_timeout.as_ref(),
+        )?
+        .unwrap_or(HANDSHAKE_TIMEOUT),
         limits,
         filter: terminal.ok_or_else(|| {
             CompileError::new(

@@ -3,6 +3,7 @@
 //! The set is closed: fault injection, CORS, local and global rate limits. The router is the proxy itself; filters that are statistics or
 //! metadata exchange are built in; all others are refused by name.
 
+pub mod alpn;
 pub mod cors;
 pub mod descriptor;
 pub mod fault;
@@ -38,8 +39,9 @@ const LOCAL_RATE_LIMIT: &str = "envoy.extensions.filters.http.local_ratelimit.v3
 const RATE_LIMIT: &str = "envoy.extensions.filters.http.ratelimit.v3.RateLimit";
 const RATE_LIMIT_PER_ROUTE: &str = "envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute";
 const FILTER_CONFIG: &str = "envoy.config.route.v3.FilterConfig";
-/// Statistics and metadata exchange, which are built in.
+/// Statistics and metadata exchange, which are built in; the ALPN names of requests, which the connection manager looks for itself.
 const BUILT_IN: &[&str] = &[
+    alpn::ALPN,
     "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
     "io.istio.http.peer_metadata.Config",
     "stats.PluginConfig",

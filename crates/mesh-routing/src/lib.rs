@@ -34,6 +34,7 @@ pub mod rewrite;
 pub mod route;
 pub mod tcp;
 mod template;
+pub mod tls;
 pub mod upgrade;
 pub mod xxhash;
 
