@@ -9,6 +9,7 @@
 pub mod ca;
 pub mod channel;
 pub mod csr;
+pub mod jwt;
 pub mod spiffe;
 pub mod tls;
 pub mod token;
