@@ -133,8 +133,8 @@ fn escaped(value: &str) -> String {
     out
 }
 
-/// What the names of a certificate are asked.
-pub type NameCheck = Arc<dyn Fn(&CertificateNames) -> bool + Send + Sync>;
+/// What a certificate is asked: its names, and it in DER.
+pub type NameCheck = Arc<dyn Fn(&CertificateNames, &[u8]) -> bool + Send + Sync>;
 
 /// Whom a side of a connection trusts.
 #[derive(Clone)]
@@ -158,11 +158,13 @@ impl fmt::Debug for Trust {
 }
 
 impl Trust {
-    /// A verifier of clients' certificates. `required`: a client without one is refused.
+    /// A verifier of clients' certificates. `required`: a client without one is refused. `only_leaf_revoked`: only the leaf is looked up
+    /// in the revocation lists.
     pub fn of_clients(
         self,
         provider: &Arc<CryptoProvider>,
         required: bool,
+        only_leaf_revoked: bool,
     ) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
         let mut builder =
             WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider.clone());
@@ -170,6 +172,9 @@ impl Trust {
             builder = builder
                 .with_crls(self.revoked)
                 .allow_unknown_revocation_status();
+        }
+        if only_leaf_revoked {
+            builder = builder.only_check_end_entity_revocation();
         }
         if !required {
             builder = builder.allow_unauthenticated();
@@ -188,6 +193,7 @@ impl Trust {
         self,
         provider: &Arc<CryptoProvider>,
         match_server_name: bool,
+        only_leaf_revoked: bool,
     ) -> Result<Arc<dyn ServerCertVerifier>, TlsError> {
         let mut builder =
             WebPkiServerVerifier::builder_with_provider(self.roots.clone(), provider.clone());
@@ -195,6 +201,9 @@ impl Trust {
             builder = builder
                 .with_crls(self.revoked)
                 .allow_unknown_revocation_status();
+        }
+        if only_leaf_revoked {
+            builder = builder.only_check_end_entity_revocation();
         }
         let chain = builder.build().map_err(|error| TlsError::Trust {
             reason: error.to_string(),
@@ -208,16 +217,32 @@ impl Trust {
 }
 
 /// A verifier of servers that takes any certificate, as Envoy does where a cluster names no authority. The server must still hold the
-/// certificate's key.
-pub fn any_server(provider: &Arc<CryptoProvider>) -> Arc<dyn ServerCertVerifier> {
-    Arc::new(Anyone(provider.clone()))
+/// certificate's key, and the certificate the names that are asked.
+pub fn any_server(
+    provider: &Arc<CryptoProvider>,
+    names: Option<NameCheck>,
+) -> Arc<dyn ServerCertVerifier> {
+    Arc::new(Anyone(provider.clone(), names))
+}
+
+/// SHA-256 of a certificate's public key info and of the certificate itself; `None` where it cannot be read.
+pub fn hashes(certificate: &[u8]) -> Option<([u8; 32], [u8; 32])> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    Some((sha256(parsed.subject_pki.raw)?, sha256(certificate)?))
+}
+
+/// SHA-256.
+pub fn sha256(bytes: &[u8]) -> Option<[u8; 32]> {
+    let suite = rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13()?;
+    let hash = suite.common.hash_provider.hash(bytes);
+    hash.as_ref().try_into().ok()
 }
 
 fn check(names: Option<&NameCheck>, certificate: &CertificateDer<'_>) -> Result<(), Error> {
     let Some(holds) = names else { return Ok(()) };
     let read = CertificateNames::of(certificate)
         .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-    match holds(&read) {
+    match holds(&read, certificate) {
         true => Ok(()),
         false => Err(Error::InvalidCertificate(CertificateError::NotValidForName)),
     }
@@ -346,7 +371,7 @@ impl ServerCertVerifier for Servers {
     }
 }
 
-struct Anyone(Arc<CryptoProvider>);
+struct Anyone(Arc<CryptoProvider>, Option<NameCheck>);
 
 impl fmt::Debug for Anyone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -357,12 +382,13 @@ impl fmt::Debug for Anyone {
 impl ServerCertVerifier for Anyone {
     fn verify_server_cert(
         &self,
-        _: &CertificateDer<'_>,
+        certificate: &CertificateDer<'_>,
         _: &[CertificateDer<'_>],
         _: &ServerName<'_>,
         _: &[u8],
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
+        check(self.1.as_ref(), certificate)?;
         Ok(ServerCertVerified::assertion())
     }
 

@@ -27,8 +27,12 @@ use tokio::net::TcpStream;
 use crate::clock;
 use crate::exec::LocalExec;
 use crate::filter::bucket::Buckets;
+use crate::filter::guard;
 use crate::framing::HeadScan;
 use crate::sniff::{self, Protocol};
+use crate::tls::HandshakeError;
+use crate::tls::accept::Acceptance;
+use crate::tls::wire::Wire;
 use crate::worker::Worker;
 use crate::{http as http_path, tcp};
 
@@ -196,25 +200,52 @@ async fn serve_inner(
         false => None,
     };
     let Some(chain) = choose(&listener, destination, remote, protocol.as_ref()) else {
+        let counters = worker.shared.listeners.listener(&accepted.name);
+        counters
+            .no_filter_chain_match
+            .fetch_add(1, Ordering::Relaxed);
         tracing::debug!(%remote, %destination, listener = &*listener.name, "no filter chain takes the connection");
         return Ok(());
     };
-    if chain.tls.is_some() {
-        tracing::debug!(%remote, %destination, "closed: TLS is not terminated yet");
-        return Ok(());
-    }
     if !admits(&worker, &chain) {
         tracing::debug!(%remote, %destination, "closed: beyond the local rate limit");
         return Ok(());
     }
+    let place = Place::of(&listener, &chain);
+    let arrived = Arrived {
+        wire: Wire::Plain(stream),
+        prefix,
+        protocol,
+        tls: None,
+    };
+    let mut arrived = match &chain.tls {
+        None => arrived,
+        Some(settings) => {
+            let counters = worker.shared.listeners.listener(&accepted.name);
+            let acceptance = Acceptance {
+                shared: &worker.shared,
+                running: &worker.handshakes,
+                settings,
+                timeout: chain.handshake_timeout,
+                counters: &counters,
+            };
+            match Box::pin(arrived.protect(&acceptance)).await {
+                Ok(arrived) => arrived,
+                Err(error) => {
+                    tracing::debug!(%remote, %destination, %error, "handshake");
+                    return Ok(());
+                }
+            }
+        }
+    };
     let connection = Rc::new(Downstream {
-        place: Place::of(&listener, &chain),
+        place,
         manager: RefCell::default(),
         remote,
         destination,
         redirected: original.is_some(),
         direction,
-        tls: None,
+        tls: arrived.tls,
         buckets: RefCell::default(),
         activity: Arc::default(),
         idle_since: Cell::new(clock::now()),
@@ -226,14 +257,74 @@ async fn serve_inner(
         requests: Cell::new(0),
         worker,
     });
+    if !chain.guards.is_empty() {
+        let name = match (&connection.tls, &arrived.protocol) {
+            (Some(tls), _) => tls.sni.as_deref(),
+            (None, Some(Protocol::Tls { server_name, .. })) => server_name.as_deref(),
+            _ => None,
+        };
+        if !Box::pin(guard::admits(&connection, &chain, name)).await {
+            guard::wait_for_first_byte(&mut arrived.wire, &arrived.prefix).await;
+            return Ok(());
+        }
+    }
     match &chain.filter {
         NetworkFilter::Tcp(proxy) => {
-            tcp::serve(&connection, proxy, stream, prefix.freeze()).await;
+            tcp::serve(&connection, proxy, arrived.wire, arrived.prefix.freeze()).await;
             Ok(())
         }
         NetworkFilter::Http(manager) => {
-            serve_http(connection, manager.clone(), stream, prefix, protocol).await
+            let Arrived {
+                wire,
+                prefix,
+                protocol,
+                ..
+            } = arrived;
+            serve_http(connection, manager.clone(), wire, prefix, protocol).await
         }
+    }
+}
+
+/// A connection on its way to its filter chain.
+struct Arrived {
+    wire: Wire,
+    /// What was read of it.
+    prefix: BytesMut,
+    protocol: Option<Protocol>,
+    tls: Option<Arc<PeerTls>>,
+}
+
+impl Arrived {
+    /// Runs the handshake; what was read belongs to that.
+    async fn protect(mut self, acceptance: &Acceptance<'_>) -> Result<Self, HandshakeError> {
+        let Wire::Plain(mut stream) = self.wire else {
+            return Ok(self);
+        };
+        if self.protocol.is_none() {
+            // No inspector has looked, but what the client offers has to be known.
+            let reading = read_until_known(&mut stream, &mut self.prefix);
+            match tokio::time::timeout(acceptance.timeout, reading).await {
+                Ok(protocol) => self.protocol = Some(protocol?),
+                Err(_) => {
+                    acceptance.counters.count(&HandshakeError::Timeout);
+                    return Err(HandshakeError::Timeout);
+                }
+            }
+        }
+        let (wire, peer) = acceptance
+            .accept(stream, self.prefix.freeze(), self.protocol.as_ref())
+            .await?;
+        let protocol = match peer.alpn.as_deref() {
+            Some("h2") => Some(Protocol::Http2),
+            Some(_) => Some(Protocol::Http11),
+            None => None,
+        };
+        Ok(Self {
+            wire,
+            prefix: BytesMut::new(),
+            protocol,
+            tls: Some(peer),
+        })
     }
 }
 
@@ -311,7 +402,7 @@ fn choose(
 async fn serve_http(
     connection: Rc<Downstream>,
     manager: Arc<HttpManager>,
-    mut stream: TcpStream,
+    mut stream: Wire,
     mut prefix: BytesMut,
     protocol: Option<Protocol>,
 ) -> io::Result<()> {
@@ -355,7 +446,7 @@ async fn serve_http(
 }
 
 /// Does the connection begin with the preface of HTTP/2?
-async fn preface(stream: &mut TcpStream, prefix: &mut BytesMut) -> io::Result<bool> {
+async fn preface(stream: &mut Wire, prefix: &mut BytesMut) -> io::Result<bool> {
     loop {
         let seen = prefix.len().min(sniff::PREFACE.len());
         if prefix.get(..seen) != sniff::PREFACE.get(..seen) {
@@ -564,7 +655,7 @@ impl Downstream {
 /// The connection with the bytes that were read to find out what it speaks.
 struct Prefixed {
     prefix: Bytes,
-    stream: TcpStream,
+    stream: Wire,
     activity: Arc<Activity>,
     scan: Option<HeadScan>,
 }

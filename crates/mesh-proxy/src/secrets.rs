@@ -13,7 +13,7 @@ use mesh_identity::verify::CertificateNames;
 use rustls::RootCertStore;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
+use rustls_pki_types::CertificateRevocationListDer;
 use zeroize::Zeroizing;
 
 /// Name of the workload's own certificate (Istio's agent).
@@ -35,6 +35,11 @@ pub enum Secret {
         /// Their certificates.
         roots_pem: String,
         /// Revocation lists, empty where there are none.
+        crl_pem: String,
+    },
+    /// Revocation lists alone.
+    Revoked {
+        /// The lists.
         crl_pem: String,
     },
 }
@@ -67,6 +72,8 @@ pub enum Material {
         Arc<RootCertStore>,
         Vec<CertificateRevocationListDer<'static>>,
     ),
+    /// Revocation lists.
+    Revoked(Vec<CertificateRevocationListDer<'static>>),
 }
 
 /// A secret in force.
@@ -110,6 +117,14 @@ impl Secrets {
             source,
         };
         let (material, certificates_pem) = read(secret).map_err(refused)?;
+        // Agents give the same authorities again with every certificate: sessions need not end for that.
+        if let (Material::Trust(_, lists), Some(held)) = (&material, self.held(name))
+            && let Material::Trust(_, held_lists) = &held.material
+            && held.certificates_pem == certificates_pem
+            && held_lists == lists
+        {
+            return Ok(());
+        }
         self.change(|table, version| {
             let held = Held {
                 material,
@@ -170,20 +185,22 @@ fn read(secret: Secret) -> Result<(Material, String), TlsError> {
             Ok((Material::Certificate(Arc::new(key)), chain_pem))
         }
         Secret::Trust { roots_pem, crl_pem } => {
-            let lists = CertificateRevocationListDer::pem_slice_iter(crl_pem.as_bytes());
-            let lists = lists.collect::<Result<Vec<_>, _>>();
-            let lists = lists.map_err(|error| TlsError::Pem {
-                what: "revocation lists",
-                reason: error.to_string(),
-            })?;
-            Ok((Material::Trust(roots(&roots_pem)?, lists), roots_pem))
+            let material = Material::Trust(roots(&roots_pem)?, revocations(&crl_pem)?);
+            Ok((material, roots_pem))
+        }
+        Secret::Revoked { crl_pem } => {
+            Ok((Material::Revoked(revocations(&crl_pem)?), String::new()))
         }
     }
 }
 
-/// The certificates of a chain, for who only has PEM.
-pub fn leaf_of(chain_pem: &str) -> Option<CertificateDer<'static>> {
-    split_certificates(chain_pem).ok()?.into_iter().next()
+fn revocations(pem: &str) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    let lists = CertificateRevocationListDer::pem_slice_iter(pem.as_bytes());
+    let lists = lists.collect::<Result<Vec<_>, _>>();
+    lists.map_err(|error| TlsError::Pem {
+        what: "revocation lists",
+        reason: error.to_string(),
+    })
 }
 
 #[cfg(test)]

@@ -7,15 +7,16 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use mesh_net::copy;
 use mesh_net::splice::{Counters, bidirectional};
 use mesh_routing::tcp::TcpProxy;
 use mesh_telemetry::TcpHandles;
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use crate::listener::Downstream;
 use crate::pool::Host;
 use crate::report::{Flag, Flags};
+use crate::tls::wire::Wire;
 use crate::upstream::Wish;
 
 /// How often byte counters of open connections reach the metrics (Istio's `reportingInterval` is 15 s; ours costs next to nothing).
@@ -25,7 +26,7 @@ const REPORT_EVERY: Duration = Duration::from_secs(5);
 pub async fn serve(
     connection: &Rc<Downstream>,
     proxy: &TcpProxy,
-    mut stream: TcpStream,
+    mut stream: Wire,
     prefix: Bytes,
 ) {
     let worker = &connection.worker;
@@ -92,8 +93,8 @@ pub async fn serve(
 async fn relay(
     host: &Rc<Host>,
     handles: &TcpHandles,
-    stream: &mut TcpStream,
-    upstream: &mut TcpStream,
+    stream: &mut Wire,
+    upstream: &mut Wire,
     prefix: &[u8],
     proxy: &TcpProxy,
 ) -> Flags {
@@ -111,7 +112,13 @@ async fn relay(
         (received, sent) = (now_received, now_sent);
     };
     let end = proxy.max_duration.map(|limit| Instant::now() + limit);
-    let copying = bidirectional(stream, upstream, prefix, proxy.idle_timeout, &counters);
+    let idle = proxy.idle_timeout;
+    let copying = async {
+        match (stream, upstream) {
+            (Wire::Plain(a), Wire::Plain(b)) => bidirectional(a, b, prefix, idle, &counters).await,
+            (a, b) => copy::bidirectional(a, b, prefix, idle, &counters).await,
+        }
+    };
     tokio::pin!(copying);
     let end = loop {
         let far = Instant::now() + REPORT_EVERY;

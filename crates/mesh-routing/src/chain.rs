@@ -8,13 +8,17 @@ use envoy_types::pb::envoy::config::core::v3::CidrRange;
 use envoy_types::pb::envoy::config::listener::v3 as pb;
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType;
 use envoy_types::pb::envoy::config::listener::v3::filter_chain_match::ConnectionSourceType;
+use envoy_types::pb::envoy::extensions::filters::network::ext_authz::v3::ExtAuthz;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
 use envoy_types::pb::envoy::extensions::filters::network::local_ratelimit::v3::LocalRateLimit;
+use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy as PbTcpProxy;
 use prost::Message;
 
 use crate::error::{CompileError, Result, Within, every_field, flag, nonzero_duration};
+use crate::filter::ext_authz::ConnectionExtAuthz;
 use crate::filter::local_rate_limit::ConnectionLimit;
+use crate::filter::rbac::ConnectionRbac;
 use crate::hcm::HttpManager;
 use crate::tcp::TcpProxy;
 use crate::tls::{self, ServerTls};
@@ -33,8 +37,19 @@ pub struct FilterChain {
     pub handshake_timeout: Duration,
     /// Limits for new connections, in order.
     pub limits: Vec<Arc<ConnectionLimit>>,
+    /// Who may connect, in order.
+    pub guards: Vec<Guard>,
     /// What it does with a connection.
     pub filter: NetworkFilter,
+}
+
+/// A filter that decides who may connect.
+#[derive(Debug)]
+pub enum Guard {
+    /// By rules.
+    Rbac(Arc<ConnectionRbac>),
+    /// By asking a service.
+    ExtAuthz(Arc<ConnectionExtAuthz>),
 }
 
 /// The terminal network filter.
@@ -95,7 +110,7 @@ pub struct Cidr {
 }
 
 impl Cidr {
-    fn compile(m: &CidrRange) -> Result<Self> {
+    pub(crate) fn compile(m: &CidrRange) -> Result<Self> {
         let base: IpAddr = m.address_prefix.parse().map_err(|_| {
             CompileError::new(
                 "address_prefix",
@@ -177,7 +192,7 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
         return Err(CompileError::unsupported("use_proxy_proto"));
     }
     let mut terminal = None;
-    let mut limits = Vec::new();
+    let (mut limits, mut guards) = (Vec::new(), Vec::new());
     for (i, filter) in m.filters.iter().enumerate() {
         let at = format!("filters[{i}] {}", filter.name);
         if terminal.is_some() {
@@ -186,6 +201,7 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
         match compile_filter(filter).within(at)? {
             Compiled::Terminal(filter) => terminal = Some(filter),
             Compiled::Limit(limit) => limits.push(Arc::new(limit)),
+            Compiled::Guard(guard) => guards.push(guard),
             Compiled::BuiltIn => {}
         }
     }
@@ -198,6 +214,7 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
         )?
         .unwrap_or(HANDSHAKE_TIMEOUT),
         limits,
+        guards,
         filter: terminal.ok_or_else(|| {
             CompileError::new(
                 "filters",
@@ -210,6 +227,7 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
 enum Compiled {
     Terminal(NetworkFilter),
     Limit(ConnectionLimit),
+    Guard(Guard),
     BuiltIn,
 }
 
@@ -237,6 +255,16 @@ fn compile_filter(m: &pb::Filter) -> Result<Compiled> {
             let limit = LocalRateLimit::decode(any.value.as_slice()).map_err(broken)?;
             let limit = ConnectionLimit::compile(&limit)?;
             Ok(limit.map_or(Compiled::BuiltIn, Compiled::Limit))
+        }
+        "envoy.extensions.filters.network.rbac.v3.RBAC" => {
+            let rbac = Rbac::decode(any.value.as_slice()).map_err(broken)?;
+            let guard = ConnectionRbac::compile(&rbac)?.map(|rbac| Guard::Rbac(Arc::new(rbac)));
+            Ok(guard.map_or(Compiled::BuiltIn, Compiled::Guard))
+        }
+        "envoy.extensions.filters.network.ext_authz.v3.ExtAuthz" => {
+            let filter = ExtAuthz::decode(any.value.as_slice()).map_err(broken)?;
+            let filter = ConnectionExtAuthz::compile(&filter)?;
+            Ok(Compiled::Guard(Guard::ExtAuthz(Arc::new(filter))))
         }
         // Statistics and metadata exchange are built in.
         "stats.PluginConfig" | "envoy.tcp.metadataexchange.config.MetadataExchange" => {

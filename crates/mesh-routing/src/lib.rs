@@ -16,6 +16,7 @@ pub mod action;
 pub mod chain;
 pub mod cluster;
 pub mod compile;
+pub mod dynamic;
 pub mod endpoint;
 mod error;
 pub mod filter;

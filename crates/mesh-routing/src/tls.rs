@@ -21,7 +21,7 @@ use prost::Message;
 use crate::error::{CompileError, Result, Within, every_field, flag, nonzero_duration};
 
 pub use params::{Group, Params, Suite, Version};
-pub use validation::{Presented, Revoked, SanMatch, Validation};
+pub use validation::{Authorities, Pins, Presented, Revoked, SanMatch, Validation, dns_matches};
 
 const DOWNSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
 const UPSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";

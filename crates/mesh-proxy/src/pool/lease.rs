@@ -68,7 +68,7 @@ impl Lease {
         history.requests += 1;
         if let Sender::Http2(shared) = &sender {
             shared.streams.set(shared.streams.get() + 1);
-            shared.history.set(history);
+            shared.history.replace(history.clone());
         }
         host.active.set(host.active.get() + 1);
         host.core.counters.inc(Counter::RqTotal);
@@ -123,7 +123,7 @@ impl Lease {
         if let Some(Sender::Http1(_)) = self.sender
             && let Some(Sender::Http1(sender)) = self.sender.take()
         {
-            keep(&self.host, sender, self.history);
+            keep(&self.host, sender, self.history.clone());
         }
     }
 

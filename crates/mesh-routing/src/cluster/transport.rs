@@ -11,6 +11,7 @@ use envoy_types::pb::google::protobuf::value::Kind;
 use http::HeaderName;
 
 use crate::error::{CompileError, Result, Within, every_field};
+use crate::metadata;
 use crate::tls::{self, ClientTls, SecretName};
 
 /// Section of an endpoint's metadata that selects its transport socket.
@@ -28,6 +29,9 @@ pub struct Transports {
     default: Option<Arc<ClientTls>>,
     /// Names from requests.
     pub names: NamesFromRequests,
+    /// Requests do not change the application protocols (`istio.alpn_override: "false"` in the cluster's metadata: TLS to servers that are
+    /// not sidecars).
+    pub fixed_alpn: bool,
 }
 
 /// `upstream_http_protocol_options`.
@@ -71,6 +75,9 @@ impl Transports {
             matches,
             default: tls::upstream(m.transport_socket.as_ref()).within("transport_socket")?,
             names: NamesFromRequests::default(),
+            fixed_alpn: metadata::istio(m.metadata.as_ref())
+                .and_then(|istio| metadata::text(istio, "alpn_override"))
+                == Some("false"),
         })
     }
 
@@ -81,6 +88,11 @@ impl Transports {
             Some((_, found)) => found.as_ref(),
             None => self.default.as_ref(),
         }
+    }
+
+    /// Is any endpoint spoken to in TLS?
+    pub fn is_tls(&self) -> bool {
+        self.all().next().is_some()
     }
 
     /// All TLS settings.
@@ -100,6 +112,7 @@ impl Transports {
             a.as_ref().map(|tls| tls.common.key()) == b.as_ref().map(|tls| tls.common.key())
         };
         self.names == other.names
+            && self.fixed_alpn == other.fixed_alpn
             && same(&self.default, &other.default)
             && self.matches.len() == other.matches.len()
             && self

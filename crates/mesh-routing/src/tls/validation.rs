@@ -199,7 +199,8 @@ impl Validation {
         }))
     }
 
-    pub(super) fn secrets(&self) -> impl Iterator<Item = &SecretName> {
+    /// The secrets that it names.
+    pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
         let authorities = match &self.authorities {
             Some(Authorities::Secret(name)) => Some(name),
             _ => None,
