@@ -200,6 +200,11 @@ impl HeaderMatch {
         }
     }
 
+    /// The same rules where there is no request at all, as for a connection that is judged by itself.
+    pub(crate) fn matches_nothing(&self) -> bool {
+        self.judge(None)
+    }
+
     /// Envoy's rules: of several values one has to match, each judged by itself; a missing header matches nothing (inverted or not)
     /// unless it is to be treated as empty, or its presence is what is asked for.
     pub fn matches(&self, request: &RequestView<'_>) -> bool {
