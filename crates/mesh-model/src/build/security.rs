@@ -9,6 +9,8 @@ use mesh_api::security::peer_authentication::{MutualTlsMode, PeerAuthentication 
 use mesh_api::security::request_authentication::RequestAuthentication as RequestSpec;
 use mesh_api::{AnyObject, LabelSelector, Object, PolicyTargetReference};
 
+use serde_json::Value;
+
 use super::created;
 use crate::mesh::Security;
 use crate::problem::Reporter;
@@ -17,6 +19,8 @@ use crate::rules::{
 };
 use crate::{ObjectKey, Objects, Problem, Severity};
 
+/// A key set without keys.
+const NO_KEYS: &str = r#"{"keys":[]}"#;
 /// Annotation that makes a policy one to try out.
 const DRY_RUN: &str = "istio.io/dry-run";
 
@@ -199,6 +203,15 @@ fn request(
     report: &mut Reporter<'_>,
 ) -> RequestAuthentication {
     let spec = &object.spec;
+    let mut rules = spec.jwt_rules.clone();
+    for (index, rule) in rules.iter_mut().enumerate() {
+        if !rule.jwks.is_empty() && !has_keys(&rule.jwks) {
+            let message = "not a JSON Web Key Set with at least one key; every token of the issuer is refused";
+            let field = format!("spec.jwtRules[{index}].jwks");
+            report.report(Severity::Error, Some("IST0106"), field, message);
+            NO_KEYS.clone_into(&mut rule.jwks);
+        }
+    }
     RequestAuthentication {
         key: key.clone(),
         created: created(&object.meta),
@@ -208,8 +221,16 @@ fn request(
             &spec.target_refs,
             report,
         ),
-        rules: spec.jwt_rules.clone(),
+        rules,
     }
+}
+
+/// True for a JSON Web Key Set that is not empty.
+fn has_keys(text: &str) -> bool {
+    let set: Option<Value> = serde_json::from_str(text).ok();
+    set.as_ref()
+        .and_then(|set| set.get("keys")?.as_array())
+        .is_some_and(|keys| !keys.is_empty())
 }
 
 /// Targets that only waypoints serve are reported.
