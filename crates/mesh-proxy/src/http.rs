@@ -1,5 +1,6 @@
 //! The way of an HTTP request, as one function of numbered phases.
 
+mod client_cert;
 mod facts;
 mod hooks;
 mod outgoing;
@@ -310,6 +311,9 @@ async fn send(
     }
     match outcome.result {
         Ok(done) => {
+            if connection.direction == Direction::Outbound {
+                report.principals = done.lease.principals();
+            }
             let extras = Extras {
                 peer_exchange,
                 upgrade,

@@ -11,6 +11,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
+use http::HeaderValue;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -18,7 +19,7 @@ use mesh_net::sockets::original_destination;
 use mesh_routing::Snapshot;
 use mesh_routing::chain::{ConnectionView, FilterChain, NetworkFilter};
 use mesh_routing::filter::local_rate_limit::LocalRateLimit;
-use mesh_routing::hcm::{Codec, HttpManager};
+use mesh_routing::hcm::{ClientCert, Codec, HttpManager};
 use mesh_routing::listener::{Direction, Listener};
 use mesh_routing::peer::PeerTls;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
@@ -29,6 +30,7 @@ use crate::exec::LocalExec;
 use crate::filter::bucket::Buckets;
 use crate::filter::guard;
 use crate::framing::HeadScan;
+use crate::report::principals::Principals;
 use crate::sniff::{self, Protocol};
 use crate::tls::HandshakeError;
 use crate::tls::accept::Acceptance;
@@ -60,6 +62,10 @@ pub struct Downstream {
     pub direction: Direction,
     /// What the TLS handshake has shown; `None` for plain text.
     pub tls: Option<Arc<PeerTls>>,
+    /// What both sides have proved, in mutual TLS.
+    pub principals: Option<Arc<Principals>>,
+    /// What is said of the client's certificate to who is behind us, by these settings.
+    pub client_cert: RefCell<Option<(ClientCert, HeaderValue)>>,
     /// Where its filter chain is found in snapshots to come.
     place: Place,
     manager: RefCell<Managed>,
@@ -245,6 +251,8 @@ async fn serve_inner(
         destination,
         redirected: original.is_some(),
         direction,
+        principals: arrived.tls.as_deref().and_then(Principals::of_client),
+        client_cert: RefCell::default(),
         tls: arrived.tls,
         buckets: RefCell::default(),
         activity: Arc::default(),

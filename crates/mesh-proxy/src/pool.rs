@@ -20,6 +20,7 @@ use tokio::sync::{Semaphore, oneshot};
 use crate::body::RequestBody;
 use crate::clock;
 use crate::exec::LocalExec;
+use crate::report::principals::Principals;
 use crate::shared::Shared;
 use crate::tls::connect::Wish;
 use crate::upstream::Core;
@@ -79,6 +80,8 @@ struct Idle {
 struct History {
     /// What the request wanted that it was opened for.
     wish: Wish,
+    /// What both sides have proved, in mutual TLS.
+    principals: Option<Arc<Principals>>,
     /// Second of the worker's clock at which it was opened.
     born: u32,
     /// Requests it was lent for.
@@ -232,7 +235,8 @@ impl Host {
                 }
                 continue;
             };
-            let (stream, open) = self.dial(shared, config, held, wish).await?;
+            let (dialled, open) = self.dial(shared, config, held, wish).await?;
+            let (stream, principals) = (dialled.wire, dialled.principals);
             let (mut sender, connection) = http1::Builder::new()
                 .handshake(TokioIo::new(stream))
                 .await?;
@@ -244,7 +248,7 @@ impl Host {
                 drop(open);
             });
             sender.ready().await?;
-            return Lease::new(self, Sender::Http1(sender), config, self.begin_history(wish));
+            return Lease::new(self, Sender::Http1(sender), config, self.begin_history(wish, principals));
         }
     }
 
@@ -261,8 +265,9 @@ impl Host {
         Ok(Some(lease.used_before(suspect)))
     }
 
-    fn begin_history(&self, wish: &Wish) -> History {
+    fn begin_history(&self, wish: &Wish, principals: Option<Arc<Principals>>) -> History {
         History {
+            principals,
             wish: wish.clone(),
             born: clock::now(),
             requests: 0,
@@ -344,7 +349,8 @@ impl Host {
                 self.wait().await;
                 continue;
             };
-            let (stream, open) = self.dial(shared, config, held, wish).await?;
+            let (dialled, open) = self.dial(shared, config, held, wish).await?;
+            let (stream, principals) = (dialled.wire, dialled.principals);
             let (mut sender, mut connection) = http2_builder(config)
                 .handshake(TokioIo::new(stream))
                 .await?;
@@ -369,7 +375,7 @@ impl Host {
                 room,
                 streams: Cell::new(0),
                 since: Cell::new(clock::now()),
-                history: RefCell::new(self.begin_history(wish)),
+                history: RefCell::new(self.begin_history(wish, principals)),
             });
             self.http2.borrow_mut().push(made.clone());
             let history = made.history.borrow().clone();

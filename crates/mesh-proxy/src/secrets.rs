@@ -1,6 +1,8 @@
 //! Keys, certificates and trusted authorities by name, as SDS knows them. Workers read without a lock; who changes one lets new handshakes
 //! use the new one, while connections that are open go on.
 
+pub mod files;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -217,7 +219,7 @@ mod tests {
     fn a_broken_secret_leaves_the_one_before_it() {
         let authority = Authority::generate("o", "root", now(), 3600).unwrap();
         let leaf = authority
-            .issue("a", &["a.example"], &[], now(), 600)
+            .issue_server(&["a.example"], &[], now(), 600)
             .unwrap();
         let secrets = Secrets::default();
         let good = || Secret::Certificate {
@@ -227,7 +229,7 @@ mod tests {
         secrets.set(WORKLOAD, good()).unwrap();
         let first = secrets.held(WORKLOAD).unwrap();
         let other = authority
-            .issue("b", &["b.example"], &[], now(), 600)
+            .issue_server(&["b.example"], &[], now(), 600)
             .unwrap();
         let mixed = Secret::Certificate {
             chain_pem: leaf.chain_pem.clone(),

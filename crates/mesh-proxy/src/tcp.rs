@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use mesh_net::copy;
 use mesh_net::splice::{Counters, bidirectional};
+use mesh_routing::listener::Direction;
 use mesh_routing::tcp::TcpProxy;
 use mesh_telemetry::TcpHandles;
 use tokio::time::Instant;
@@ -70,7 +71,12 @@ pub async fn serve(
         refused(connection, &reports, flag);
         return;
     };
-    let handles = reports.tcp(&host.peer, connection.direction, Flags::NONE);
+    let principals = match connection.direction {
+        Direction::Inbound => connection.principals.clone(),
+        Direction::Outbound => upstream.principals.clone(),
+    };
+    let principals = principals.as_ref();
+    let handles = reports.tcp(&host.peer, principals, connection.direction, Flags::NONE);
     let flags = relay(
         &host,
         &handles,
@@ -83,7 +89,7 @@ pub async fn serve(
     match flags.is_empty() {
         true => handles.closed.inc(),
         false => reports
-            .tcp(&host.peer, connection.direction, flags)
+            .tcp(&host.peer, principals, connection.direction, flags)
             .closed
             .inc(),
     };
@@ -145,6 +151,7 @@ async fn relay(
 fn refused(connection: &Downstream, reports: &crate::report::Reports, flags: impl Into<Flags>) {
     let handles = reports.tcp(
         connection.worker.peers.unknown(),
+        connection.principals.as_ref(),
         connection.direction,
         flags.into(),
     );

@@ -13,9 +13,10 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 
 use crate::pool::Host;
+use crate::report::principals::Principals;
 use crate::shared::Shared;
 use crate::tls::HandshakeError;
-use crate::tls::connect::{Target, Wish as TlsWish};
+use crate::tls::connect::{Connected, Target, Wish as TlsWish};
 use crate::tls::wire::Wire;
 use crate::upstream::breaker::Held;
 use crate::upstream::counters::{Counter, HostCounter, HostShard};
@@ -84,6 +85,8 @@ impl Drop for Open {
 pub struct TcpUpstream {
     /// The connection.
     pub stream: Wire,
+    /// What both sides have proved, in mutual TLS.
+    pub principals: Option<Arc<Principals>>,
     _open: Open,
 }
 
@@ -98,12 +101,13 @@ impl Host {
             .core
             .begin_connection(false)
             .ok_or(ConnectError::Overflow)?;
-        let (stream, open) = self
+        let (dialled, open) = self
             .dial(shared, config, held, &TlsWish::default())
             .await?;
         self.observe_connect(ConnectOutcome::ConnectedFinal);
         Ok(TcpUpstream {
-            stream,
+            stream: dialled.wire,
+            principals: dialled.principals,
             _open: open,
         })
     }
@@ -115,7 +119,7 @@ impl Host {
         config: &ClusterConfig,
         held: Held,
         wish: &TlsWish,
-    ) -> Result<(Wire, Open), ConnectError> {
+    ) -> Result<(Connected, Open), ConnectError> {
         let open = Open::new(self, held);
         let totals = &shared.totals;
         totals.upstream_connections.fetch_add(1, Ordering::Relaxed);
@@ -150,10 +154,14 @@ impl Host {
         shared: &Shared,
         config: &ClusterConfig,
         wish: &TlsWish,
-    ) -> Result<Wire, ConnectError> {
+    ) -> Result<Connected, ConnectError> {
         let stream = open_socket(shared, config, self.address).await?;
         let Some(settings) = self.transport() else {
-            return Ok(Wire::Plain(stream));
+            return Ok(Connected {
+                wire: Wire::Plain(stream),
+                principals: None,
+                resumed: false,
+            });
         };
         let hostname = self.hostname();
         let target = Target {
@@ -164,12 +172,12 @@ impl Host {
         };
         // Boxed, since it is large and rare.
         match Box::pin(target.connect(shared, stream, wish)).await {
-            Ok((wire, resumed)) => {
+            Ok(connected) => {
                 self.core.counters.inc(Counter::SslHandshake);
-                if resumed {
+                if connected.resumed {
                     self.core.counters.inc(Counter::SslSessionReused);
                 }
-                Ok(wire)
+                Ok(connected)
             }
             Err(error) => {
                 self.core.counters.inc(match error.tls() {

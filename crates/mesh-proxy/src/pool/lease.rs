@@ -1,6 +1,7 @@
 //! A connection lent to one request.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -9,6 +10,7 @@ use mesh_routing::cluster::ClusterConfig;
 use crate::body::RequestBody;
 use crate::clock;
 use crate::pool::connect::ConnectError;
+use crate::report::principals::Principals;
 use crate::pool::{History, Host, Http1, Idle, MOST_IDLE, Multiplexed};
 use crate::upstream::breaker::Held;
 use crate::upstream::counters::{Counter, HostCounter};
@@ -93,6 +95,11 @@ impl Lease {
         self.reused = true;
         self.suspect = suspect;
         self
+    }
+
+    /// What both sides of the connection have proved, in mutual TLS.
+    pub fn principals(&self) -> Option<Arc<Principals>> {
+        self.history.principals.clone()
     }
 
     /// The endpoint.

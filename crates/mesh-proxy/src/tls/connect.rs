@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use mesh_identity::verify::CertificateNames;
 use mesh_routing::cluster::ClusterConfig;
 use mesh_routing::filter::alpn::Protocols;
 use mesh_routing::tls::ClientTls;
@@ -14,6 +15,7 @@ use tokio_rustls::{TlsConnector, TlsStream};
 
 use super::HandshakeError;
 use super::wire::{Rewound, Wire};
+use crate::report::principals::Principals;
 use crate::shared::Shared;
 
 /// What a request wants of the connection that it goes out on. Connections are shared only among requests that want the same.
@@ -34,6 +36,16 @@ impl PartialEq for Wish {
         };
         same_alpn && self.server_name == other.server_name
     }
+}
+
+/// A connection in TLS.
+pub struct Connected {
+    /// It.
+    pub wire: Wire,
+    /// What both sides have proved.
+    pub principals: Option<Arc<Principals>>,
+    /// An earlier session was resumed.
+    pub resumed: bool,
 }
 
 /// An endpoint's side of what is asked for.
@@ -63,13 +75,13 @@ impl Target<'_> {
         DnsName::try_from(name.to_ascii_lowercase()).map_or(address, ServerName::DnsName)
     }
 
-    /// Runs the handshake. True if an earlier session was resumed.
+    /// Runs the handshake.
     pub async fn connect(
         &self,
         shared: &Shared,
         stream: TcpStream,
         wish: &Wish,
-    ) -> Result<(Wire, bool), HandshakeError> {
+    ) -> Result<Connected, HandshakeError> {
         let validate = self.config.transports.names.validate || self.settings.validate_sni;
         let context = shared
             .contexts
@@ -85,8 +97,19 @@ impl Target<'_> {
             None => connector.connect(name, stream),
         };
         let stream = connecting.await?;
-        let resumed = stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
-        Ok((Wire::Tls(Box::new(TlsStream::Client(stream))), resumed))
+        let session = stream.get_ref().1;
+        let resumed = session.handshake_kind() == Some(HandshakeKind::Resumed);
+        let leaf = session.peer_certificates().and_then(<[_]>::first);
+        let names = leaf.and_then(|leaf| CertificateNames::of(leaf).ok());
+        let local = context.local.uri_sans.first().map(|uri| &**uri);
+        let remote = names.as_ref().and_then(|names| names.uri.first());
+        // Of a server that is no workload nothing is told.
+        let principals = remote.and_then(|remote| Principals::of(local, Some(remote)));
+        Ok(Connected {
+            wire: Wire::Tls(Box::new(TlsStream::Client(stream))),
+            principals,
+            resumed,
+        })
     }
 }
 
