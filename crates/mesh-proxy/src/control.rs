@@ -8,10 +8,11 @@ use std::sync::atomic::Ordering;
 use mesh_routing::compile::{CLUSTER, ENDPOINTS, LISTENER, ROUTE};
 use mesh_routing::{Rejection as Refused, XdsState};
 use mesh_store::{Batch, Store, StoreError, StoreOptions, Tree};
-use mesh_xds::client::Versions;
+use mesh_xds::client::{Named, Versions};
 use mesh_xds::{Handler, Rejection, Update};
 use prost::Message;
 
+use crate::sds::{SECRET, Subscription};
 use crate::shared::Shared;
 
 /// The resources are small and read once, at the start.
@@ -108,6 +109,7 @@ pub struct Receiver {
     state: XdsState,
     /// Versions by type and name, for the config dump and for what a new stream begins with.
     versions: BTreeMap<String, Versions>,
+    secrets: Subscription,
     seen: [bool; 2],
 }
 
@@ -119,6 +121,7 @@ impl Receiver {
             keeper,
             state: XdsState::default(),
             versions: BTreeMap::new(),
+            secrets: Subscription::default(),
             seen: [false; 2],
         };
         let kept = receiver.keeper.as_ref().map(Keeper::load);
@@ -159,6 +162,7 @@ impl Receiver {
                 .or_default()
                 .remove(&refused.name);
         }
+        self.secrets.follow(&self.shared);
         self.seen = [
             !self.state.clusters.is_empty(),
             !self.state.listeners.is_empty(),
@@ -171,6 +175,11 @@ impl Receiver {
         self.versions.clone()
     }
 
+    /// The secrets to subscribe to.
+    pub fn secrets(&self) -> Named {
+        self.secrets.named()
+    }
+
     fn note_configured(&self) {
         let complete = self.seen == [true; 2] && self.shared.snapshot().warming().is_empty();
         if complete {
@@ -178,7 +187,29 @@ impl Receiver {
         }
     }
 
+    fn apply_secrets(&mut self, update: &Update) -> Vec<Rejection> {
+        for name in &update.removals {
+            self.secrets.remove(&self.shared, name);
+        }
+        let taken = update.upserts.iter().map(|resource| {
+            let taken = self
+                .secrets
+                .take(&self.shared, &resource.name, &resource.value);
+            (&resource.name, taken)
+        });
+        let refused = taken.filter_map(|(name, taken)| taken.err().map(|why| (name, why)));
+        refused
+            .map(|(name, message)| Rejection {
+                name: name.clone(),
+                message,
+            })
+            .collect()
+    }
+
     fn apply(&mut self, update: &Update) -> Vec<Rejection> {
+        if update.type_url == SECRET {
+            return self.apply_secrets(update);
+        }
         let mut refused = Vec::new();
         for resource in &update.upserts {
             if let Err(message) = insert(
@@ -208,6 +239,7 @@ impl Receiver {
             name: r.name,
             message: r.message,
         }));
+        self.secrets.follow(&self.shared);
         refused
     }
 }
@@ -229,11 +261,9 @@ impl Handler for Receiver {
             _ => {}
         }
         self.note_configured();
-        if let Some(Err(error)) = self
-            .keeper
-            .as_ref()
-            .map(|keeper| keeper.keep(&update, &refused))
-        {
+        // Secrets are not for the disk.
+        let keeper = self.keeper.as_ref().filter(|_| update.type_url != SECRET);
+        if let Some(Err(error)) = keeper.map(|keeper| keeper.keep(&update, &refused)) {
             tracing::warn!(%error, "keeping resources for the next start");
         }
         refused

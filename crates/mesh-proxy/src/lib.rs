@@ -27,6 +27,7 @@ pub mod pool;
 pub mod reply;
 pub mod report;
 pub mod run;
+pub mod sds;
 pub mod secrets;
 pub mod serve;
 pub mod shared;

@@ -3,7 +3,7 @@
 //! It subscribes to every type with the wildcard: the server knows what the node needs, and sends it in an order in which
 //! nothing refers to what has not arrived. It runs on any tokio runtime, a current-thread one too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,8 +39,10 @@ pub struct ClientConfig {
     pub addresses: Vec<String>,
     /// Who we are; sent with the first request of each stream.
     pub node: Node,
-    /// Type URLs to subscribe to. Default: [`types::PUSH_ORDER`].
+    /// Type URLs to subscribe to as a whole. Default: clusters, endpoints, listeners, routes.
     pub types: Vec<String>,
+    /// A type of which only what is needed is asked for. Default: none.
+    pub named: Option<Named>,
     /// By type URL, the resources that we hold already (from an earlier run): they are sent again only if they changed.
     pub initial_versions: BTreeMap<String, Versions>,
     /// First wait after a failure (doubles, with jitter). Default: 50 ms.
@@ -66,7 +68,15 @@ impl ClientConfig {
         Self {
             addresses,
             node,
-            types: types::PUSH_ORDER.map(str::to_owned).to_vec(),
+            types: [
+                types::CLUSTER,
+                types::ENDPOINT,
+                types::LISTENER,
+                types::ROUTE,
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+            named: None,
             initial_versions: BTreeMap::new(),
             backoff_first: Duration::from_millis(50),
             backoff_max: Duration::from_secs(5),
@@ -77,6 +87,15 @@ impl ClientConfig {
             reconnect: None,
         }
     }
+}
+
+/// A type that is subscribed to by name.
+#[derive(Clone)]
+pub struct Named {
+    /// The type.
+    pub type_url: String,
+    /// The names that are wanted; a change is sent on at once.
+    pub names: watch::Receiver<Arc<BTreeSet<String>>>,
 }
 
 /// What one response changes. The first update of a type on a stream may be empty: it says that all of the type is there.
@@ -229,10 +248,22 @@ impl AdsClient {
         self.state.send_replace(ConnectionState::Connected {
             address: address.clone(),
         });
+        let mut named = self.config.named.clone();
+        let mut subscribed = BTreeSet::new();
+        if let Some(named) = &mut named {
+            named.names.mark_changed();
+        }
         loop {
             let message = tokio::select! {
                 message = responses.message() => message,
                 () = renewed(renewals) => return StreamError::Renewed,
+                () = renamed(&mut named) => {
+                    let request = self.subscription(named.as_mut(), &mut subscribed);
+                    if let Some(request) = request && requests.send(request).await.is_err() {
+                        return StreamError::Ended(address);
+                    }
+                    continue;
+                }
             };
             match message {
                 Ok(Some(response)) => {
@@ -270,6 +301,35 @@ impl AdsClient {
                 ..Default::default()
             })
             .collect()
+    }
+
+    /// What has to be said after the names that are wanted have changed; nothing if they are those of before.
+    fn subscription(
+        &mut self,
+        named: Option<&mut Named>,
+        subscribed: &mut BTreeSet<String>,
+    ) -> Option<DeltaDiscoveryRequest> {
+        let named = named?;
+        let wanted = named.names.borrow_and_update().clone();
+        if *subscribed == *wanted {
+            return None;
+        }
+        let first = subscribed.is_empty();
+        let gone: Vec<String> = subscribed.difference(&wanted).cloned().collect();
+        let accepted = self.accepted.entry(named.type_url.clone()).or_default();
+        accepted.retain(|name, _| wanted.contains(name));
+        let request = DeltaDiscoveryRequest {
+            type_url: named.type_url.clone(),
+            resource_names_subscribe: wanted.difference(subscribed).cloned().collect(),
+            resource_names_unsubscribe: gone,
+            initial_resource_versions: match first {
+                true => accepted.clone().into_iter().collect(),
+                false => Default::default(),
+            },
+            ..Default::default()
+        };
+        *subscribed = BTreeSet::clone(&wanted);
+        Some(request)
     }
 
     /// Hands a response to the handler and makes the ACK or NACK.
@@ -358,6 +418,16 @@ fn describe(status: &tonic::Status) -> String {
 async fn renewed(renewals: &mut Option<watch::Receiver<u64>>) {
     if let Some(renewals) = renewals
         && renewals.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+/// Waits until other names are wanted; for ever where there are none.
+async fn renamed(named: &mut Option<Named>) {
+    if let Some(named) = named
+        && named.names.changed().await.is_ok()
     {
         return;
     }
