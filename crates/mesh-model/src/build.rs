@@ -8,6 +8,8 @@ mod services;
 mod virtual_services;
 mod workloads;
 
+use std::sync::Arc;
+
 use mesh_api::{AnyObject, Meta};
 
 use crate::mesh::DOMAIN;
@@ -22,6 +24,7 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
         ..Mesh::default()
     };
     let mut problems = Vec::new();
+    check_limits(&mut mesh, &mut problems);
     mesh.workloads = workloads::build(objects);
     mesh.services = services::build(objects, &mesh);
     mesh.destination_rules = destination_rules::build(objects, &mesh, &mut problems);
@@ -48,6 +51,19 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
     problems.dedup();
     mesh.problems = problems;
     mesh
+}
+
+/// Takes suites and curves out of the mesh's configuration that are not served: one of them would cost every listener.
+fn check_limits(mesh: &mut Mesh, problems: &mut Vec<Problem>) {
+    let config = Arc::make_mut(&mut mesh.config);
+    let key = ObjectKey::new("ConfigMap", config.root_namespace.clone(), "istio");
+    let mut report = Reporter::new(&key, problems);
+    gateways::mesh_limits(&mut config.mesh_mtls, "data.mesh.meshMTLS", &mut report);
+    gateways::mesh_limits(
+        &mut config.tls_defaults,
+        "data.mesh.tlsDefaults",
+        &mut report,
+    );
 }
 
 /// Kinds that a later version applies: nothing that a user wrote is ignored in silence.

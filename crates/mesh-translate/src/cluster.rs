@@ -96,7 +96,7 @@ pub(crate) fn add_outbound(
         port,
         subset,
     };
-    target.apply(&policy, &mut cluster, &mut options, &mut resources.secrets);
+    let own_alpn = target.apply(&policy, &mut cluster, &mut options, &mut resources.secrets);
     set_options(&mut cluster, options);
     let mut fields = described(&[service]);
     if let Some(key) = rule.and_then(|rule| rule.keys.first()) {
@@ -104,6 +104,9 @@ pub(crate) fn add_outbound(
             "config".to_owned(),
             metadata::text(metadata::config_path(key)),
         );
+    }
+    if own_alpn {
+        fields.insert("alpn_override".to_owned(), metadata::text("false"));
     }
     if !subset.is_empty() {
         fields.insert("subset".to_owned(), metadata::text(subset));

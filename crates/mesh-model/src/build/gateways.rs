@@ -14,6 +14,8 @@ use crate::{ObjectKey, Objects, Problem, Protocol, Severity, hostname};
 
 mod tls;
 
+pub(crate) use tls::mesh_limits;
+
 pub(crate) fn build(objects: &Objects, problems: &mut Vec<Problem>) -> Vec<Arc<Gateway>> {
     let mut gateways = Vec::new();
     for (key, object) in &objects.istio {

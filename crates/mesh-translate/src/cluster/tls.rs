@@ -42,27 +42,31 @@ pub(super) struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Sets the transport; `secrets` gets the names of what the control plane has to provide.
+    /// Sets the transport; `secrets` gets the names of what the control plane has to provide. True if what the cluster says inside of TLS that it speaks
+    /// is for its server alone, so that the alpn filter must leave it.
     pub(super) fn apply(
         &self,
         policy: &Policy<'_>,
         cluster: &mut Cluster,
         options: &mut Option<HttpProtocolOptions>,
         secrets: &mut BTreeSet<String>,
-    ) {
+    ) -> bool {
         let http2 = is_http2(options.as_ref());
-        match policy.rule.tls {
-            None => self.automatic(cluster, http2),
-            Some(given) => match given.mode {
-                ClientTlsMode::Disable => {}
-                ClientTlsMode::IstioMutual => {
-                    cluster.transport_socket = Some(self.mutual(given, http2));
-                }
-                ClientTlsMode::Simple | ClientTlsMode::Mutual => {
-                    set_automatic_names(given, options);
-                    cluster.transport_socket = Some(self.originated(given, http2, secrets));
-                }
-            },
+        let Some(given) = policy.rule.tls else {
+            self.automatic(cluster, http2);
+            return false;
+        };
+        match given.mode {
+            ClientTlsMode::Disable => false,
+            ClientTlsMode::IstioMutual => {
+                cluster.transport_socket = Some(self.mutual(given, http2));
+                false
+            }
+            ClientTlsMode::Simple | ClientTlsMode::Mutual => {
+                set_automatic_names(given, options);
+                cluster.transport_socket = Some(self.originated(given, http2, secrets));
+                true
+            }
         }
     }
 
@@ -161,8 +165,7 @@ impl Target<'_> {
             ..CommonTlsContext::default()
         };
         let skip = given.insecure_skip_verify == Some(true);
-        let roots;
-        if given.credential_name.is_empty() || !self.may_have_credentials() {
+        let roots = if given.credential_name.is_empty() || !self.may_have_credentials() {
             if mutual {
                 let name = tls::file_certificate(&given.client_certificate, &given.private_key);
                 context
@@ -173,7 +176,7 @@ impl Target<'_> {
                 "" => "system",
                 file => file,
             };
-            roots = tls::secret(tls::file_roots(file), From::Agent);
+            tls::secret(tls::file_roots(file), From::Agent)
         } else {
             if mutual {
                 let name = tls::credential(&given.credential_name);
@@ -186,8 +189,8 @@ impl Target<'_> {
             if !skip {
                 secrets.insert(name.clone());
             }
-            roots = tls::secret(name, From::ControlPlane);
-        }
+            tls::secret(name, From::ControlPlane)
+        };
         context.validation_context_type = Some(if skip {
             ValidationContextType::ValidationContext(CertificateValidationContext::default())
         } else {

@@ -135,15 +135,27 @@ fn provider(mesh: &Mesh, node: &Node, rule: &JwtRule) -> JwtProvider {
         issuer: rule.issuer.clone(),
         audiences: rule.audiences.clone(),
         forward: rule.forward_original_token,
-        forward_payload_header: rule.output_payload_to_header.clone(),
+        forward_payload_header: Some(rule.output_payload_to_header.clone())
+            .filter(|name| is_header(name))
+            .unwrap_or_default(),
         payload_in_metadata: PAYLOAD.to_owned(),
         normalize_payload_in_metadata: Some(NormalizePayload {
             space_delimited_claims: space_delimited(rule),
         }),
-        from_headers: rule.from_headers.iter().map(header).collect(),
+        from_headers: rule
+            .from_headers
+            .iter()
+            .filter(|header| is_header(&header.name))
+            .map(header)
+            .collect(),
         from_params: rule.from_params.clone(),
         from_cookies: rule.from_cookies.clone(),
-        claim_to_headers: rule.output_claim_to_headers.iter().map(claim).collect(),
+        claim_to_headers: rule
+            .output_claim_to_headers
+            .iter()
+            .filter(|claim| is_header(&claim.header) && !claim.claim.is_empty())
+            .map(claim)
+            .collect(),
         // Routes of gateways may depend on claims, which are known only now.
         clear_route_cache: node.kind == NodeKind::Router,
         jwks_source_specifier: Some(JwksSourceSpecifier::LocalJwks(DataSource {
@@ -152,6 +164,12 @@ fn provider(mesh: &Mesh, node: &Node, rule: &JwtRule) -> JwtProvider {
         })),
         ..JwtProvider::default()
     }
+}
+
+/// True for the name of a header (RFC 9110 section 5.1); validation refuses others, and one that came through must not cost the whole listener.
+fn is_header(name: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+    !name.is_empty() && name.bytes().all(fits)
 }
 
 fn space_delimited(rule: &JwtRule) -> Vec<String> {

@@ -78,7 +78,7 @@ impl Context<'_> {
             |value: &str| self.request(PermissionRule::Header(header(":authority", value, true)));
         let method =
             |value: &str| self.request(PermissionRule::Header(header(":method", value, false)));
-        let path = |value: &str| self.request(path(value));
+        let path = |value: &str| self.request(path(value)?);
         self.permissions(&to.hosts, &to.not_hosts, &host, all)?;
         self.permissions(&to.methods, &to.not_methods, &method, all)?;
         self.permissions(&to.paths, &to.not_paths, &path, all)?;
@@ -189,6 +189,7 @@ impl Context<'_> {
         if let Some(name) = key
             .strip_prefix("request.headers[")
             .and_then(|rest| rest.strip_suffix(']'))
+            .filter(|name| !name.is_empty())
         {
             let of = |value: &str| self.of_request(Identifier::Header(header(name, value, false)));
             return self.principals(&condition.values, &condition.not_values, &of, all);
@@ -340,19 +341,39 @@ fn all_principals(mut ids: Vec<Principal>) -> Principal {
 }
 
 /// A path, or a template: `{*}` is one segment, `{**}` all that follow.
-fn path(value: &str) -> PermissionRule {
+fn path(value: &str) -> Option<PermissionRule> {
     if value.contains("{*}") || value.contains("{**}") {
         let template = UriTemplateMatchConfig {
-            path_template: value.replace("{**}", "**").replace("{*}", "*"),
+            path_template: template(value)?,
         };
-        return PermissionRule::UriTemplate(TypedExtensionConfig {
+        return Some(PermissionRule::UriTemplate(TypedExtensionConfig {
             name: "uri-template".to_owned(),
             typed_config: Some(any(&template)),
-        });
+        }));
     }
-    PermissionRule::UrlPath(PathMatcher {
+    Some(PermissionRule::UrlPath(PathMatcher {
         rule: Some(PathRule::Path(string(value))),
-    })
+    }))
+}
+
+/// Envoy's form of a template; `None` for one that it would refuse, and the whole listener with it.
+fn template(value: &str) -> Option<String> {
+    let segments: Vec<&str> = value.strip_prefix('/')?.split('/').collect();
+    let literal = |segment: &str| {
+        let fits =
+            |letter: char| letter.is_ascii_alphanumeric() || "-._~%!$&'+,;:@".contains(letter);
+        !segment.is_empty() && segment.chars().all(fits)
+    };
+    let last = segments.len() - 1;
+    let valid = segments
+        .iter()
+        .enumerate()
+        .all(|(index, segment)| match *segment {
+            "{*}" => true,
+            "{**}" => index == last,
+            segment => literal(segment),
+        });
+    valid.then(|| value.replace("{**}", "**").replace("{*}", "*"))
 }
 
 fn port(value: &str) -> Option<Permission> {
@@ -409,7 +430,8 @@ fn token_identity(value: &str) -> Identifier {
 /// `[a][b]` to a and b.
 fn brackets(text: &str) -> Option<Vec<&str>> {
     let inner = text.strip_prefix('[')?.strip_suffix(']')?;
-    Some(inner.split("][").collect())
+    let names: Vec<&str> = inner.split("][").collect();
+    names.iter().all(|name| !name.is_empty()).then_some(names)
 }
 
 /// What the filters before know of the request.
@@ -428,7 +450,7 @@ fn said(matcher: MetadataMatcher) -> Principal {
 )]
 fn filter_metadata(key: &str, value: &str) -> Option<Permission> {
     let (filter, rest) = key.strip_prefix("experimental.")?.split_once('[')?;
-    let name = rest.strip_suffix(']')?;
+    let name = rest.strip_suffix(']').filter(|name| !name.is_empty())?;
     let in_list = value
         .strip_prefix('[')
         .and_then(|inner| inner.strip_suffix(']'));

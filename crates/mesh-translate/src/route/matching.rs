@@ -69,13 +69,14 @@ fn claim_names(name: &str) -> Option<Vec<&str>> {
     if !prefix.eq_ignore_ascii_case(CLAIMS) {
         return None;
     }
-    match rest.strip_prefix('.') {
-        Some(dotted) => Some(dotted.split('.').collect()),
+    let names: Vec<&str> = match rest.strip_prefix('.') {
+        Some(dotted) => dotted.split('.').collect(),
         None => {
             let inner = rest.strip_prefix('[')?.strip_suffix(']')?;
-            Some(inner.split("][").collect())
+            inner.split("][").collect()
         }
-    }
+    };
+    names.iter().all(|name| !name.is_empty()).then_some(names)
 }
 
 /// A condition on a claim.

@@ -1,5 +1,6 @@
 //! How a gateway ends TLS; what can't be had is reported and taken out.
 
+use mesh_api::mesh_config::TlsConfig;
 use mesh_api::networking::gateway::{ServerTlsMode, ServerTlsSettings, TlsProtocol};
 
 use crate::Severity;
@@ -84,6 +85,23 @@ fn has_certificate(tls: &ServerTlsSettings) -> bool {
         || !(tls.server_certificate.is_empty() || tls.private_key.is_empty())
 }
 
+/// The mesh's limits without what is not served.
+pub(crate) fn mesh_limits(config: &mut TlsConfig, field: &str, report: &mut Reporter<'_>) {
+    // Where nothing is left, the default holds.
+    let _ = retain_known(
+        &mut config.cipher_suites,
+        CIPHER_SUITES,
+        &format!("{field}.cipherSuites"),
+        report,
+    );
+    let _ = retain_known(
+        &mut config.ecdh_curves,
+        CURVES,
+        &format!("{field}.ecdhCurves"),
+        report,
+    );
+}
+
 /// Takes out and reports what is not among `known`; `None` if nothing is left of a list that had something.
 fn retain_known(
     list: &mut Vec<String>,
@@ -113,7 +131,7 @@ fn retain_known(
             Severity::Error,
             None,
             field,
-            "nothing of the list is served; the server is left out",
+            "nothing of the list is served; a server is left out, the mesh has its default",
         );
         return None;
     }
