@@ -58,7 +58,10 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-samples",
         ],
     ),
-    ("mesh-cli", &["mesh-api", "mesh-inject", "mesh-store"]),
+    (
+        "mesh-cli",
+        &["mesh-api", "mesh-identity", "mesh-inject", "mesh-store"],
+    ),
     ("mesh-samples", &[]),
     (
         "mesh",

@@ -53,6 +53,16 @@ impl TrustBundle {
         Self::of(self.roots.iter().chain(&other.roots).cloned().collect())
     }
 
+    /// This bundle with the certificate of this fingerprint at its begin.
+    #[must_use]
+    pub fn with_first(&self, first: &str) -> Self {
+        let mut roots = self.roots.clone();
+        // A stable sort: the others keep their order.
+        roots.sort_by_key(|der| fingerprint(der) != first);
+        let pem = roots.iter().map(|der| to_pem(der)).collect();
+        Self { roots, pem }
+    }
+
     fn of(all: Vec<Vec<u8>>) -> Result<Self, TrustError> {
         let mut roots: Vec<Vec<u8>> = Vec::with_capacity(all.len());
         for der in all {
