@@ -22,9 +22,9 @@ use crate::http::{
     upstream_version,
 };
 use crate::node::{PEER_ID, PEER_METADATA};
-use crate::tls::connect::{Wish as TlsWish, failure_reason};
 use crate::pool::{ConnectError, Host, Lease, Sent, Version as Upstream};
 use crate::report::{Flag, Flags};
+use crate::tls::connect::{Wish as TlsWish, failure_reason};
 use crate::upstream::counters::Counter;
 use crate::upstream::{ClusterState, Observation, RetryGuard, Wish};
 
@@ -346,7 +346,9 @@ fn without_port(authority: &str) -> &str {
     if let Some(rest) = authority.strip_prefix('[') {
         return rest.split(']').next().unwrap_or(rest);
     }
-    authority.rsplit_once(':').map_or(authority, |(host, _)| host)
+    authority
+        .rsplit_once(':')
+        .map_or(authority, |(host, _)| host)
 }
 
 /// A response that the policy wants to try again, or that which is passed on.

@@ -26,7 +26,9 @@ use mesh_routing::route::{Decision, Matched};
 use mesh_routing::upgrade::Passage;
 
 use crate::attempt::{self, Failure};
-use crate::body::{BodyLimits, InFlight, Input, RequestBody, ResponseBody, UpstreamBody, grpc_status};
+use crate::body::{
+    BodyLimits, InFlight, Input, RequestBody, ResponseBody, UpstreamBody, grpc_status,
+};
 use crate::filter;
 use crate::listener::Downstream;
 use crate::message;
@@ -159,7 +161,7 @@ async fn forward(
                     hooks::decorate_reply(matched, &exchange, &parts, response);
                 };
                 let mut response = finish_local(reply.into_response(report, decorate), manager);
-                if exchange.version < Version::HTTP_2 && !body.is_end_stream() {
+                if exchange.version < Version::HTTP_2 && !body.has_arrived() {
                     // The rest of the request is not read.
                     let close = HeaderValue::from_static("close");
                     response.headers_mut().insert(CONNECTION, close);

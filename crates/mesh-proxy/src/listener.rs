@@ -1,5 +1,7 @@
 //! A connection that was accepted: where it was going, what it speaks, which filter chain takes it, and how it ends.
 
+mod arrived;
+
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::SocketAddr;
@@ -32,11 +34,10 @@ use crate::filter::guard;
 use crate::framing::HeadScan;
 use crate::report::principals::Principals;
 use crate::sniff::{self, Protocol};
-use crate::tls::HandshakeError;
-use crate::tls::accept::Acceptance;
 use crate::tls::wire::Wire;
 use crate::worker::Worker;
 use crate::{http as http_path, tcp};
+use arrived::Arrived;
 
 /// Limit for request headers to arrive where the connection manager sets none, in seconds.
 const HEADER_TIMEOUT: u32 = 10;
@@ -218,31 +219,10 @@ async fn serve_inner(
         return Ok(());
     }
     let place = Place::of(&listener, &chain);
-    let arrived = Arrived {
-        wire: Wire::Plain(stream),
-        prefix,
-        protocol,
-        tls: None,
-    };
-    let mut arrived = match &chain.tls {
-        None => arrived,
-        Some(settings) => {
-            let counters = worker.shared.listeners.listener(&accepted.name);
-            let acceptance = Acceptance {
-                shared: &worker.shared,
-                running: &worker.handshakes,
-                settings,
-                timeout: chain.handshake_timeout,
-                counters: &counters,
-            };
-            match Box::pin(arrived.protect(&acceptance)).await {
-                Ok(arrived) => arrived,
-                Err(error) => {
-                    tracing::debug!(%remote, %destination, %error, "handshake");
-                    return Ok(());
-                }
-            }
-        }
+    let arrived = Arrived::plain(stream, prefix, protocol);
+    let counters = || worker.shared.listeners.listener(&accepted.name);
+    let Some(mut arrived) = arrived.through(&worker, &chain, counters).await else {
+        return Ok(());
     };
     let connection = Rc::new(Downstream {
         place,
@@ -253,7 +233,7 @@ async fn serve_inner(
         direction,
         principals: arrived.tls.as_deref().and_then(Principals::of_client),
         client_cert: RefCell::default(),
-        tls: arrived.tls,
+        tls: arrived.tls.clone(),
         buckets: RefCell::default(),
         activity: Arc::default(),
         idle_since: Cell::new(clock::now()),
@@ -266,11 +246,7 @@ async fn serve_inner(
         worker,
     });
     if !chain.guards.is_empty() {
-        let name = match (&connection.tls, &arrived.protocol) {
-            (Some(tls), _) => tls.sni.as_deref(),
-            (None, Some(Protocol::Tls { server_name, .. })) => server_name.as_deref(),
-            _ => None,
-        };
+        let name = arrived.server_name();
         if !Box::pin(guard::admits(&connection, &chain, name)).await {
             guard::wait_for_first_byte(&mut arrived.wire, &arrived.prefix).await;
             return Ok(());
@@ -290,49 +266,6 @@ async fn serve_inner(
             } = arrived;
             serve_http(connection, manager.clone(), wire, prefix, protocol).await
         }
-    }
-}
-
-/// A connection on its way to its filter chain.
-struct Arrived {
-    wire: Wire,
-    /// What was read of it.
-    prefix: BytesMut,
-    protocol: Option<Protocol>,
-    tls: Option<Arc<PeerTls>>,
-}
-
-impl Arrived {
-    /// Runs the handshake; what was read belongs to that.
-    async fn protect(mut self, acceptance: &Acceptance<'_>) -> Result<Self, HandshakeError> {
-        let Wire::Plain(mut stream) = self.wire else {
-            return Ok(self);
-        };
-        if self.protocol.is_none() {
-            // No inspector has looked, but what the client offers has to be known.
-            let reading = read_until_known(&mut stream, &mut self.prefix);
-            match tokio::time::timeout(acceptance.timeout, reading).await {
-                Ok(protocol) => self.protocol = Some(protocol?),
-                Err(_) => {
-                    acceptance.counters.count(&HandshakeError::Timeout);
-                    return Err(HandshakeError::Timeout);
-                }
-            }
-        }
-        let (wire, peer) = acceptance
-            .accept(stream, self.prefix.freeze(), self.protocol.as_ref())
-            .await?;
-        let protocol = match peer.alpn.as_deref() {
-            Some("h2") => Some(Protocol::Http2),
-            Some(_) => Some(Protocol::Http11),
-            None => None,
-        };
-        Ok(Self {
-            wire,
-            prefix: BytesMut::new(),
-            protocol,
-            tls: Some(peer),
-        })
     }
 }
 

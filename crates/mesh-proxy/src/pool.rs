@@ -248,7 +248,12 @@ impl Host {
                 drop(open);
             });
             sender.ready().await?;
-            return Lease::new(self, Sender::Http1(sender), config, self.begin_history(wish, principals));
+            return Lease::new(
+                self,
+                Sender::Http1(sender),
+                config,
+                self.begin_history(wish, principals),
+            );
         }
     }
 
@@ -317,8 +322,9 @@ impl Host {
     /// An HTTP/2 connection with room for another stream.
     fn open_http2(&self, config: &ClusterConfig, wish: &Wish) -> Option<Rc<Multiplexed>> {
         let mut all = self.http2.borrow_mut();
-        let old =
-            |m: &Rc<Multiplexed>| m.sender.is_closed() || self.is_spent(&m.history.borrow(), config);
+        let old = |m: &Rc<Multiplexed>| {
+            m.sender.is_closed() || self.is_spent(&m.history.borrow(), config)
+        };
         // What runs on a spent one goes on; it closes with its last stream.
         all.retain(|m| !old(m));
         let own = config.http2.max_concurrent_streams.unwrap_or(u32::MAX);
@@ -432,7 +438,9 @@ impl Host {
         };
         let mut idle = self.idle.borrow_mut();
         idle.retain(|idle| {
-            !idle.sender.is_closed() && !expired(idle.since) && !self.is_spent(&idle.history, config)
+            !idle.sender.is_closed()
+                && !expired(idle.since)
+                && !self.is_spent(&idle.history, config)
         });
         if idle.is_empty() {
             idle.shrink_to(0);

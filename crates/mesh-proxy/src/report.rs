@@ -312,11 +312,7 @@ impl Reports {
     ) -> Labels {
         let peer = &identified(peer, principals.map(|p| &p.remote));
         let us = &identified(&self.us, principals.map(|p| &p.local));
-        let (source, destination) = if inbound {
-            (peer, us)
-        } else {
-            (us, peer)
-        };
+        let (source, destination) = if inbound { (peer, us) } else { (us, peer) };
         let [service, service_name, service_namespace] = self.service.clone();
         Labels {
             reporter: if inbound {
@@ -516,7 +512,8 @@ impl Drop for Report {
             is_grpc: self.is_grpc,
             host: self.host.take(),
         };
-        let recorded = self.reports
+        let recorded = self
+            .reports
             .requests(key, &self.peer, self.principals.as_ref());
         let handles = &recorded.handles;
         handles.requests.inc();

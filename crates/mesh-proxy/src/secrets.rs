@@ -14,8 +14,8 @@ use mesh_identity::tls::{TlsError, certified_key, roots, split_certificates};
 use mesh_identity::verify::CertificateNames;
 use rustls::RootCertStore;
 use rustls::sign::CertifiedKey;
-use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::CertificateRevocationListDer;
+use rustls_pki_types::pem::PemObject;
 use zeroize::Zeroizing;
 
 /// Name of the workload's own certificate (Istio's agent).

@@ -24,12 +24,7 @@ use crate::upstream::Wish;
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
 /// Relays a connection until it ends.
-pub async fn serve(
-    connection: &Rc<Downstream>,
-    proxy: &TcpProxy,
-    mut stream: Wire,
-    prefix: Bytes,
-) {
+pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Wire, prefix: Bytes) {
     let worker = &connection.worker;
     let snapshot = worker.snapshot();
     let name = proxy.cluster(worker.random());

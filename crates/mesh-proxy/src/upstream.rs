@@ -305,10 +305,7 @@ impl ClusterState {
         {
             self.retire();
         }
-        if matches!(
-            cluster.config.discovery,
-            Discovery::OriginalDestination(_)
-        ) {
+        if matches!(cluster.config.discovery, Discovery::OriginalDestination(_)) {
             let transport = cluster.config.transports.of(&Traits::default());
             let hosts = self.hosts.borrow();
             hosts.values().for_each(|host| host.protect(transport));
@@ -442,7 +439,13 @@ impl ClusterState {
             .or_insert_with(|| {
                 let unknown = peers.unknown().clone();
                 let host = Host::new(&self.core, address, unknown, false);
-                host.protect(self.cluster.borrow().config.transports.of(&Traits::default()));
+                host.protect(
+                    self.cluster
+                        .borrow()
+                        .config
+                        .transports
+                        .of(&Traits::default()),
+                );
                 Rc::new(host)
             })
             .clone()

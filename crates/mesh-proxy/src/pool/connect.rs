@@ -101,9 +101,7 @@ impl Host {
             .core
             .begin_connection(false)
             .ok_or(ConnectError::Overflow)?;
-        let (dialled, open) = self
-            .dial(shared, config, held, &TlsWish::default())
-            .await?;
+        let (dialled, open) = self.dial(shared, config, held, &TlsWish::default()).await?;
         self.observe_connect(ConnectOutcome::ConnectedFinal);
         Ok(TcpUpstream {
             stream: dialled.wire,

@@ -10,8 +10,8 @@ use mesh_routing::cluster::ClusterConfig;
 use crate::body::RequestBody;
 use crate::clock;
 use crate::pool::connect::ConnectError;
-use crate::report::principals::Principals;
 use crate::pool::{History, Host, Http1, Idle, MOST_IDLE, Multiplexed};
+use crate::report::principals::Principals;
 use crate::upstream::breaker::Held;
 use crate::upstream::counters::{Counter, HostCounter};
 

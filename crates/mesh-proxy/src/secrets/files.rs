@@ -132,6 +132,9 @@ fn read(name: &str, paths: &[&str]) -> Result<Secret, String> {
         (Some("file-crl"), [lists]) => Ok(Secret::Revoked {
             crl_pem: text(lists)?,
         }),
-        _ => Err("a name of files is file-cert:CHAIN~KEY, file-root:AUTHORITIES or file-crl:LISTS".to_owned()),
+        _ => Err(
+            "a name of files is file-cert:CHAIN~KEY, file-root:AUTHORITIES or file-crl:LISTS"
+                .to_owned(),
+        ),
     }
 }

@@ -124,3 +124,15 @@ pub fn failure_reason(error: &HandshakeError) -> String {
     };
     format!("TLS_error:|{what}:TLS_error_end")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn istios_server_names_are_names() {
+        let name = "outbound_.9080_._.reviews.default.svc.cluster.local";
+        assert!(DnsName::try_from(name).is_ok());
+        assert!(DnsName::try_from("outbound_.9080_.v1_.reviews.default.svc.cluster.local").is_ok());
+    }
+}

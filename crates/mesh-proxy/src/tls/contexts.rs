@@ -220,7 +220,7 @@ fn make_server(
     let tickets = match (kept, settings.session_timeout) {
         (_, None) => None,
         (Some(old), _) if old.tickets.is_some() => old.tickets.clone(),
-        (_, Some(lifetime)) => Some(Limited::new(lifetime).map_err(TlsError::from)?),
+        (_, Some(lifetime)) => Some(Limited::lasting(lifetime).map_err(TlsError::from)?),
     };
     config.send_tls13_tickets = 0;
     if let Some(tickets) = &tickets {
@@ -247,8 +247,9 @@ fn make_client(
     let made_of = MadeOf::of(common, secrets, secrets.version());
     let provider = with_params(&common.params);
     let owner = settings.clone();
-    let check =
-        move |names: &CertificateNames, der: &[u8]| accepts(owner.common.validation.as_ref(), names, der);
+    let check = move |names: &CertificateNames, der: &[u8]| {
+        accepts(owner.common.validation.as_ref(), names, der)
+    };
     let verifier = match &common.validation {
         Some(validation) if validation.authorities.is_some() => {
             let trust = trust(validation, secrets, check)?;
@@ -295,8 +296,7 @@ fn accepts(validation: Option<&Validation>, names: &CertificateNames, der: &[u8]
         email: &names.email,
     };
     if !validation.pins.is_empty() {
-        let pinned = hashes(der)
-            .is_some_and(|(spki, whole)| validation.pins.hold(&spki, &whole));
+        let pinned = hashes(der).is_some_and(|(spki, whole)| validation.pins.hold(&spki, &whole));
         if !pinned {
             return false;
         }
@@ -420,11 +420,13 @@ impl Chooser {
 
     fn local(&self) -> Local {
         let boxed = |names: &[String]| names.iter().map(|n| n.as_str().into()).collect();
-        self.0.first().map_or_else(Local::default, |(_, names)| Local {
-            uri_sans: boxed(&names.uri),
-            dns_sans: boxed(&names.dns),
-            subject: names.subject.as_str().into(),
-        })
+        self.0
+            .first()
+            .map_or_else(Local::default, |(_, names)| Local {
+                uri_sans: boxed(&names.uri),
+                dns_sans: boxed(&names.dns),
+                subject: names.subject.as_str().into(),
+            })
     }
 
     fn choose(&self, name: Option<&str>, schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {

@@ -15,7 +15,7 @@ pub(super) struct Limited {
 
 impl Limited {
     /// Tickets with keys that nobody else has.
-    pub(super) fn new(lifetime: Duration) -> Result<Arc<dyn ProducesTickets>, rustls::Error> {
+    pub(super) fn lasting(lifetime: Duration) -> Result<Arc<dyn ProducesTickets>, rustls::Error> {
         Ok(Arc::new(Self {
             inner: Ticketer::new()?,
             seconds: lifetime.as_secs().max(1),
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn a_ticket_ends_with_its_time() {
-        let tickets = Limited::new(Duration::from_secs(3600)).unwrap();
+        let tickets = Limited::lasting(Duration::from_secs(3600)).unwrap();
         let ticket = tickets.encrypt(b"session").unwrap();
         assert_eq!(tickets.decrypt(&ticket).unwrap(), b"session");
         let inner = Ticketer::new().unwrap();

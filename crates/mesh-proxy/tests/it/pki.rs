@@ -78,7 +78,10 @@ impl Pki {
             chain_pem,
             key_pem: key_pem.into(),
         };
-        shared.secrets.set(WORKLOAD, certificate).expect("a certificate");
+        shared
+            .secrets
+            .set(WORKLOAD, certificate)
+            .expect("a certificate");
     }
 }
 
@@ -94,7 +97,7 @@ pub fn agent_secret(name: &str) -> pb::SdsSecretConfig {
     }
 }
 
-fn exact(name: &str) -> StringMatcher {
+pub fn exact(name: &str) -> StringMatcher {
     StringMatcher {
         match_pattern: Some(MatchPattern::Exact(name.to_owned())),
         ..StringMatcher::default()

@@ -219,7 +219,10 @@ fn permissive_takes_both() {
     let reply = Client::connect(pair.inbound).get("/", header);
     assert_eq!(reply.status, 200);
     assert!(!reply.body.contains("forged"), "{}", reply.body);
-    let labels = ["connection_security_policy=\"none\"", "source_principal=\"unknown\""];
+    let labels = [
+        "connection_security_policy=\"none\"",
+        "source_principal=\"unknown\"",
+    ];
     wait(|| pair.server.metric("istio_requests_total", &labels) == 1.0);
 }
 
@@ -312,7 +315,10 @@ fn tcp_through_mutual_tls_keeps_half_close() {
 #[test]
 fn rotation_under_load_loses_nothing() {
     let pair = pair(false, &["istio", "http/1.1"], |_| {});
-    let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (stop, done) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicUsize::new(0)),
+    );
     let load: Vec<_> = (0..4)
         .map(|_| {
             let (stop, done, at) = (stop.clone(), done.clone(), pair.at);
@@ -459,7 +465,10 @@ fn a_gateway_asks_clients_for_certificates() {
             context.validation_context_type = trusting(&root).validation_context_type;
         };
         let certificates = vec![own(&pki.issue(&["a.example.com"]))];
-        (at, Proxy::start(&gateway(at, certificates, change, require)))
+        (
+            at,
+            Proxy::start(&gateway(at, certificates, change, require)),
+        )
     };
     let ask = |at: SocketAddr, certificate: Option<(String, String)>| {
         let outside = free_port();
@@ -475,7 +484,11 @@ fn a_gateway_asks_clients_for_certificates() {
     let (mutual, gateway) = start(true);
     let reply = ask(mutual, good());
     assert_eq!(reply.status, 200);
-    assert!(reply.body.contains("DNS=client.example.com"), "{}", reply.body);
+    assert!(
+        reply.body.contains("DNS=client.example.com"),
+        "{}",
+        reply.body
+    );
     assert_eq!(ask(mutual, None).status, 503);
     assert_eq!(ask(mutual, bad()).status, 503);
     assert!(stat(&gateway, "ssl.fail_verify_no_cert") >= 1);
@@ -483,8 +496,16 @@ fn a_gateway_asks_clients_for_certificates() {
     assert_eq!(ask(optional, good()).status, 200);
     let reply = ask(optional, None);
     assert_eq!(reply.status, 200);
-    assert!(!reply.body.contains("x-forwarded-client-cert"), "{}", reply.body);
-    assert!(reply.body.contains("x-forwarded-proto: http"), "{}", reply.body);
+    assert!(
+        !reply.body.contains("x-forwarded-client-cert"),
+        "{}",
+        reply.body
+    );
+    assert!(
+        reply.body.contains("x-forwarded-proto: http"),
+        "{}",
+        reply.body
+    );
     assert_eq!(ask(optional, bad()).status, 503);
     assert_eq!(stat(&gateway, "ssl.no_certificate"), 1);
 }
@@ -529,9 +550,9 @@ impl RawClient {
         stream.write_all(request).ok()?;
         let mut reply = Vec::new();
         let _ = stream.read_to_end(&mut reply);
-        reply.starts_with(b"HTTP/1.1 200").then(|| {
-            session.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
-        })
+        reply
+            .starts_with(b"HTTP/1.1 200")
+            .then(|| session.handshake_kind() == Some(rustls::HandshakeKind::Resumed))
     }
 }
 
@@ -562,9 +583,7 @@ fn a_session_does_not_outlive_the_clients_certificate() {
     let pair = pair(false, &["istio"], |_| {});
     let client = {
         let mut client = RawClient::new(&pair.pki);
-        let (chain, key) = pair
-            .pki
-            .issue_until(&[CLIENT], Duration::from_secs(3));
+        let (chain, key) = pair.pki.issue_until(&[CLIENT], Duration::from_secs(3));
         let key = mesh_identity::tls::certified_key(&chain, &key).expect("a key");
         let config = Arc::make_mut(&mut client.0);
         config.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(key));
@@ -637,7 +656,9 @@ fn what_rustls_does_not_have_is_refused_by_name() {
         listener.filter_chains[0].transport_socket = server(context, true);
         let routes = table(Vec::new());
         let (_, refused) = mesh_routing::compile(&state(vec![listener], routes, Vec::new()), None);
-        refused.first().map_or_else(String::new, |r| r.message.clone())
+        refused
+            .first()
+            .map_or_else(String::new, |r| r.message.clone())
     };
     let params = |context: &mut pb::CommonTlsContext, params: pb::TlsParameters| {
         context.tls_params = Some(params);
@@ -651,7 +672,10 @@ fn what_rustls_does_not_have_is_refused_by_name() {
         };
         params(context, more);
     });
-    assert!(text.contains("\"ECDHE-RSA-AES128-SHA\" is not implemented"), "{text}");
+    assert!(
+        text.contains("\"ECDHE-RSA-AES128-SHA\" is not implemented"),
+        "{text}"
+    );
     let text = refused(&|context| {
         let more = pb::TlsParameters {
             tls_minimum_protocol_version: 1,
@@ -685,4 +709,99 @@ fn what_rustls_does_not_have_is_refused_by_name() {
     });
     assert_eq!(istio, "");
     let _ = agent_secret("unused");
+}
+
+#[test]
+fn a_handshake_that_stalls_ends() {
+    let pki = Pki::new("root");
+    let (at, app) = (free_port(), App::start("app"));
+    let mut listener = inbound(http_listener(at, details), false);
+    listener.filter_chains[0].transport_socket_connect_timeout =
+        Some(envoy_types::pb::google::protobuf::Duration {
+            seconds: 0,
+            nanos: 200_000_000,
+        });
+    let routes = table(vec![route_to(prefix("/"), action("app"))]);
+    let clusters = vec![cluster("app", &[app.address])];
+    let proxy = Proxy::start(&state(vec![listener], routes, clusters));
+    pki.enrol(&proxy.shared, SERVER);
+    let config = RawClient::new(&pki).0;
+    let name = rustls_pki_types::ServerName::try_from("reviews").expect("a name");
+    let mut session = rustls::ClientConnection::new(config, name).expect("a client");
+    let mut hello = Vec::new();
+    session.write_tls(&mut hello).expect("a ClientHello");
+    let mut client = Client::connect(at);
+    client.0.write_all(&hello).expect("written");
+    // The server's part of the handshake comes, and then nothing more.
+    let mut all = Vec::new();
+    client
+        .0
+        .read_to_end(&mut all)
+        .expect("the end, not a timeout");
+    assert!(!all.is_empty(), "the server answered");
+    wait(|| stat(&proxy, "transport_socket_connect_timeout") == 1);
+}
+
+#[test]
+fn certificates_in_files_follow_the_files() {
+    let pki = Pki::new("public");
+    let place = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| place.path().join(name).to_string_lossy().into_owned();
+    let write = |names: &[&str]| {
+        let (chain, key) = pki.issue(names);
+        std::fs::write(path("key.pem"), key).expect("written");
+        std::fs::write(path("chain.pem"), chain).expect("written");
+    };
+    write(&["before.example.com"]);
+    let file = |name: &str| {
+        Some(envoy_types::pb::envoy::config::core::v3::DataSource {
+            specifier: Some(
+                envoy_types::pb::envoy::config::core::v3::data_source::Specifier::Filename(path(
+                    name,
+                )),
+            ),
+            ..Default::default()
+        })
+    };
+    let certificate = pb::TlsCertificate {
+        certificate_chain: file("chain.pem"),
+        private_key: file("key.pem"),
+        ..pb::TlsCertificate::default()
+    };
+    let at = free_port();
+    let gateway = Proxy::start(&gateway(at, vec![certificate], |_| {}, false));
+    let shared = gateway.shared.clone();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(mesh_proxy::secrets::files::watch(shared));
+    });
+    let outside = free_port();
+    let mut state = origination(outside, at, trusting(&pki.root_pem), "");
+    let ask = |state: &XdsState, name: &str| {
+        let mut context = trusting(&pki.root_pem);
+        #[allow(deprecated)]
+        if let Some(ValidationContextType::ValidationContext(context)) =
+            &mut context.validation_context_type
+        {
+            let exact = crate::pki::exact(name);
+            context.match_subject_alt_names.push(exact);
+        }
+        let mut state = state.clone();
+        let mut upstream = cluster("server", &[at]);
+        upstream.transport_socket = client(context, "");
+        state
+            .clusters
+            .insert("server".to_owned(), Arc::new(upstream));
+        state
+    };
+    let before = ask(&state, "before.example.com");
+    let proxy = Proxy::start(&before);
+    wait(|| Client::connect(outside).get("/", "").status == 200);
+    write(&["after.example.com"]);
+    state = ask(&before, "after.example.com");
+    proxy.publish(&state);
+    wait(|| Client::connect(outside).get("/", "").status == 200);
 }
