@@ -515,3 +515,158 @@ async fn plain_discovery_can_be_switched_off() {
     ready(&plane, &api).await;
     plane.stop().await;
 }
+
+/// A proxy as far as a rotation goes: it says what it is told to say.
+struct Truster {
+    said: Arc<std::sync::Mutex<(Vec<String>, String)>>,
+    again: tokio::sync::watch::Sender<u64>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Truster {
+    fn start(plane: &Plane, credentials: CredentialSource, roots: Vec<String>, root: &str) -> Self {
+        let said = Arc::new(std::sync::Mutex::new((roots, root.to_owned())));
+        let node = Node {
+            id: "sidecar~10.244.7.10~reviews-v1.default~default.svc.cluster.local".to_owned(),
+            ..Default::default()
+        };
+        let address = plane.addresses.secure_grpc;
+        let mut config = ClientConfig::new(vec![format!("localhost:{}", address.port())], node);
+        config.credentials = Some(credentials);
+        let says = Arc::clone(&said);
+        config.node_update = Some(Arc::new(move |node: &mut Node| {
+            let text = |text: &String| Wire {
+                kind: Some(Kind::StringValue(text.clone())),
+            };
+            let (roots, root) = &*says.lock().unwrap();
+            let roots = envoy_types::pb::google::protobuf::ListValue {
+                values: roots.iter().map(text).collect(),
+            };
+            let fields = [
+                (
+                    "roots".to_owned(),
+                    Wire {
+                        kind: Some(Kind::ListValue(roots)),
+                    },
+                ),
+                ("root".to_owned(), text(root)),
+            ];
+            let trust = Struct {
+                fields: fields.into_iter().collect(),
+            };
+            let trust = Wire {
+                kind: Some(Kind::StructValue(trust)),
+            };
+            let metadata = node.metadata.get_or_insert_default();
+            metadata.fields.insert("TRUST".to_owned(), trust);
+        }));
+        let (again, reconnect) = tokio::sync::watch::channel(0);
+        config.reconnect = Some(reconnect);
+        let (client, _) = AdsClient::new(config);
+        let (sender, mut updates) = mpsc::channel(16);
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                () = client.run(Updates(sender)) => {}
+                () = async { while updates.recv().await.is_some() {} } => {}
+            }
+        });
+        Self { said, again, task }
+    }
+
+    fn say(&self, roots: Vec<String>, root: &str) {
+        *self.said.lock().unwrap() = (roots, root.to_owned());
+        self.again.send_modify(|number| *number += 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_is_changed_when_everybody_trusts_the_next_and_forgotten_when_nobody_needs_it() {
+    let api = cluster();
+    let plane = start(&api).await;
+    let old = ready(&plane, &api).await;
+    let old_root = old.fingerprints().remove(0);
+    let credentials = source(&old, Some("good"), None);
+    let proxy = Truster::start(&plane, credentials, vec![old_root.clone()], &old_root);
+    let mut secret = api
+        .get("secrets", "istio-system", "istio-ca-secret")
+        .unwrap();
+    secret["metadata"]["annotations"] = json!({"security.mesh/rotate-root": "now"});
+    api.apply("secrets", secret);
+
+    // 1. Both are trusted, the old one signs.
+    let both = until("the next root", async || {
+        let roots = TrustBundle::from_pem(&roots_in(&api, "default")?).unwrap();
+        (roots.fingerprints().len() == 2).then_some(roots)
+    })
+    .await;
+    assert_eq!(both.fingerprints()[0], old_root);
+    let new_root = both.fingerprints().remove(1);
+    let waiting = async |what: &str| {
+        until(what, async || {
+            let map = api.get("configmaps", "istio-system", "istio-ca-rotation")?;
+            let said = map["data"]
+                .as_object()?
+                .values()
+                .next()?
+                .as_str()?
+                .to_owned();
+            said.contains("reviews-v1.default").then_some(said)
+        })
+        .await
+    };
+    let said = waiting("the proxy that is waited for").await;
+    assert!(
+        said.contains("\"phase\":\"trust\"") && said.contains("\"done\":0"),
+        "{said}"
+    );
+    let key = |name: &str| {
+        let secret = api
+            .get("secrets", "istio-system", "istio-ca-secret")
+            .unwrap();
+        secret["data"][name].as_str().map(str::to_owned)
+    };
+    assert!(key("next-key.pem").is_some());
+    assert!(
+        api.get("secrets", "istio-system", "istio-ca-secret")
+            .unwrap()["metadata"]["annotations"]
+            .get("security.mesh/rotate-root")
+            .is_none()
+    );
+
+    // 2. The proxy trusts both: the new one signs, and that is what the order says.
+    proxy.say(both.fingerprints(), &old_root);
+    until("the change of the signer", async || {
+        let roots = TrustBundle::from_pem(&roots_in(&api, "default")?).unwrap();
+        (roots.fingerprints() == [new_root.clone(), old_root.clone()]).then_some(())
+    })
+    .await;
+    assert_eq!(key("next-key.pem"), None);
+    let trusted = both.with_first(&new_root);
+    until("a certificate of the new root", async || {
+        let (csr, _) = csr::make(&reviews()).unwrap();
+        let credentials = source(&trusted, Some("good"), None);
+        let answer = ask(plane.addresses.secure_grpc, &credentials, request(&csr))
+            .await
+            .ok()?;
+        (trusted.root_of(&answer.cert_chain[0])? == new_root).then_some(())
+    })
+    .await;
+
+    // 3. The proxy has one, too: the old root is gone.
+    proxy.say(both.fingerprints(), &new_root);
+    until("the end of the old root", async || {
+        let roots = TrustBundle::from_pem(&roots_in(&api, "default")?).unwrap();
+        (roots.fingerprints() == [new_root.clone()]).then_some(())
+    })
+    .await;
+    until("the end of the progress", async || {
+        let map = api.get("configmaps", "istio-system", "istio-ca-rotation")?;
+        map["data"]
+            .as_object()
+            .is_none_or(|data| data.is_empty())
+            .then_some(())
+    })
+    .await;
+    proxy.task.abort();
+    plane.stop().await;
+}
