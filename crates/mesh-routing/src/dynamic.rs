@@ -18,24 +18,24 @@ const DEEPEST: usize = 32;
 
 /// What filters have found out, by the filter's name.
 #[derive(Debug, Clone, Default)]
-pub struct Dynamic(Vec<(Arc<str>, Arc<Struct>)>);
+pub struct Dynamic(Vec<(&'static str, Arc<Struct>)>);
 
 impl Dynamic {
     /// What stands under a filter's name.
     pub fn section(&self, name: &str) -> Option<&Struct> {
-        let found = self.0.iter().find(|(known, _)| **known == *name);
+        let found = self.0.iter().find(|(known, _)| *known == name);
         found.map(|(_, fields)| &**fields)
     }
 
     /// All sections in the order in which they came.
     pub fn sections(&self) -> impl Iterator<Item = (&str, &Struct)> {
-        self.0.iter().map(|(name, fields)| (&**name, &**fields))
+        self.0.iter().map(|(name, fields)| (*name, &**fields))
     }
 
     /// Puts fields under a filter's name; those of the same name are replaced, others stay.
-    pub fn add(&mut self, name: &Arc<str>, fields: Arc<Struct>) {
-        match self.0.iter_mut().find(|(known, _)| known == name) {
-            None => self.0.push((name.clone(), fields)),
+    pub fn add(&mut self, name: &'static str, fields: Arc<Struct>) {
+        match self.0.iter_mut().find(|(known, _)| *known == name) {
+            None => self.0.push((name, fields)),
             Some((_, old)) => {
                 let new = Arc::unwrap_or_clone(fields);
                 Arc::make_mut(old).fields.extend(new.fields);

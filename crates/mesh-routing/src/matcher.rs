@@ -200,11 +200,6 @@ impl HeaderMatch {
         }
     }
 
-    /// The same rules where there is no request at all, as for a connection that is judged by itself.
-    pub(crate) fn matches_nothing(&self) -> bool {
-        self.judge(None)
-    }
-
     /// Envoy's rules: of several values one has to match, each judged by itself; a missing header matches nothing (inverted or not)
     /// unless it is to be treated as empty, or its presence is what is asked for.
     pub fn matches(&self, request: &RequestView<'_>) -> bool {
@@ -234,7 +229,8 @@ impl HeaderMatch {
 
     fn judge(&self, value: Option<Cow<'_, str>>) -> bool {
         if let HeaderTest::Present(wanted) = self.test {
-            return (value.is_some() == wanted) != self.invert;
+            let there = value.is_some() || self.missing_is_empty;
+            return (there == wanted) != self.invert;
         }
         let value = match value {
             Some(value) => value,

@@ -45,6 +45,11 @@ impl Input {
         self.is_end_stream()
     }
 
+    /// Has the client sent it whole?
+    pub fn has_arrived(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
     /// Reads until there are `most` bytes or the body ends. Everything stays in the body.
     pub async fn peek(&mut self, most: usize) -> Result<Peeked, hyper::Error> {
         let held = self.held.get_or_insert_default();
@@ -97,8 +102,8 @@ impl Body for Input {
     }
 
     fn is_end_stream(&self) -> bool {
-        let holds = |held: &Box<Held>| !held.data.is_empty() || held.trailers.is_some();
-        !self.held.as_ref().is_some_and(holds) && self.inner.is_end_stream()
+        let holds = |held: &Held| !held.data.is_empty() || held.trailers.is_some();
+        !self.held.as_deref().is_some_and(holds) && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

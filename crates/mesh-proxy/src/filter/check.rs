@@ -100,7 +100,12 @@ impl<'a> Request<'a> {
             None => None,
             Some(limit) => match self.read(limit, body).await {
                 Ok(part) => Some(part),
-                Err(status) => return refused(LocalReply::new(status, None)),
+                Err(status) => {
+                    let mut reply = LocalReply::new(status, None);
+                    let text = status.canonical_reason().unwrap_or_default();
+                    reply.body = Bytes::from_static(text.as_bytes());
+                    return refused(reply);
+                }
             },
         };
         let began = Instant::now();

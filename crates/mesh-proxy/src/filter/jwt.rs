@@ -15,7 +15,7 @@ use std::time::SystemTime;
 use http::header::{ORIGIN, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, request};
 use mesh_identity::jwt::{Jwt, JwtError};
-use mesh_routing::filter::jwt_authn::{JwtAuthn, JwtPerRoute, Provider, Requirement, SECTION};
+use mesh_routing::filter::jwt_authn::{JwtAuthn, JwtPerRoute, Provider, Requirement};
 
 use super::stats::{Counter, Stats, inc};
 use super::{LocalReply, Notes, Request};
@@ -104,17 +104,15 @@ impl<'a> Request<'a> {
             return (None, false);
         };
         let (met, effects) = self.evaluate(filter, requirement, &stats, parts).await;
-        let realm = self.realm(parts);
-        let reroute = effects.apply(filter, parts, notes);
         match met {
             Ok(()) => {
                 inc(&stats.allowed);
-                (None, reroute)
+                (None, effects.apply(filter, parts, notes))
             }
             Err(error) => {
                 inc(&stats.denied);
                 tracing::debug!(remote = %self.exchange.connection.remote, %error, "token refused");
-                (Some(refuse(filter, error, &realm)), reroute)
+                (Some(refuse(filter, error, &self.realm(parts))), false)
             }
         }
     }
@@ -340,11 +338,6 @@ fn check_limits(provider: &Provider, jwt: &Jwt, now: u64) -> Result<(), JwtError
         true => Ok(()),
         false => Err(JwtError::VerificationFail),
     }
-}
-
-/// The part of the metadata that this filter writes.
-fn section() -> &'static str {
-    SECTION
 }
 
 /// All values of a header that are text.

@@ -189,13 +189,13 @@ fn forwarded(headers: &HeaderMap, skip: usize) -> Option<IpAddr> {
 
 impl Notes {
     /// Keeps what a filter has found out.
-    pub(super) fn add(&mut self, section: &str, fields: Struct) {
+    pub(super) fn add(&mut self, section: &'static str, fields: Struct) {
         self.add_shared(section, Arc::new(fields));
     }
 
-    pub(super) fn add_shared(&mut self, section: &str, fields: Arc<Struct>) {
+    pub(super) fn add_shared(&mut self, section: &'static str, fields: Arc<Struct>) {
         let metadata: &mut Dynamic = self.metadata.get_or_insert_default();
-        metadata.add(&Arc::from(section), fields);
+        metadata.add(section, fields);
     }
 }
 

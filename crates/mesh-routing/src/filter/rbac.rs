@@ -171,6 +171,12 @@ impl ConnectionRbac {
             stats: m.stat_prefix.as_str().into(),
             delay: crate::error::nonzero_duration("delay_deny", m.delay_deny.as_ref())?,
         };
+        let shadow = rbac.shadow.as_ref().map(|shadow| &shadow.rules);
+        let mut policies = rbac.rules.iter().chain(shadow).flat_map(|e| &e.policies);
+        if let Some(policy) = policies.find(|policy| policy.has(Rule::reads_headers)) {
+            let at = format!("policies[{:?}]", policy.name);
+            return Err(CompileError::new(at, "asks for a header; connections have none"));
+        }
         let acts = rbac.rules.is_some() || rbac.shadow.is_some();
         Ok(acts.then_some(rbac))
     }
@@ -210,7 +216,7 @@ impl Engine {
         }
         Ok(Self {
             action,
-            forwarded: policies.iter().any(Policy::reads_forwarded),
+            forwarded: policies.iter().any(|p| p.has(Rule::reads_forwarded)),
             policies,
         })
     }
@@ -265,8 +271,9 @@ impl Policy {
             && self.principals.iter().any(|rule| rule.matches(facts))
     }
 
-    fn reads_forwarded(&self) -> bool {
+    /// Does one of its conditions have this property?
+    fn has(&self, property: fn(&Rule) -> bool) -> bool {
         let mut all = self.permissions.iter().chain(&self.principals);
-        all.any(Rule::reads_forwarded)
+        all.any(|rule| rule.has(property))
     }
 }

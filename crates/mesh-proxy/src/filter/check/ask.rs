@@ -93,15 +93,19 @@ impl Request<'_> {
         if let Some(part) = &part {
             list.push((PARTIAL.as_str().to_owned(), part.partial.to_string()));
         }
-        let length = parts.headers.get(CONTENT_LENGTH);
-        let size = length.and_then(|v| v.to_str().ok()?.parse().ok());
+        // What has come so far, as Envoy counts it: nothing, unless the body was waited for.
+        let size = part.as_ref().map_or(0, |part| {
+            let length = parts.headers.get(CONTENT_LENGTH);
+            let announced = length.and_then(|v| v.to_str().ok()?.parse().ok());
+            announced.unwrap_or(i64::try_from(part.bytes.len()).unwrap_or(i64::MAX))
+        });
         let mut http = HttpRequest {
             id: format!("{}", self.exchange.random),
             method: view.method.to_owned(),
             path: view.path_and_query.to_owned(),
             host: view.host.to_owned(),
             scheme: view.scheme.to_owned(),
-            size: size.unwrap_or(-1),
+            size,
             protocol: protocol(self.exchange.version).to_owned(),
             ..HttpRequest::default()
         };
@@ -268,12 +272,12 @@ fn tls_session(connection: &Downstream, wanted: bool) -> Option<TlsSession> {
 }
 
 fn context(wanted: &[Box<str>], known: Option<&Dynamic>) -> Option<Metadata> {
-    let section = |name: &Box<str>| {
+    let section = |name: &str| {
         let fields = known?.section(name)?.clone();
-        Some((name.to_string(), fields))
+        Some((name.to_owned(), fields))
     };
     Some(Metadata {
-        filter_metadata: wanted.iter().filter_map(section).collect(),
+        filter_metadata: wanted.iter().filter_map(|name| section(name)).collect(),
         ..Metadata::default()
     })
 }

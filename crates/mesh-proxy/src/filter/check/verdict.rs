@@ -129,7 +129,7 @@ impl Verdict {
                 verdict.request.push(change(How::Set));
             }
             if out.append_upstream(text) {
-                verdict.request.push(change(How::AppendIfPresent));
+                verdict.request.push(change(How::Add));
             }
             if out.to_client(text) {
                 verdict.response.push(change(How::Add));

@@ -4,10 +4,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use http::request;
-use mesh_routing::filter::jwt_authn::{JwtAuthn, Provider};
+use mesh_routing::filter::jwt_authn::{JwtAuthn, Provider, SECTION};
 
 use super::cache::Verified;
-use super::section;
 use super::tokens::{Place, without_parameter};
 use crate::filter::Notes;
 use crate::message;
@@ -63,7 +62,7 @@ impl Effects {
                 parts.headers.append(name.clone(), value.clone());
             }
             if let Some(metadata) = &verified.metadata {
-                notes.add_shared(section(), metadata.clone());
+                notes.add_shared(SECTION, metadata.clone());
             }
             let changed = !verified.headers.is_empty() || verified.metadata.is_some();
             reroute |= clears_route && changed;

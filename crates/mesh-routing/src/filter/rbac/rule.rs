@@ -153,10 +153,7 @@ impl Rule {
             Self::All(rules) => rules.iter().all(|rule| rule.matches(facts)),
             Self::Any(rules) => rules.iter().any(|rule| rule.matches(facts)),
             Self::Not(rule) => !rule.matches(facts),
-            Self::Header(header) => match facts.request {
-                Some(request) => header.matches(request),
-                None => header.matches_nothing(),
-            },
+            Self::Header(header) => facts.request.is_some_and(|r| header.matches(r)),
             Self::Path(text) => request_path(facts).is_some_and(|path| text.matches(path)),
             Self::Template(template) => {
                 request_path(facts).is_some_and(|path| template.matches(path))
@@ -178,13 +175,21 @@ impl Rule {
         }
     }
 
-    pub(super) fn reads_forwarded(&self) -> bool {
+    /// Does the condition, or one within it, have this property?
+    pub(super) fn has(&self, property: fn(&Self) -> bool) -> bool {
         match self {
-            Self::RemoteIp(_) => true,
-            Self::All(rules) | Self::Any(rules) => rules.iter().any(Self::reads_forwarded),
-            Self::Not(rule) => rule.reads_forwarded(),
-            _ => false,
+            Self::All(rules) | Self::Any(rules) => rules.iter().any(|rule| rule.has(property)),
+            Self::Not(rule) => rule.has(property),
+            other => property(other),
         }
+    }
+
+    pub(super) fn reads_forwarded(&self) -> bool {
+        matches!(self, Self::RemoteIp(_))
+    }
+
+    pub(super) fn reads_headers(&self) -> bool {
+        matches!(self, Self::Header(_))
     }
 }
 
