@@ -18,7 +18,7 @@ use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::server::{ClientHello, NoServerSessionStorage, ProducesTickets, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SignatureScheme, SupportedCipherSuite,
+    CipherSuite, ClientConfig, RootCertStore, ServerConfig, SignatureScheme, SupportedCipherSuite,
     SupportedProtocolVersion,
 };
 use rustls_pki_types::CertificateRevocationListDer;
@@ -359,8 +359,23 @@ fn versions(params: &Params) -> &'static [&'static SupportedProtocolVersion] {
     }
 }
 
+/// The order of suites where none is configured.
+fn rank(suite: &SupportedCipherSuite) -> u8 {
+    match suite.suite() {
+        CipherSuite::TLS13_AES_128_GCM_SHA256
+        | CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
+        | CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => 0,
+        CipherSuite::TLS13_AES_256_GCM_SHA384
+        | CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384
+        | CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384 => 1,
+        _ => 2,
+    }
+}
+
 fn with_params(params: &Params) -> Arc<CryptoProvider> {
     let mut provider = CryptoProvider::clone(&provider());
+    // As BoringSSL with AES in hardware: 128 bits are enough, and cheaper.
+    provider.cipher_suites.sort_by_key(rank);
     if !params.suites.is_empty() {
         let is_13 = |suite: &SupportedCipherSuite| suite.tls13().is_some();
         provider.cipher_suites.retain(is_13);
@@ -459,5 +474,34 @@ impl ResolvesClientCert for Chooser {
 
     fn has_certs(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configured_suites_keep_their_order_below_those_of_tls_13() {
+        let names = |params: &Params| -> Vec<CipherSuite> {
+            let provider = with_params(params);
+            provider.cipher_suites.iter().map(|s| s.suite()).collect()
+        };
+        let all = names(&Params::default());
+        assert_eq!(all[0], CipherSuite::TLS13_AES_128_GCM_SHA256);
+        let istio = Params {
+            suites: vec![Suite::EcdheEcdsaAes256, Suite::EcdheEcdsaAes128],
+            ..Params::default()
+        };
+        assert_eq!(
+            names(&istio)[..],
+            [
+                CipherSuite::TLS13_AES_128_GCM_SHA256,
+                CipherSuite::TLS13_AES_256_GCM_SHA384,
+                CipherSuite::TLS13_CHACHA20_POLY1305_SHA256,
+                CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+                CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+            ]
+        );
     }
 }
