@@ -94,8 +94,8 @@ async fn judge(
 /// Waits until a refused client has said something, as Envoy does, or for a while: who only looks whether the port is open sees it open.
 pub async fn wait_for_first_byte<S: AsyncRead + Unpin>(stream: &mut S, seen: &[u8]) {
     if seen.is_empty() {
-        let mut byte = [0; 1];
-        // Whatever comes, the connection ends now.
-        let _ = tokio::time::timeout(PATIENCE, stream.read(&mut byte)).await;
+        // What is read does not make the kernel reset the connection; what is not, does. Either way it ends now.
+        let mut bytes = vec![0; 4096];
+        let _ = tokio::time::timeout(PATIENCE, stream.read(&mut bytes)).await;
     }
 }
