@@ -190,6 +190,14 @@ static IMAGES: &[Image] = &[
         applets: &["ratelimit", "curl", "sleep"],
         ..image("ratelimit", &[MESH, "sample", "ratelimit"])
     },
+    Image {
+        applets: &["ext-authz", "curl", "sleep"],
+        ..image("ext-authz", &[MESH, "sample", "ext-authz"])
+    },
+    Image {
+        applets: &["jwt-server", "curl", "sleep"],
+        ..image("jwt-server", &[MESH, "sample", "jwt-server"])
+    },
     // Plain web servers with pages that can be told apart.
     image("httpd", &[MESH, "sample", "web", "httpd"]),
     image("tomcat", &[MESH, "sample", "web", "tomcat"]),

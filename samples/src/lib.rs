@@ -9,10 +9,12 @@
 
 pub mod bookinfo;
 mod curl;
+pub mod ext_authz;
 mod fortio;
 pub mod helloworld;
 pub mod httpbin;
 pub mod images;
+pub mod jwt_server;
 mod manifests;
 pub mod propagate;
 pub mod ratelimit;
@@ -38,6 +40,8 @@ static PROGRAMS: &[Program] = &[
     ("fortio", fortio::main),
     ("web", web::main),
     ("ratelimit", ratelimit::main),
+    ("ext-authz", ext_authz::main),
+    ("jwt-server", jwt_server::main),
 ];
 
 /// Programs that the binary becomes when it is called by their name (`argv[0]`).
@@ -45,7 +49,9 @@ type Applet = (&'static str, fn(&[String]) -> ExitCode);
 
 static APPLETS: &[Applet] = &[
     ("curl", curl::main),
+    ("ext-authz", ext_authz::applet),
     ("fortio", fortio::applet),
+    ("jwt-server", jwt_server::applet),
     ("ratelimit", ratelimit::applet),
     ("sleep", sleep::main),
 ];

@@ -28,6 +28,8 @@ static SAMPLES: &[Sample] = &[
     ),
     ("curl", files!["curl/curl.yaml"]),
     ("sleep", files!["sleep/sleep.yaml"]),
+    ("ext-authz", files!["ext-authz/ext-authz.yaml"]),
+    ("jwt-server", files!["jwt-server/jwt-server.yaml"]),
     ("fortio", files!["httpbin/sample-client/fortio-deploy.yaml"]),
     (
         "ratelimit",

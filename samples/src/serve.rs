@@ -236,6 +236,30 @@ pub(crate) fn env(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
+/// Flags with values, `-name value` or `--name=value`, as programs written in Go take them.
+pub(crate) fn flags(args: &[String]) -> anyhow::Result<Vec<(&str, &str)>> {
+    let mut flags = Vec::new();
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        let name = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-'));
+        let name = name.with_context(|| format!("{arg:?} is not a flag (-name value)"))?;
+        let pair = match name.split_once('=') {
+            Some(pair) => pair,
+            None => {
+                let value = rest.next();
+                (
+                    name,
+                    value
+                        .with_context(|| format!("-{name} has no value"))?
+                        .as_str(),
+                )
+            }
+        };
+        flags.push(pair);
+    }
+    Ok(flags)
+}
+
 /// The pod's name, as applications learn it.
 pub(crate) fn hostname() -> String {
     env("HOSTNAME")

@@ -15,6 +15,7 @@ use crate::run;
 
 mod decide;
 mod discovery;
+mod mtls;
 mod peers;
 mod sidecar;
 
@@ -45,6 +46,8 @@ enum Part {
     All,
     /// CPU per request and latency of one hop, beside the peers.
     Load,
+    /// The same of a pair of proxies with mutual TLS between them, beside a pair of Envoys.
+    Mtls,
     /// Time from a proxy's start to ready.
     Start,
     /// Memory of the proxies of a local cluster.
@@ -60,7 +63,25 @@ const BACKEND: u16 = 18080;
 struct Peer {
     name: &'static str,
     port: u16,
-    child: Child,
+    /// One process, or two that stand one behind the other.
+    children: Vec<Child>,
+}
+
+impl Peer {
+    /// Of all its processes.
+    fn sum<T: std::iter::Sum>(&self, of: impl Fn(u32) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        self.children.iter().map(|child| of(child.id())).sum()
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            // Killing is enough: none of them has anything to say at its end.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 /// One round of load.
@@ -97,6 +118,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if wants(Part::Load) {
         beside_peers(args, &binary)?;
     }
+    if wants(Part::Mtls) {
+        mtls::beside_envoys(args, &binary)?;
+    }
     Ok(())
 }
 
@@ -104,17 +128,13 @@ fn beside_peers(args: &Args, binary: &Path) -> anyhow::Result<()> {
     let wrk = install::debian("wrk", "wrk")?;
     let place = tempfile::Builder::new().prefix("mesh-bench-").tempdir()?;
     let mut backend = peers::nginx(place.path(), BACKEND)?;
-    let mut peers = vec![
+    let peers = vec![
         peers::mesh(binary, place.path(), 18081, BACKEND)?,
         peers::envoy(place.path(), 18082, BACKEND)?,
         peers::haproxy(place.path(), 18083, BACKEND)?,
     ];
     let outcome = measure(args, &wrk, &peers);
-    for peer in &mut peers {
-        // Killing is enough: none of them has anything to say at its end.
-        let _ = peer.child.kill();
-        let _ = peer.child.wait();
-    }
+    drop(peers);
     let _ = backend.kill();
     let _ = backend.wait();
     outcome
@@ -130,7 +150,7 @@ fn measure(args: &Args, wrk: &Path, peers: &[Peer]) -> anyhow::Result<()> {
         for (peer, figures) in peers.iter().zip(&mut rounds) {
             let taken = load(wrk, peer, args.connections, args.seconds)?;
             println!(
-                "round {round} {:<8} {:>6.2} µs/request {:>8.0} requests/s",
+                "round {round} {:<13} {:>6.2} µs/request {:>8.0} requests/s",
                 peer.name, taken.cpu_micros, taken.per_second
             );
             figures.push(taken);
@@ -154,7 +174,7 @@ fn measure(args: &Args, wrk: &Path, peers: &[Peer]) -> anyhow::Result<()> {
             cpu / reference,
             median(figures, |f| f.p50_millis),
             median(figures, |f| f.p99_millis),
-            pss_mib(peer.child.id())?
+            peer.sum(pss_mib)?
         );
     }
     Ok(())
@@ -177,7 +197,7 @@ fn pinned(core: u32, program: &Path) -> Command {
 }
 
 fn load(wrk: &Path, peer: &Peer, connections: u32, seconds: u64) -> anyhow::Result<Figures> {
-    let before = cpu_ticks(peer.child.id())?;
+    let before: u64 = peer.sum(cpu_ticks)?;
     let out = run::output(
         pinned(0, wrk)
             .args([
@@ -190,7 +210,7 @@ fn load(wrk: &Path, peer: &Peer, connections: u32, seconds: u64) -> anyhow::Resu
             ])
             .arg(format!("http://127.0.0.1:{}/", peer.port)),
     )?;
-    let used = cpu_ticks(peer.child.id())? - before;
+    let used = peer.sum(cpu_ticks)? - before;
     if out.contains("Non-2xx") || out.contains("Socket errors") {
         bail!("{} did not answer every request:\n{out}", peer.name);
     }

@@ -13,11 +13,13 @@ use anyhow::bail;
 use crate::judges::install;
 use crate::run;
 
+mod authorizer;
 mod case;
 mod client;
 mod compare;
 mod generate;
 mod known;
+mod policies;
 mod proxies;
 mod resources;
 mod upstream;
@@ -42,6 +44,9 @@ pub struct Args {
     /// Generated route tables.
     #[arg(long, default_value_t = 120)]
     generated: usize,
+    /// Generated sets of access control policies.
+    #[arg(long, default_value_t = 40)]
+    policies: usize,
     /// Where their random choices begin.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -62,6 +67,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let folder = run::root().join("xtask/differential");
     let mut cases = case::load(&folder)?;
     cases.extend(generate::tables(args.seed, args.generated));
+    cases.extend(policies::policies(args.seed, args.policies));
     if let Some(only) = &args.only {
         cases.retain(|case| case.name.contains(only.as_str()));
     }
@@ -83,6 +89,7 @@ pub fn judge_all(binary: &Path) -> anyhow::Result<()> {
         binary: Some(binary.to_owned()),
         only: None,
         generated: 120,
+        policies: 40,
         seed: 1,
         show: false,
     })
@@ -186,6 +193,7 @@ async fn differences(binary: &Path, cases: &[Case], show: bool) -> anyhow::Resul
             let (a, b) = (a?, b?);
             outcome.requests += a.requests.len();
             if show {
+                println!("{}: filters {}", case.name, serde_json::json!(case.filters));
                 for (request, facts) in a.requests.iter().zip(&b.requests) {
                     println!(
                         "{}: {}\n  envoy {:#?}\n  mesh {:#?}",
@@ -314,17 +322,27 @@ async fn one(proxy: &Proxy, i: usize, request: &Request, id: &str, upstream: &Up
     facts
 }
 
+/// The beginning and the end of a long text, as tokens are.
+fn shortened(text: &str) -> String {
+    let all: Vec<char> = text.chars().collect();
+    if all.len() <= 120 {
+        return text.to_owned();
+    }
+    let (begin, end) = (&all[..60], &all[all.len() - 24..]);
+    format!("{}...{}", String::from_iter(begin), String::from_iter(end))
+}
+
 fn shown(request: &Request, n: u32) -> String {
     let mut text = match (request.raw.first(), request.tcp.first()) {
         (Some(raw), _) => format!("raw {raw:?}"),
         (_, Some(tcp)) => format!("tcp {tcp:?}"),
-        _ => request.send.clone(),
+        _ => shortened(&request.send),
     };
     if let Some(host) = &request.host {
         text.push_str(&format!(" host {host}"));
     }
     for header in &request.headers {
-        text.push_str(&format!(" [{header}]"));
+        text.push_str(&format!(" [{}]", shortened(header)));
     }
     if !request.upstream.is_empty() {
         text.push_str(&format!(" upstream {:?}", request.upstream));

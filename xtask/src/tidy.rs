@@ -31,6 +31,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-net",
             "mesh-telemetry",
             "mesh-store",
+            "mesh-identity",
             "mesh-xds",
             "mesh-routing",
         ],
@@ -57,7 +58,10 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-samples",
         ],
     ),
-    ("mesh-cli", &["mesh-api", "mesh-inject", "mesh-store"]),
+    (
+        "mesh-cli",
+        &["mesh-api", "mesh-identity", "mesh-inject", "mesh-store"],
+    ),
     ("mesh-samples", &[]),
     (
         "mesh",

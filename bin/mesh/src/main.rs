@@ -51,6 +51,11 @@ enum Command {
     Exec(mesh_cli::exec::Args),
     /// Wait until the proxy of this pod is ready
     Wait(mesh_cli::wait::Args),
+    /// Show what a proxy has: its certificates and roots
+    #[command(alias = "pc")]
+    ProxyConfig(mesh_cli::proxy_config::Args),
+    /// Look at the mesh's certificate authority, or change its root
+    Ca(mesh_cli::ca::Args),
     /// Print the versions of this program and of the control plane
     Version(mesh_cli::version::Args),
     /// Export, import or check a state directory
@@ -172,6 +177,8 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Logs(args) => block_on(mesh_cli::logs::run(args, &global)),
         Command::Exec(args) => block_on(mesh_cli::exec::run(args, &global)),
         Command::Wait(args) => block_on(mesh_cli::wait::run(args)),
+        Command::ProxyConfig(args) => block_on(mesh_cli::proxy_config::run(args, &global)),
+        Command::Ca(args) => block_on(mesh_cli::ca::run(args, &global)),
         Command::Version(args) => block_on(mesh_cli::version::run(args, &global)),
         Command::State(args) => mesh_cli::state::run(args),
         Command::Completion { shell } => {

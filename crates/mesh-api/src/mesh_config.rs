@@ -15,6 +15,12 @@ use crate::networking::destination_rule::{
 use crate::networking::virtual_service::HttpRetry;
 use crate::object::{ParseError, typed};
 
+pub use providers::{ExtAuthzGrpc, ExtAuthzHttp, ExtensionProvider, RequestBody};
+pub use tls::{MinTlsVersion, PathNormalization, PathNormalizationKind, TlsConfig};
+
+mod providers;
+mod tls;
+
 /// Settings of the whole mesh.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -33,6 +39,19 @@ pub struct MeshConfig {
     pub root_namespace: String,
     /// Trust domain of the mesh's identities; default `cluster.local`.
     pub trust_domain: String,
+    /// Other trust domains whose identities count as the mesh's own; default none.
+    pub trust_domain_aliases: Vec<String>,
+    /// Whether clients use mutual TLS toward workloads that offer it, where no DestinationRule says; default true.
+    pub enable_auto_mtls: bool,
+    /// Limits for mutual TLS between workloads.
+    #[serde(rename = "meshMTLS")]
+    pub mesh_mtls: TlsConfig,
+    /// Limits for all other TLS: gateways' servers and DestinationRules of mode SIMPLE and MUTUAL.
+    pub tls_defaults: TlsConfig,
+    /// What is done to paths before anything looks at them; default is RFC 3986's normalization.
+    pub path_normalization: PathNormalization,
+    /// Services that policies name.
+    pub extension_providers: Vec<ExtensionProvider>,
     /// Namespaces that see services which don't say so themselves; default all (`*`).
     pub default_service_export_to: Vec<String>,
     /// Namespaces that see VirtualServices which don't say so themselves; default all (`*`).
@@ -68,6 +87,12 @@ impl Default for MeshConfig {
             outbound_traffic_policy: OutboundTrafficPolicy::default(),
             root_namespace: "istio-system".to_owned(),
             trust_domain: "cluster.local".to_owned(),
+            trust_domain_aliases: Vec::new(),
+            enable_auto_mtls: true,
+            mesh_mtls: TlsConfig::default(),
+            tls_defaults: TlsConfig::default(),
+            path_normalization: PathNormalization::default(),
+            extension_providers: Vec::new(),
             default_service_export_to: everyone(),
             default_virtual_service_export_to: everyone(),
             default_destination_rule_export_to: everyone(),
@@ -185,8 +210,6 @@ const MESH_FIELDS_NOT_IMPLEMENTED: &[&str] = &[
     "enableEnvoyAccessLogService",
     "disableEnvoyListenerLog",
     "inboundTrafficPolicy",
-    "enableAutoMtls",
-    "trustDomainAliases",
     "caCertificates",
     "ca",
     "certificates",
@@ -194,12 +217,8 @@ const MESH_FIELDS_NOT_IMPLEMENTED: &[&str] = &[
     "dnsRefreshRate",
     "inboundClusterStatName",
     "outboundClusterStatName",
-    "extensionProviders",
     "defaultProviders",
     "discoverySelectors",
-    "pathNormalization",
-    "meshMTLS",
-    "tlsDefaults",
     "serviceSettings",
     "serviceScopeConfigs",
     "serviceEntryVisibility",
@@ -261,6 +280,7 @@ impl MeshConfig {
     /// An unknown field, or a value of the wrong form.
     pub fn from_value(value: &Value) -> Result<Self, ParseError> {
         let (mut known, mut unsupported) = split(value, MESH_FIELDS_NOT_IMPLEMENTED, "")?;
+        unsupported.extend(providers::take_unsupported(&mut known)?);
         let proxy = match known.remove("defaultConfig") {
             Some(proxy) if !proxy.is_null() => ProxyConfig::parse(&proxy, "defaultConfig")?,
             _ => ProxyConfig::default(),
@@ -405,6 +425,30 @@ mod tests {
         );
         assert_eq!(config.default_config.concurrency, Some(2));
         assert_eq!(config.trust_domain, "cluster.local");
+    }
+
+    #[test]
+    fn security_settings_are_read() {
+        let text = "
+trustDomainAliases: [old]
+enableAutoMtls: false
+meshMTLS: {minProtocolVersion: TLSV1_3, ecdhCurves: [X25519]}
+pathNormalization: {normalization: DECODE_AND_MERGE_SLASHES}
+extensionProviders:
+- {name: authz, envoyExtAuthzGrpc: {service: foo/ext-authz, port: 9000, includeRequestBodyInCheck: {maxRequestBytes: 8}}}
+- {name: zip, zipkin: {service: z, port: 1}}";
+        let config = MeshConfig::from_yaml(text).expect("valid");
+        assert_eq!(config.mesh_mtls.min_protocol_version, MinTlsVersion::V1_3);
+        assert!(!config.enable_auto_mtls);
+        assert_eq!(
+            config.path_normalization.normalization,
+            PathNormalizationKind::DecodeAndMergeSlashes
+        );
+        assert!(config.extension_providers[0].envoy_ext_authz_grpc.is_some());
+        assert_eq!(config.unsupported(), ["extensionProviders[1].zipkin"]);
+        let default =
+            MeshConfig::from_yaml("pathNormalization: {normalization: DEFAULT}").expect("valid");
+        assert_eq!(default.path_normalization, PathNormalization::default());
     }
 
     #[test]

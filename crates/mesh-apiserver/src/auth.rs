@@ -1,6 +1,4 @@
-//! Who is asking: bearer tokens to identities.
-//!
-//! There is no authorisation yet: an authenticated identity may do everything, role-based access control is a later step.
+//! Who is asking: bearer tokens to identities. What they may do is decided in `access.rs`.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -61,7 +61,8 @@ pub fn create_first_objects(api: &ApiServer) -> Result<(), OpenError> {
     )
 }
 
-fn ensure(
+/// Creates an object, or brings it up to date where `refresh` is set.
+pub fn ensure(
     api: &ApiServer,
     storage: &str,
     key: &str,

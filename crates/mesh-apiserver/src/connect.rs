@@ -4,6 +4,7 @@ use axum::body::Body;
 use axum::response::Response;
 use http::Method;
 
+use crate::access::Action;
 use crate::errors::ApiError;
 use crate::logs::choose_container;
 use crate::node::ExecRequest;
@@ -27,6 +28,13 @@ pub async fn connect(
 ) -> Result<Response, ApiError> {
     if !matches!(*http_request.method(), Method::GET | Method::POST) {
         return Err(ApiError::method_not_allowed());
+    }
+    // A WebSocket begins as GET; it needs the same permission as the POST of others (Kubernetes since 1.35).
+    if *http_request.method() == Method::GET {
+        api.authorize(
+            &request.identity,
+            &Action::of(&Method::POST, http_request.uri().path(), ""),
+        )?;
     }
     let pod = read::find(api, request, name)?;
     let query = &request.query;

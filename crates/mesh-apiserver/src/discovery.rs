@@ -58,16 +58,6 @@ pub fn answer(
     Some(text_response("application/json", value.to_string()))
 }
 
-/// Paths that need no credentials.
-pub fn is_public(path: &str) -> bool {
-    let first = path
-        .trim_start_matches('/')
-        .split('/')
-        .next()
-        .unwrap_or_default();
-    matches!(first, "healthz" | "livez" | "readyz" | "version")
-}
-
 fn text_response(media: &str, body: String) -> Response {
     let mut response = Response::new(Body::from(body));
     if let Ok(media) = media.parse() {

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http::Method;
 use serde_json::Value;
 
+use crate::access::Action;
 use crate::auth::Identity;
 use crate::errors::ApiError;
 use crate::request::{self, Query, Request};
@@ -38,6 +39,8 @@ async fn serve(
     let (parts, body) = http_request.into_parts();
     let uri = parts.uri.clone();
     let path = uri.path();
+    let action = Action::of(&parts.method, path, uri.query().unwrap_or_default());
+    api.authorize(&identity, &action)?;
     let plain = documents::answer(api, path, &parts.headers);
     if let Some(answer) =
         plain.or_else(|| discovery::answer(api, &parts.method, path, &parts.headers))

@@ -4,11 +4,12 @@
 //!   [`node::NodeBackend`].
 //! * **Out:** objects, lists, tables, watch streams, `Status` errors; every write durable before its answer, then seen by all watchers.
 //! * **Never:** makes a typed round trip of an object (unknown fields of custom resources are kept or pruned by schema, never lost
-//!   by accident), runs controllers or pods, knows an Istio kind (they arrive as CRDs), or authorises: every authenticated identity
-//!   may do everything, role-based access control is a later step.
+//!   by accident), runs controllers or pods, or knows an Istio kind (they arrive as CRDs).
 //! * **Start here:** [`ApiServer::open`], [`ApiServer::router`]; then `request.rs` (URL to request), `dispatch.rs` (request to verb),
-//!   `storage.rs` (objects, revisions, watch history).
+//!   `storage.rs` (objects, revisions, watch history), `access.rs` and `rbac.rs` (who may do what).
 
+mod access;
+mod access_reviews;
 mod admission;
 mod auth;
 mod bootstrap;
@@ -22,6 +23,7 @@ mod dispatch;
 mod documents;
 mod duplicates;
 mod errors;
+mod impersonate;
 mod limits;
 mod logs;
 mod managed;
@@ -31,6 +33,7 @@ mod openapi;
 mod patch;
 mod protobuf;
 mod proxy;
+mod rbac;
 mod read;
 mod registry;
 mod request;
@@ -58,6 +61,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 pub use auth::{Auth, Identity};
+use rbac::policy::Policy;
 use registry::{Registry, Resource};
 use storage::Storage;
 
@@ -142,6 +146,7 @@ struct Inner {
     options: Options,
     storage: Storage,
     registry: RwLock<Arc<Registry>>,
+    policy: RwLock<Arc<Policy>>,
     /// Held from the choice of an address to the write that takes it.
     allocation: tokio::sync::Mutex<()>,
     closing: CancellationToken,
@@ -171,6 +176,7 @@ impl ApiServer {
                 options,
                 storage,
                 registry: RwLock::default(),
+                policy: RwLock::default(),
                 allocation: tokio::sync::Mutex::new(()),
                 closing: CancellationToken::new(),
                 cleaning: Mutex::default(),
@@ -178,6 +184,7 @@ impl ApiServer {
         };
         server.rebuild_registry();
         bootstrap::create_first_objects(&server)?;
+        rbac::defaults::create(&server)?;
         for (_, definition) in server.storage().list(cleanup::CRDS, None).items {
             cleanup::start(&server, &definition.value);
         }
@@ -227,6 +234,27 @@ impl ApiServer {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// The roles and bindings as they are stored now.
+    pub(crate) fn policy(&self) -> Arc<Policy> {
+        let known = self
+            .inner
+            .policy
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if known.revision == self.storage().policy_revision() {
+            return known;
+        }
+        let new = Arc::new(Policy::read(self.storage(), &known));
+        let slot = self.inner.policy.write();
+        let mut slot = slot.unwrap_or_else(PoisonError::into_inner);
+        // Somebody who began later may have been faster.
+        if slot.revision < new.revision {
+            *slot = new.clone();
+        }
+        new
     }
 
     pub(crate) fn cleaning(&self) -> MutexGuard<'_, HashSet<String>> {
@@ -287,8 +315,11 @@ impl ApiServer {
         Ok((identity, Some(claims.aud)))
     }
 
-    /// What follows a write: a definition changes which resources there are.
+    /// What follows a write: a definition changes which resources there are, a ClusterRole those that are made of it.
     pub(crate) fn wrote(&self, resource: &Resource, object: &Value) {
+        if resource.storage == rbac::CLUSTER_ROLES {
+            rbac::aggregate::start(self);
+        }
         if resource.storage != cleanup::CRDS {
             return;
         }

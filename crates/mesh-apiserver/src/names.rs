@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use crate::errors::FieldError;
 use crate::registry::Resource;
+use crate::{rbac, strategy};
 
 /// Characters of generated names: no vowels, so no words.
 const ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
@@ -111,6 +112,10 @@ fn validate_name(resource: &Resource, name: &str, errors: &mut Vec<FieldError>) 
         "core/services" => {
             let starts = name.starts_with(|c: char| c.is_ascii_lowercase());
             (is_dns_label(name) && starts, LABEL_1035_WORDS)
+        }
+        _ if resource.group == rbac::GROUP => {
+            let wrong = strategy::rbac::name_error(name);
+            (wrong.is_none(), wrong.unwrap_or_default())
         }
         _ => (is_dns_subdomain(name), SUBDOMAIN_WORDS),
     };

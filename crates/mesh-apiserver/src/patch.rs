@@ -171,6 +171,8 @@ async fn apply_patch(
                     "uid mismatch: the object does not exist",
                 ));
             }
+            // Whoever may patch may not make a new object by that alone.
+            api.authorize(&request.identity, &request.creation(name))?;
             let mut config = config.clone();
             config["metadata"]["name"] = name.into();
             let object = apply::apply(resource, None, &config, &manager, force)?;

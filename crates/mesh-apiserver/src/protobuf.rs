@@ -72,6 +72,17 @@ SelfSubjectRulesReview 1 metadata ObjectMeta 2 spec SelfSubjectRulesReviewSpec 3
 SelfSubjectRulesReviewSpec 1 namespace s
 ResourceAttributes 1 namespace s 2 verb s 3 group s 4 version s 5 resource s 6 subresource s 7 name s 8 fieldSelector - 9 labelSelector -
 NonResourceAttributes 1 path s 2 verb s
+SubjectAccessReview 1 metadata ObjectMeta 2 spec SubjectAccessReviewSpec 3 status -
+LocalSubjectAccessReview 1 metadata ObjectMeta 2 spec SubjectAccessReviewSpec 3 status -
+SubjectAccessReviewSpec 1 resourceAttributes ResourceAttributes 2 nonResourceAttributes NonResourceAttributes 3 user s 4 groups t 6 uid s
+PolicyRule 1 verbs t 2 apiGroups t 3 resources t 4 resourceNames t 5 nonResourceURLs t
+AggregationRule 1 clusterRoleSelectors [LabelSelector
+Role 1 metadata ObjectMeta 2 rules [PolicyRule
+ClusterRole 1 metadata ObjectMeta 2 rules [PolicyRule 3 aggregationRule AggregationRule
+Subject 1 kind s 2 apiGroup s 3 name s 4 namespace s
+RoleRef 1 apiGroup s 2 kind s 3 name s
+RoleBinding 1 metadata ObjectMeta 2 subjects [Subject 3 roleRef RoleRef
+ClusterRoleBinding 1 metadata ObjectMeta 2 subjects [Subject 3 roleRef RoleRef
 Eviction 1 metadata ObjectMeta 2 deleteOptions DeleteOptions
 DeleteOptions 1 gracePeriodSeconds I 2 preconditions Preconditions 3 orphanDependents B 4 propagationPolicy S 5 dryRun t 6 ignoreStoreReadErrorWithClusterBreakingPotential -
 Preconditions 1 uid S 2 resourceVersion S

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use http::HeaderMap;
 use http::header::{ACCEPT, CONTENT_TYPE, USER_AGENT};
 
+use crate::access::{Action, Object};
 use crate::auth::Identity;
 use crate::errors::ApiError;
 use crate::registry::{Registry, Resource};
@@ -120,6 +121,18 @@ impl Request {
             .get("fieldManager")
             .unwrap_or(&self.agent)
             .to_owned()
+    }
+
+    /// The creation of the object `name`, for who asked to patch it and found it absent.
+    pub fn creation<'a>(&'a self, name: &'a str) -> Action<'a> {
+        let object = Object {
+            group: self.target.resource.group.as_str().into(),
+            resource: self.target.resource.plural.as_str().into(),
+            namespace: self.target.namespace.as_deref().unwrap_or_default().into(),
+            name: name.into(),
+            ..Object::default()
+        };
+        Action::on_object("create", object)
     }
 
     /// `dryRun=All`.
@@ -246,7 +259,7 @@ pub fn target(path: &str, registry: &Registry) -> Result<Option<Target>, ApiErro
 }
 
 /// Percent-decodes; bytes that are not UTF-8 are replaced.
-fn decode(text: &str, plus_is_space: bool) -> String {
+pub fn decode(text: &str, plus_is_space: bool) -> String {
     let bytes = text.as_bytes();
     let (mut out, mut at) = (Vec::with_capacity(bytes.len()), 0);
     while at < bytes.len() {

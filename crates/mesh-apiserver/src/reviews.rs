@@ -7,7 +7,7 @@ use crate::auth::{Identity, now_seconds};
 use crate::dispatch::{parse_body, parse_object};
 use crate::errors::{ApiError, FieldError};
 use crate::request::Request;
-use crate::{ApiServer, read, respond};
+use crate::{ApiServer, access_reviews, read, respond};
 use mesh_identity::token::{ObjectRef, TokenRequest};
 
 /// Shortest lifetime of a token, as in Kubernetes.
@@ -24,13 +24,7 @@ pub fn review(api: &ApiServer, request: &Request, body: &[u8]) -> Result<Respons
     object["status"] = match request.target.resource.kind.as_str() {
         "TokenReview" => token_review(api, &object["spec"]),
         "SelfSubjectReview" => json!({ "userInfo": user_info(&request.identity) }),
-        "SelfSubjectRulesReview" => json!({
-            "incomplete": false,
-            "resourceRules": [{ "verbs": ["*"], "apiGroups": ["*"], "resources": ["*"] }],
-            "nonResourceRules": [{ "verbs": ["*"], "nonResourceURLs": ["*"] }],
-        }),
-        // There is no authorisation yet: whoever is authenticated may do everything.
-        _ => json!({ "allowed": true, "reason": "every authenticated identity is allowed" }),
+        _ => access_reviews::status(api, request, &object)?,
     };
     respond::send(201, &object, request.yaml)
 }
@@ -104,8 +98,13 @@ pub fn token_request(
     let namespace = request.target.namespace.clone().unwrap_or_default();
     let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
     let pod = match &spec["boundObjectRef"] {
+        Value::Null => None,
         bound if bound["kind"] == "Pod" => Some(bound_pod(api, request, name, &namespace, bound)?),
-        _ => None,
+        bound => {
+            let kind = bound["kind"].as_str().unwrap_or_default();
+            let message = format!("cannot bind token to object of type {kind:?}; use \"Pod\"");
+            return Err(ApiError::bad_request(message));
+        }
     };
     let audiences: Vec<String> = spec["audiences"]
         .as_array()

@@ -279,6 +279,15 @@ impl FieldSelector {
     }
 }
 
+/// The name that a field selector insists on, if it does.
+pub fn required_name(text: &str) -> Option<&str> {
+    text.split(',').find_map(|part| {
+        let (path, value) = part.split_once('=')?;
+        let value = value.strip_prefix('=').unwrap_or(value).trim();
+        (path.trim() == "metadata.name" && !value.is_empty()).then_some(value)
+    })
+}
+
 fn selectable_field(storage: &str, path: &str) -> bool {
     let fields: &[&str] = match storage {
         "core/pods" => &[

@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::Identity;
 use crate::errors::ApiError;
-use crate::{ApiServer, discovery, dispatch};
+use crate::{ApiServer, dispatch, impersonate};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time that requests get to finish at the end.
@@ -53,42 +53,35 @@ async fn admit(State(gate): State<Gate>, mut request: Request, next: Next) -> Re
 }
 
 fn identify(gate: &Gate, request: &Request) -> Result<Identity, ApiError> {
-    if request
-        .headers()
-        .keys()
-        .any(|name| name.as_str().starts_with("impersonate-"))
-    {
-        let message =
-            "impersonation is not supported by this server; leave out --as and --as-group";
-        return Err(ApiError::new(403, "Forbidden", message));
-    }
-    if let Some(identity) = &gate.identity {
-        return Ok(identity.clone());
-    }
-    check_site(&gate.api, request)?;
-    let unauthorized = || ApiError::new(401, "Unauthorized", "Unauthorized");
-    let header = request.headers().get(AUTHORIZATION);
-    let identity = match header {
-        None => Identity::anonymous(),
-        Some(header) => {
-            let token = header
-                .to_str()
-                .ok()
-                .and_then(|h| h.strip_prefix("Bearer "))
-                .ok_or_else(unauthorized)?;
-            match gate.api.authenticate(token.trim(), &[]) {
-                Ok((identity, _)) => identity,
-                Err(reason) => {
-                    tracing::debug!(%reason, "a bearer token was refused");
-                    return Err(unauthorized());
-                }
-            }
+    let own = match &gate.identity {
+        Some(identity) => identity.clone(),
+        None => {
+            check_site(&gate.api, request)?;
+            authenticated(gate, request)?
         }
     };
-    if identity.is_anonymous() && !discovery::is_public(request.uri().path()) {
-        return Err(unauthorized());
+    impersonate::impersonated(&gate.api, own, request.headers())
+}
+
+/// Who sent a request; without credentials that is `system:anonymous`, who may do what its roles say.
+fn authenticated(gate: &Gate, request: &Request) -> Result<Identity, ApiError> {
+    let unauthorized = || ApiError::new(401, "Unauthorized", "Unauthorized");
+    let header = request.headers().get(AUTHORIZATION);
+    let Some(header) = header else {
+        return Ok(Identity::anonymous());
+    };
+    let token = header
+        .to_str()
+        .ok()
+        .and_then(|h| h.strip_prefix("Bearer "))
+        .ok_or_else(unauthorized)?;
+    match gate.api.authenticate(token.trim(), &[]) {
+        Ok((identity, _)) => Ok(identity),
+        Err(reason) => {
+            tracing::debug!(%reason, "a bearer token was refused");
+            Err(unauthorized())
+        }
     }
-    Ok(identity)
 }
 
 /// A page of another site can make a browser send requests here, by a foreign `Origin` or, after DNS rebinding, a foreign `Host`.

@@ -11,7 +11,7 @@ use mesh_store::{Batch, Store, StoreError, Tree};
 use serde_json::Value;
 use tokio::sync::{broadcast, oneshot, watch};
 
-use crate::OpenError;
+use crate::{OpenError, rbac};
 
 /// Changes kept for watches of one resource that resume.
 const HISTORY: usize = 4096;
@@ -88,6 +88,8 @@ impl Collection {
 #[derive(Debug)]
 struct State {
     revision: u64,
+    /// The newest change of a role or binding.
+    policy_revision: u64,
     collections: HashMap<String, Collection>,
 }
 
@@ -157,6 +159,9 @@ impl State {
     /// Lets everybody see a change that is flushed.
     fn publish(&mut self, resource: &str, change: Change) {
         self.revision = change.revision;
+        if is_policy(resource) {
+            self.policy_revision = change.revision;
+        }
         let collection = self
             .collections
             .entry(resource.to_owned())
@@ -186,6 +191,7 @@ impl Storage {
         let (objects, meta) = (store.tree("objects")?, store.tree("meta")?);
         let mut state = State {
             revision: read_number(&meta, "revision")?.unwrap_or(1),
+            policy_revision: 1,
             collections: HashMap::new(),
         };
         for item in meta.scan_prefix("last/") {
@@ -236,6 +242,11 @@ impl Storage {
     /// The newest revision.
     pub fn revision(&self) -> u64 {
         self.read().revision
+    }
+
+    /// Revision of the newest change of a role or binding since the server opened.
+    pub fn policy_revision(&self) -> u64 {
+        self.read().policy_revision
     }
 
     /// One object by `namespace/name` (`/name` without namespace).
@@ -476,6 +487,12 @@ impl Storage {
             .write()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
+
+fn is_policy(resource: &str) -> bool {
+    resource
+        .strip_prefix(rbac::GROUP)
+        .is_some_and(|rest| rest.starts_with('/'))
 }
 
 fn number(bytes: &[u8]) -> Option<u64> {

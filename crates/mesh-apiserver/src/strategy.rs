@@ -7,6 +7,7 @@ pub mod budget;
 pub mod config;
 pub mod crd;
 pub mod pod;
+pub mod rbac;
 pub mod service;
 pub mod workload;
 
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::ApiServer;
 use crate::errors::{ApiError, FieldError};
+use crate::rbac::{CLUSTER_ROLE_BINDINGS, GROUP, ROLE_BINDINGS};
 use crate::registry::Resource;
 
 /// Defaults that the schema can't say.
@@ -31,6 +33,7 @@ pub fn defaults(storage: &str, object: &mut Value) {
             batch::job_defaults(&mut object["spec"]["jobTemplate"]["spec"])
         }
         "core/secrets" => config::fold_string_data(object),
+        ROLE_BINDINGS | CLUSTER_ROLE_BINDINGS => rbac::defaults(object),
         _ => {}
     }
 }
@@ -168,6 +171,7 @@ pub fn validate(
         "batch/cronjobs" => batch::validate_cron_job(object, errors),
         "policy/poddisruptionbudgets" => budget::validate(object, errors),
         "autoscaling/horizontalpodautoscalers" => autoscaler::validate(resource, object, errors),
+        _ if resource.group == GROUP => rbac::validate(&resource.storage, object, old, errors),
         "core/configmaps" | "core/secrets" => config::validate(object, old, errors),
         "apiextensions.k8s.io/customresourcedefinitions" => crd::validate(object, old, errors),
         _ if resource.group == "admissionregistration.k8s.io" => {

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::admission::{self, Operation};
 use crate::errors::{ApiError, FieldErrorKind};
 use crate::managed::{self, Manager};
+use crate::rbac::escalation;
 use crate::request::Request;
 use crate::schema::check;
 use crate::storage::{Expect, WriteError};
@@ -117,6 +118,7 @@ impl<'a> Writer<'a> {
         let _allocating = self.allocating().await;
         strategy::prepare_create(self.api, resource, &mut object)?;
         self.validate(&object, None).await?;
+        escalation::check(self.api, self.request, None, &object)?;
         self.review(Operation::Create, &object, None).await?;
         if !self.applied {
             managed::track(resource, None, &mut object, &self.manager());
@@ -243,6 +245,7 @@ impl<'a> Writer<'a> {
             new["metadata"]["generation"] = generation.into();
         }
         self.validate(&new, Some(old)).await?;
+        escalation::check(self.api, self.request, Some(old), &new)?;
         self.review(Operation::Update, &new, Some(old)).await?;
         if self.applied {
             new["metadata"]["managedFields"] = user_managed;

@@ -2,6 +2,8 @@
 //!
 //! The same objects go to the local cluster and to any Kubernetes. Pure: nothing is applied here.
 
+mod access;
+
 use std::collections::BTreeMap;
 
 use mesh_api::mesh_config::MeshConfig;
@@ -95,7 +97,7 @@ fn control_plane(options: &InstallOptions) -> Vec<Value> {
     let labels = json!({ "app": "istiod", "istio": "pilot", "istio.io/rev": options.revision });
     let name = revisioned("istiod", options);
     let port = |name: &str, port: u16, target: u16| json!({ "name": name, "port": port, "targetPort": target, "protocol": "TCP" });
-    vec![
+    let mut all = vec![
         json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata(&name, labels.clone()) }),
         json!({
             "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(&revisioned("istio", options), labels.clone()),
@@ -112,15 +114,18 @@ fn control_plane(options: &InstallOptions) -> Vec<Value> {
                 "ports": [port("grpc-xds", 15010, 15010), port("https-dns", 15012, 15012), port("https-webhook", 443, 15017), port("http-monitoring", 15014, 15014)],
             },
         }),
-        istiod(options, &name, labels),
+        istiod(options, &name, labels.clone()),
         mutating_webhook(options),
         validating_webhook(options),
-    ]
+    ];
+    // Before the pod that needs them.
+    all.splice(1..1, access::control_plane(options, &name, &labels));
+    all
 }
 
 /// Settings of the mesh, as the ConfigMap `istio` holds them.
 fn mesh_settings(options: &InstallOptions) -> Value {
-    let mut proxy = json!({ "discoveryAddress": format!("{}.{NAMESPACE}.svc:15010", revisioned("istiod", options)) });
+    let mut proxy = json!({ "discoveryAddress": format!("{}.{NAMESPACE}.svc:15012", revisioned("istiod", options)) });
     if let Some(threads) = options.concurrency {
         proxy["concurrency"] = json!(threads);
     }
@@ -280,8 +285,10 @@ fn gateway(
     if service_type == "LoadBalancer" {
         ports.insert(0, port("status-port", 15021, 15021));
     }
-    Ok(vec![
-        json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata(&format!("{name}-service-account"), labels.clone()) }),
+    let account = format!("{name}-service-account");
+    let mut all = access::gateway(&name, &account, &labels).to_vec();
+    all.extend([
+        json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata(&account, labels.clone()) }),
         json!({
             "apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(&name, labels.clone()),
             "spec": { "replicas": 1, "selector": { "matchLabels": labels }, "template": template },
@@ -290,7 +297,8 @@ fn gateway(
             "apiVersion": "v1", "kind": "Service", "metadata": metadata(&name, labels.clone()),
             "spec": { "type": service_type, "selector": labels, "ports": ports },
         }),
-    ])
+    ]);
+    Ok(all)
 }
 
 /// The pod template of a gateway, filled in by the injector's own code: so it does not need the webhook, and has the sidecar's environment.

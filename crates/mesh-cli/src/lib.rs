@@ -7,6 +7,7 @@
 //! **Start here**: [`install::manifests`], [`global::Global`], then any command.
 
 pub mod apply;
+pub mod ca;
 pub mod delete;
 pub mod describe;
 pub mod exec;
@@ -15,6 +16,7 @@ pub mod global;
 pub mod install;
 pub mod logs;
 pub mod out;
+pub mod proxy_config;
 pub mod state;
 pub mod version;
 pub mod wait;

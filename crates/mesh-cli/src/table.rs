@@ -21,6 +21,18 @@ pub(crate) struct Columns {
 }
 
 impl Table {
+    /// Makes a table from its cells.
+    pub(crate) fn new(headings: &[&str], rows: Vec<Vec<String>>) -> Self {
+        let shown = |cell: String| text(&Value::String(cell));
+        Self {
+            headings: headings.iter().map(|h| (*h).to_owned()).collect(),
+            rows: rows
+                .into_iter()
+                .map(|row| row.into_iter().map(shown).collect())
+                .collect(),
+        }
+    }
+
     /// Makes a table from a server's `Table` object. Names get `prefix` (a kind with a slash).
     pub(crate) fn from_server(table: &Value, columns: Columns, prefix: &str) -> Self {
         let definitions: Vec<&Value> = table["columnDefinitions"]

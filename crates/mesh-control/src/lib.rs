@@ -8,12 +8,17 @@
 //!   can be computed from it.
 //! * **Start here:** [`Control::run`], then `watch.rs` and `publish.rs`: the way of a change.
 
+mod auth;
+mod ca;
 mod http;
+mod jwks;
 mod leader;
 mod metrics;
 mod nodes;
 mod publish;
 mod refusals;
+mod secrets;
+mod secure;
 mod serving;
 mod status;
 mod table;
@@ -28,6 +33,8 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
+pub use ca::service::Lifetimes;
+
 /// What a control plane is made of.
 #[derive(Clone)]
 pub struct Options {
@@ -41,14 +48,25 @@ pub struct Options {
     pub revision: String,
     /// Shown by `/version` and to proxies.
     pub version: String,
-    /// Discovery in plain text. Default `0.0.0.0:15010`.
-    pub grpc: SocketAddr,
+    /// Discovery in plain text, without authentication and without secrets; none switches it off. Default `0.0.0.0:15010`.
+    pub grpc: Option<SocketAddr>,
+    /// Discovery and certificates over TLS. Default `0.0.0.0:15012`.
+    pub secure_grpc: SocketAddr,
     /// Webhooks over TLS. Default `0.0.0.0:15017`.
     pub webhook: SocketAddr,
     /// `/metrics` and `/version`. Default `0.0.0.0:15014`.
     pub monitoring: SocketAddr,
     /// `/ready` for everyone, `/debug/…` for clients on the loopback address. Default `0.0.0.0:8080`.
     pub http: SocketAddr,
+    /// Validity of workloads' certificates.
+    pub lifetimes: Lifetimes,
+    /// Audiences of service account tokens that are accepted (`TOKEN_AUDIENCES`). Default: `istio-ca`.
+    pub token_audiences: Vec<String>,
+    /// Whether proxies on the secure port must authenticate for discovery (`XDS_AUTH`). Default: yes.
+    pub xds_auth: bool,
+    /// Whether a proxy must be in the namespace, and of the service account, that its credentials name (`PILOT_ENABLE_XDS_IDENTITY_CHECK`).
+    /// Default: yes.
+    pub xds_identity_check: bool,
 }
 
 /// The revision of an installation that names none.
@@ -75,10 +93,15 @@ impl Options {
             service: "istiod".to_owned(),
             revision: DEFAULT_REVISION.to_owned(),
             version: version.to_owned(),
-            grpc: any(15010),
+            grpc: Some(any(15010)),
+            secure_grpc: any(15012),
             webhook: any(15017),
             monitoring: any(15014),
             http: any(8080),
+            lifetimes: Lifetimes::default(),
+            token_audiences: vec!["istio-ca".to_owned()],
+            xds_auth: true,
+            xds_identity_check: true,
         }
     }
 }
@@ -164,7 +187,8 @@ pub async fn client(
 /// A control plane that has its ports, but does nothing yet.
 pub struct Control {
     options: Options,
-    grpc: TcpListener,
+    grpc: Option<TcpListener>,
+    secure_grpc: TcpListener,
     webhook: TcpListener,
     monitoring: TcpListener,
     http: TcpListener,
@@ -173,8 +197,10 @@ pub struct Control {
 /// Where a control plane listens (of use where port 0 was asked for).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Addresses {
-    /// Discovery.
-    pub grpc: SocketAddr,
+    /// Discovery in plain text, where it is on.
+    pub grpc: Option<SocketAddr>,
+    /// Discovery and certificates over TLS.
+    pub secure_grpc: SocketAddr,
     /// Webhooks.
     pub webhook: SocketAddr,
     /// Metrics.
@@ -189,8 +215,17 @@ impl Control {
     /// # Errors
     /// When one of them can't be had.
     pub async fn bind(options: Options) -> Result<Self, ControlError> {
+        let grpc = match options.grpc {
+            Some(address) => Some(listen(address, "discovery (gRPC)").await?),
+            None => None,
+        };
         Ok(Self {
-            grpc: listen(options.grpc, "discovery (gRPC)").await?,
+            grpc,
+            secure_grpc: listen(
+                options.secure_grpc,
+                "discovery and certificates (gRPC over TLS)",
+            )
+            .await?,
             webhook: listen(options.webhook, "webhooks").await?,
             monitoring: listen(options.monitoring, "metrics").await?,
             http: listen(options.http, "readiness and debug pages").await?,
@@ -203,7 +238,8 @@ impl Control {
     pub fn addresses(&self) -> Addresses {
         let of = |listener: &TcpListener, asked| listener.local_addr().unwrap_or(asked);
         Addresses {
-            grpc: of(&self.grpc, self.options.grpc),
+            grpc: self.grpc.as_ref().and_then(|grpc| grpc.local_addr().ok()),
+            secure_grpc: of(&self.secure_grpc, self.options.secure_grpc),
             webhook: of(&self.webhook, self.options.webhook),
             monitoring: of(&self.monitoring, self.options.monitoring),
             http: of(&self.http, self.options.http),
@@ -220,7 +256,18 @@ impl Control {
         let (publisher, published, problems, shared) =
             publish::new(&options.revision, Arc::clone(&metrics));
         let refusals = refusals::Board::new();
-        let nodes = nodes::Nodes::new(published, Arc::clone(&metrics), refusals.clone());
+        let authenticator = Arc::new(auth::Authenticator::new(
+            options.client.clone(),
+            Arc::clone(&shared),
+            options.token_audiences.clone(),
+        ));
+        let nodes = nodes::Nodes::new(
+            published.clone(),
+            Arc::clone(&metrics),
+            refusals.clone(),
+            nodes::Gate::new(&options, Arc::clone(&authenticator)),
+            secrets::Secrets::new(options.client.clone()),
+        );
         let mut tasks = JoinSet::new();
         let kinds = watch::kinds(&options.namespace);
         let changes = publisher.changes();
@@ -230,7 +277,10 @@ impl Control {
                 watch::run(options.client.clone(), kind, changes.clone()),
             ));
         }
-        drop(changes);
+        tasks.spawn(ended(
+            "the keys of token issuers",
+            jwks::keep(published.clone(), changes),
+        ));
         tasks.spawn(ended("publishing", publisher.run(kinds.len())));
         let identity = leader::identity();
         let (leading, leader) = leader::new();
@@ -242,71 +292,120 @@ impl Control {
             "statuses",
             status::run(options.client.clone(), problems, refusals, leader.clone()),
         ));
-        let certificate = serving::Certificate::default();
+        let issuing = authority(&mut tasks, &options, &metrics, &shared);
         tasks.spawn(ended(
-            "the webhooks' certificate",
-            serving::keep(Arc::clone(&options), certificate.clone()),
-        ));
-        tasks.spawn(webhook::serve(
-            self.webhook,
-            certificate.clone(),
-            webhook::Webhook::new(
+            "rotation of the root",
+            ca::rotation::run(
                 Arc::clone(&options),
-                Arc::clone(&shared),
-                Arc::clone(&metrics),
+                identity.clone(),
+                nodes.clone(),
+                leader.clone(),
+                issuing.clone(),
             ),
         ));
+        let certificate = serving::Certificate::default();
+        tasks.spawn(ended(
+            "the control plane's certificate",
+            serving::keep(Arc::clone(&options), certificate.clone(), issuing.clone()),
+        ));
+        let webhook = webhook::Webhook::new(
+            Arc::clone(&options),
+            Arc::clone(&shared),
+            Arc::clone(&metrics),
+        );
+        tasks.spawn(webhook::serve(self.webhook, certificate.clone(), webhook));
         let state = http::State {
             nodes: nodes.clone(),
             shared,
-            metrics,
-            certificate,
+            metrics: Arc::clone(&metrics),
+            certificate: certificate.clone(),
             version: options.version.clone(),
         };
-        tasks.spawn(http::serve(
-            self.http,
-            http::main_router(state.clone()),
-            "readiness",
-        ));
-        tasks.spawn(http::serve(
-            self.monitoring,
-            http::monitoring_router(state),
-            "metrics",
-        ));
+        let router = http::main_router(state.clone());
+        tasks.spawn(http::serve(self.http, router, "readiness"));
+        let router = http::monitoring_router(state);
+        tasks.spawn(http::serve(self.monitoring, router, "metrics"));
         let identifier = format!(
             "{{\"Component\":\"istiod\",\"Info\":{{\"version\":\"{}\"}}}}",
             options.version
         );
         let ads = mesh_xds::AdsServer::new(nodes, &identifier, mesh_xds::Limits::default());
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let discovery = ads.serve(self.grpc, async move {
-            let _ = stopped.await;
-        });
-        let mut discovery = std::pin::pin!(discovery);
-        let serve = |what: &'static str, reason: String| ControlError::Serve { what, reason };
+        let (stop, stopped) = tokio::sync::watch::channel(false);
+        let mut servers = JoinSet::new();
+        if let Some(listener) = self.grpc {
+            servers.spawn(ads.clone().serve(listener, until(stopped.clone())));
+        }
+        let service = ca::service::Service {
+            issuing,
+            authenticator,
+            lifetimes: options.lifetimes,
+            metrics,
+        };
+        let incoming = secure::connections(self.secure_grpc, certificate);
+        let secure = ads
+            .router()
+            .add_service(mesh_xds::certificate::CertificateServer::new(Arc::new(
+                service,
+            )))
+            .serve_with_incoming_shutdown(incoming, until(stopped));
+        servers.spawn(secure);
         tracing::info!(version = options.version, "control plane started");
         tokio::select! {
             () = shutdown => {}
-            result = &mut discovery => {
-                return Err(serve("discovery", result.err().map_or("ended".to_owned(), |error| error.to_string())));
-            }
-            Some(ended) = tasks.join_next() => {
-                return Err(match ended {
-                    Ok(Err(error)) => error,
-                    Ok(Ok(())) => serve("a task", "ended".to_owned()),
-                    Err(error) => serve("a task", error.to_string()),
-                });
-            }
+            Some(ended) = servers.join_next() => return Err(failure("discovery", ended)),
+            Some(ended) = tasks.join_next() => return Err(match ended {
+                Ok(Err(error)) => error,
+                Ok(Ok(())) => failure("a task", Ok(Ok::<(), ControlError>(()))),
+                Err(error) => failure("a task", Err::<Result<(), ControlError>, _>(error)),
+            }),
         }
-        drop(stop);
+        stop.send_replace(true);
+        ads.close();
         tasks.abort_all();
         let grace = std::time::Duration::from_secs(2);
         let _ = tokio::time::timeout(grace, leader::resign(&options, &identity, &leader)).await;
         // Proxies are told to go to another control plane; whoever does not listen is left behind.
         let grace = std::time::Duration::from_secs(5);
-        let _ = tokio::time::timeout(grace, discovery).await;
+        let _ = tokio::time::timeout(grace, servers.join_all()).await;
         Ok(())
     }
+}
+
+/// Starts what keeps the authority and its roots.
+fn authority(
+    tasks: &mut JoinSet<Result<(), ControlError>>,
+    options: &Arc<Options>,
+    metrics: &Arc<metrics::Metrics>,
+    shared: &Arc<publish::Shared>,
+) -> ca::Issuing {
+    let (put, issuing) = tokio::sync::watch::channel(None);
+    tasks.spawn(ended(
+        "the certificate authority",
+        ca::secret::keep(Arc::clone(options), Arc::clone(metrics), put),
+    ));
+    tasks.spawn(ended(
+        "the roots in the namespaces",
+        ca::roots::keep(Arc::clone(options), Arc::clone(shared), issuing.clone()),
+    ));
+    issuing
+}
+
+async fn until(mut stopped: tokio::sync::watch::Receiver<bool>) {
+    // An error says that the sender is gone, which is an end too.
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+/// A server or task that should run for ever, and did not.
+fn failure<E: std::fmt::Display>(
+    what: &'static str,
+    ended: Result<Result<(), E>, tokio::task::JoinError>,
+) -> ControlError {
+    let reason = match ended {
+        Ok(Ok(())) => "ended".to_owned(),
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    ControlError::Serve { what, reason }
 }
 
 /// Binds and runs a control plane.

@@ -25,6 +25,7 @@ pub(crate) struct Metrics {
     rejects: Family<Labels, Gauge>,
     total_rejects: Counter,
     expired_nonce: Family<Labels, Counter>,
+    refused: Family<Labels, Counter>,
     services: Gauge,
     virtual_services: Gauge,
     pub(crate) inject_requests: Counter,
@@ -33,6 +34,7 @@ pub(crate) struct Metrics {
     pub(crate) inject_skip: Counter,
     pub(crate) validation_passed: Family<Labels, Counter>,
     pub(crate) validation_failed: Family<Labels, Counter>,
+    pub(crate) citadel: Citadel,
     connected: AtomicU64,
     version: String,
 }
@@ -65,6 +67,7 @@ impl Metrics {
             rejects: Family::default(),
             total_rejects: Counter::default(),
             expired_nonce: Family::default(),
+            refused: Family::default(),
             services: Gauge::default(),
             virtual_services: Gauge::default(),
             inject_requests: Counter::default(),
@@ -73,10 +76,12 @@ impl Metrics {
             inject_skip: Counter::default(),
             validation_passed: Family::default(),
             validation_failed: Family::default(),
+            citadel: Citadel::default(),
             connected: AtomicU64::new(0),
             version: version.to_owned(),
         };
         metrics.register(&mut registry);
+        metrics.citadel.register(&mut registry);
         Self {
             registry,
             ..metrics
@@ -120,6 +125,12 @@ impl Metrics {
             "pilot_xds_expired_nonce",
             "Answers to what was not asked",
             &self.expired_nonce,
+        );
+        add(
+            registry,
+            "pilot_xds_auth_failures",
+            "Discovery streams refused for want of credentials, by reason",
+            &self.refused,
         );
         add(
             registry,
@@ -211,6 +222,13 @@ impl Metrics {
         }
     }
 
+    /// Counts a stream that was not let in.
+    pub(crate) fn xds_refused(&self, reason: &'static str) {
+        self.refused
+            .get_or_create(&vec![("reason", reason.to_owned())])
+            .inc();
+    }
+
     pub(crate) fn stale(&self, type_url: &str) {
         self.expired_nonce.get_or_create(&kind(type_url)).inc();
     }
@@ -221,6 +239,86 @@ impl Metrics {
         // Writing to a String can't fail; a metric that can't be written is left out.
         let _ = encode(&mut text, &self.registry);
         text
+    }
+}
+
+/// The authority's metrics. Gauges that only go up: counters would be written with the ending `_total`, which Istio's names don't have.
+#[derive(Default)]
+pub(crate) struct Citadel {
+    pub(crate) requests: Gauge,
+    pub(crate) authentication_failures: Gauge,
+    pub(crate) unreadable: Gauge,
+    pub(crate) forbidden: Gauge,
+    errors: Family<Labels, Gauge>,
+    pub(crate) issued: Gauge,
+    pub(crate) load_failures: Gauge,
+    pub(crate) root_expiry: Gauge,
+    pub(crate) chain_expiry: Gauge,
+}
+
+impl Citadel {
+    fn register(&self, registry: &mut Registry) {
+        add(
+            registry,
+            "citadel_server_csr_count",
+            "Certificate requests",
+            &self.requests,
+        );
+        add(
+            registry,
+            "citadel_server_authentication_failure_count",
+            "Certificate requests of callers that could not be authenticated",
+            &self.authentication_failures,
+        );
+        add(
+            registry,
+            "citadel_server_csr_parsing_err_count",
+            "Certificate requests that could not be read",
+            &self.unreadable,
+        );
+        add(
+            registry,
+            "citadel_server_id_extraction_err_count",
+            "Certificate requests for what the caller must not have",
+            &self.forbidden,
+        );
+        add(
+            registry,
+            "citadel_server_csr_sign_err_count",
+            "Certificate requests refused, by reason",
+            &self.errors,
+        );
+        add(
+            registry,
+            "citadel_server_success_cert_issuance_count",
+            "Certificates issued",
+            &self.issued,
+        );
+        add(
+            registry,
+            "citadel_server_cert_load_failure_count",
+            "Times that the authority's Secret could not be used",
+            &self.load_failures,
+        );
+        add(
+            registry,
+            "citadel_server_root_cert_expiry_timestamp",
+            "End of validity of the first root to expire, seconds since 1970",
+            &self.root_expiry,
+        );
+        add(
+            registry,
+            "citadel_server_cert_chain_expiry_timestamp",
+            "End of validity of the issuing certificate and its chain, seconds since 1970",
+            &self.chain_expiry,
+        );
+    }
+
+    /// Counts a refused request.
+    pub(crate) fn refused(&self, reason: &'static str) {
+        self.errors
+            .get_or_create(&vec![("error", reason.to_owned())])
+            .inc();
     }
 }
 

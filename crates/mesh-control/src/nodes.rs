@@ -7,24 +7,34 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use envoy_types::pb::google::protobuf::{Struct, Value as Wire, value::Kind};
+use mesh_identity::spiffe::{SpiffeError, SpiffeId};
 use mesh_model::{NodeKind, ObjectKey};
 use mesh_translate::{Resources, translate};
 use mesh_xds::json::{self, Naming};
 use mesh_xds::resources::ByName;
 use mesh_xds::{
-    Connection, NodeSource, Rejection, Report, Resource, ResourceSet, StreamEvent, types,
+    Caller, Connection, NodeSource, Rejection, Report, Resource, ResourceSet, StreamEvent, types,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
+use tonic::{Extensions, Status};
 
+use crate::Options;
+use crate::auth::{Authenticator, Refusal};
+use crate::ca::Held;
+use crate::ca::rotation::{self, Progress};
 use crate::metrics::{Connected, Metrics};
 use crate::publish::{Newest, Published};
 use crate::refusals::{self, Board};
+use crate::secrets::Secrets;
 
 /// What a node's failed patches stand under, beside the types that it refused.
 const PATCHES: &str = "patches";
+/// Where a node says what it trusts, and under which root its certificate is.
+pub(crate) const TRUST: &str = "TRUST";
 /// Depth of a node's metadata; deeper is cut off.
 const MAX_DEPTH: usize = 16;
 
@@ -36,6 +46,8 @@ pub(crate) struct Nodes {
     table: Arc<Mutex<BTreeMap<u64, Arc<Entry>>>>,
     next: Arc<AtomicU64>,
     refusals: Board,
+    gate: Gate,
+    secrets: Secrets,
     /// Translations at a time: as many as there are processors, so that the others find the newest mesh when their turn comes.
     turns: Arc<Semaphore>,
 }
@@ -44,6 +56,8 @@ pub(crate) struct Nodes {
 struct Entry {
     number: u64,
     node: mesh_model::Node,
+    /// Who that is, where it could be proven: what is secret is for these alone.
+    identity: Option<SpiffeId>,
     peer: Option<SocketAddr>,
     connected: jiff::Timestamp,
     state: Mutex<EntryState>,
@@ -53,6 +67,8 @@ struct Entry {
 struct EntryState {
     set: Option<Arc<ResourceSet>>,
     patched_by: PatchedBy,
+    /// The configuration names secrets of the cluster.
+    uses_secrets: bool,
     /// When the oldest change in the present set was seen; taken when it is sent.
     since: Option<Instant>,
     types: BTreeMap<String, TypeStatus>,
@@ -144,7 +160,13 @@ impl TypeStatus {
 }
 
 impl Nodes {
-    pub(crate) fn new(newest: Newest, metrics: Arc<Metrics>, refusals: Board) -> Self {
+    pub(crate) fn new(
+        newest: Newest,
+        metrics: Arc<Metrics>,
+        refusals: Board,
+        gate: Gate,
+        secrets: Secrets,
+    ) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             newest,
@@ -152,6 +174,8 @@ impl Nodes {
             table: Arc::default(),
             next: Arc::default(),
             refusals,
+            gate,
+            secrets,
             turns: Arc::new(Semaphore::new(processors)),
         }
     }
@@ -212,6 +236,8 @@ impl Nodes {
                     "address": entry.peer.map(|peer| peer.to_string()),
                     "labels": entry.node.labels,
                     "stockEnvoy": entry.node.stock_envoy,
+                    "identity": entry.identity.as_ref().map(ToString::to_string),
+                    "trust": entry.node.metadata[TRUST],
                     "watches": by_type,
                 })
             })
@@ -234,8 +260,13 @@ impl Nodes {
                 .into_iter()
                 .flat_map(|by_name| by_name.values())
             {
-                let shown = json::any_to_json(&resource.type_url, &resource.value, Naming::Proto)
-                    .unwrap_or_else(|error| json!({ "error": error.to_string() }));
+                let shown = if type_url == types::SECRET {
+                    // Keys are for the proxy's eyes only.
+                    json!({ "name": resource.name })
+                } else {
+                    json::any_to_json(&resource.type_url, &resource.value, Naming::Proto)
+                        .unwrap_or_else(|error| json!({ "error": error.to_string() }))
+                };
                 configs.push(json!({
                     "name": resource.name,
                     "version_info": resource.version,
@@ -247,27 +278,126 @@ impl Nodes {
         Some(json!({ "proxy": proxy, "configs": configs }))
     }
 
+    /// How far the authenticated proxies are with a change of the root.
+    pub(crate) fn trust_progress(&self, held: &Held) -> Progress {
+        let entries = self.entries();
+        let known = entries.iter().filter(|entry| entry.identity.is_some());
+        let nodes = known.map(|entry| {
+            let done = rotation::is_done(held.phase, &entry.node.metadata[TRUST], held);
+            (proxy_id(&entry.node), done)
+        });
+        // A proxy that connected anew may still stand there with its stream of before: the newer one counts.
+        let nodes: BTreeMap<String, bool> = nodes.collect();
+        rotation::progress(held, nodes.into_iter())
+    }
+
     fn entries(&self) -> Vec<Arc<Entry>> {
         lock(&self.table).values().cloned().collect()
     }
 }
 
+/// Who is let in on the secure port.
+#[derive(Clone)]
+pub(crate) struct Gate {
+    authenticator: Arc<Authenticator>,
+    required: bool,
+    check_node: bool,
+}
+
+impl Gate {
+    pub(crate) fn new(options: &Options, authenticator: Arc<Authenticator>) -> Self {
+        Self {
+            authenticator,
+            required: options.xds_auth,
+            check_node: options.xds_identity_check,
+        }
+    }
+}
+
 impl NodeSource for Nodes {
+    async fn authenticate(
+        &self,
+        metadata: &MetadataMap,
+        extensions: &Extensions,
+    ) -> Result<Option<Caller>, Status> {
+        if !Authenticator::is_secure(extensions) {
+            return Ok(None);
+        }
+        let gate = &self.gate;
+        match gate
+            .authenticator
+            .identify(metadata, extensions, false)
+            .await
+        {
+            Ok(identified) => Ok(Some(identified.into())),
+            Err(Refusal::Nothing) if !gate.required => Ok(None),
+            Err(refusal) => {
+                tracing::warn!(%refusal, "discovery stream refused");
+                self.metrics.xds_refused("authentication");
+                Err(refusal.into())
+            }
+        }
+    }
+
     fn connect(
         &self,
         node: mesh_xds::Node,
         peer: Option<SocketAddr>,
-    ) -> Result<Connection, tonic::Status> {
-        let metadata = node
-            .metadata
-            .map_or(Value::Null, |metadata| from_struct(metadata, 0));
-        let node = mesh_model::Node::from_xds_id(&node.id, &metadata)
-            .map_err(|error| tonic::Status::invalid_argument(error.to_string()))?;
-        tracing::info!(node = node.id, ?peer, "proxy connected");
+    ) -> Result<Connection, Status> {
+        Ok(self.open(read_node(node)?, peer, None))
+    }
+
+    fn connect_as(
+        &self,
+        node: mesh_xds::Node,
+        peer: Option<SocketAddr>,
+        caller: Caller,
+    ) -> Result<Connection, Status> {
+        let node = read_node(node)?;
+        let identity: SpiffeId = caller
+            .identity
+            .parse()
+            .map_err(|error: SpiffeError| Status::unauthenticated(error.to_string()))?;
+        let account = node.metadata["SERVICE_ACCOUNT"].as_str();
+        let same = identity.namespace == node.namespace
+            && account.is_none_or(|account| account == identity.service_account);
+        if self.gate.check_node && !same {
+            let text = format!(
+                "the node {} says that it is {}/{}, its credentials are those of {identity}",
+                node.id,
+                node.namespace,
+                account.unwrap_or_default()
+            );
+            tracing::warn!(?peer, "discovery stream refused: {text}");
+            self.metrics.xds_refused("identity");
+            return Err(Status::permission_denied(text));
+        }
+        Ok(self.open(node, peer, Some(identity)))
+    }
+}
+
+fn read_node(node: mesh_xds::Node) -> Result<mesh_model::Node, Status> {
+    let metadata = node
+        .metadata
+        .map_or(Value::Null, |metadata| from_struct(metadata, 0));
+    mesh_model::Node::from_xds_id(&node.id, &metadata)
+        .map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+impl Nodes {
+    fn open(
+        &self,
+        node: mesh_model::Node,
+        peer: Option<SocketAddr>,
+        identity: Option<SpiffeId>,
+    ) -> Connection {
+        let shown = identity.as_ref().map(ToString::to_string);
+        tracing::info!(node = node.id, ?peer, identity = shown, "proxy connected");
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let entry = Arc::new(Entry {
             number,
             node,
+            identity,
             peer,
             connected: jiff::Timestamp::now(),
             state: Mutex::default(),
@@ -280,8 +410,9 @@ impl NodeSource for Nodes {
             sender,
             Arc::clone(&self.turns),
             self.refusals.clone(),
+            self.secrets.clone(),
         ));
-        Ok(Connection {
+        Connection {
             sets,
             report: Box::new(Reporter {
                 entry,
@@ -291,10 +422,11 @@ impl NodeSource for Nodes {
                 _place: Place {
                     table: Arc::clone(&self.table),
                     refusals: self.refusals.clone(),
+                    secrets: self.secrets.clone(),
                     number,
                 },
             }),
-        })
+        }
     }
 }
 
@@ -305,21 +437,27 @@ async fn feed(
     sets: watch::Sender<Option<Arc<ResourceSet>>>,
     turns: Arc<Semaphore>,
     refusals: Board,
+    secrets: Secrets,
 ) {
+    let mut changed_secrets = secrets.changes();
     loop {
+        changed_secrets.mark_unchanged();
         let published = newest.borrow_and_update().clone();
         if let Some(published) = published {
             let Ok(_turn) = turns.acquire().await else {
                 return;
             };
-            push(published, &entry, &sets, &refusals).await;
+            push(published, &entry, &sets, &refusals, &secrets).await;
             if sets.is_closed() {
                 // The stream ended meanwhile, and nobody else would take away what stands there for it.
                 refusals.remove(entry.number);
+                secrets.forget(entry.number);
             }
         }
         tokio::select! {
             changed = newest.changed() => if changed.is_err() { return },
+            // Only those proxies that use some are looked at again.
+            Ok(()) = changed_secrets.changed(), if lock(&entry.state).uses_secrets => {}
             () = sets.closed() => return,
         }
     }
@@ -330,6 +468,7 @@ async fn push(
     entry: &Arc<Entry>,
     sets: &watch::Sender<Option<Arc<ResourceSet>>>,
     refusals: &Board,
+    secrets: &Secrets,
 ) {
     let since = published.since;
     let previous = lock(&entry.state).set.clone();
@@ -345,16 +484,17 @@ async fn push(
             let failed = failed
                 .map(|problem| refusals::of_patch(&node, problem))
                 .collect();
+            let names = resources.secrets.clone();
             let (set, patched_by) = to_set(resources);
             let set = match &previous {
                 Some(previous) => set.sharing(previous),
                 None => set,
             };
-            (set, patched_by, failed)
+            (set, patched_by, failed, names)
         })
         .await
     };
-    let (set, patched_by, failed) = match translated {
+    let (mut set, patched_by, failed, names) = match translated {
         Ok(translated) => translated,
         Err(error) => {
             tracing::error!(node = entry.node.id, %error, "translating failed; the node keeps what it has");
@@ -363,8 +503,12 @@ async fn push(
     };
     let number = entry.number;
     refusals.set(number, PATCHES, failed);
+    for secret in secrets.of(number, entry.identity.as_ref(), &names).await {
+        set.insert(secret);
+    }
     let mut state = lock(&entry.state);
     state.patched_by = patched_by;
+    state.uses_secrets = !names.is_empty();
     if previous.as_deref() == Some(&set) {
         return;
     }
@@ -416,12 +560,14 @@ struct Reporter {
 struct Place {
     table: Arc<Mutex<BTreeMap<u64, Arc<Entry>>>>,
     refusals: Board,
+    secrets: Secrets,
     number: u64,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.refusals.remove(self.number);
+        self.secrets.forget(self.number);
         if let Some(entry) = lock(&self.table).remove(&self.number) {
             tracing::info!(node = entry.node.id, "proxy disconnected");
         }

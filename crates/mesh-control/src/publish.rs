@@ -36,8 +36,9 @@ pub(crate) struct Shared {
     state: watch::Receiver<State>,
 }
 
+/// What others read.
 #[derive(Clone, Default)]
-struct State {
+pub(crate) struct State {
     ready: bool,
     native_sidecars: bool,
     namespaces: Arc<BTreeMap<String, BTreeMap<String, String>>>,
@@ -55,6 +56,16 @@ impl Shared {
     pub(crate) fn namespace_labels(&self, namespace: &str) -> BTreeMap<String, String> {
         let state = self.state.borrow();
         state.namespaces.get(namespace).cloned().unwrap_or_default()
+    }
+
+    /// All namespaces with their labels.
+    pub(crate) fn namespaces(&self) -> Arc<BTreeMap<String, BTreeMap<String, String>>> {
+        Arc::clone(&self.state.borrow().namespaces)
+    }
+
+    /// Tells of every change of what is here.
+    pub(crate) fn changes(&self) -> watch::Receiver<State> {
+        self.state.clone()
     }
 
     /// Whether every node runs native sidecars.

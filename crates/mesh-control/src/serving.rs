@@ -1,4 +1,4 @@
-//! The webhooks' certificate: from the authority in a Secret, renewed in time, and known to those who call the webhooks.
+//! The control plane's own certificate: issued by its authority, renewed in time, and known to those who call the webhooks.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -8,132 +8,107 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::StreamExt;
 use kube::Api;
-use kube::api::{Patch, PatchParams, PostParams};
+use kube::api::{Patch, PatchParams};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::runtime::watcher::{self, Event, watcher};
-use mesh_identity::ca::Authority;
 use mesh_xds::backoff::Backoff;
 use serde_json::{Value, json};
 
 use crate::Options;
+use crate::ca::{Held, Issuing, held};
 
-/// Istio's name for the Secret of a self-signed authority, and the keys in it.
-const SECRET: &str = "istio-ca-secret";
-const CERTIFICATE: &str = "ca-cert.pem";
-const KEY: &str = "ca-key.pem";
-/// Ten years, as Istio's self-signed root.
-const ROOT_LIFETIME: u64 = 3650 * 86_400;
 const LEAF_LIFETIME: u64 = 90 * 86_400;
 /// The certificate is made anew at this age.
 const RENEW: Duration = Duration::from_secs(30 * 86_400);
-/// The TLS configuration of the webhooks; empty until there is a certificate. Clones share it.
+
+/// The TLS configurations of our servers; empty until there is a certificate. Clones share them.
 #[derive(Clone, Default)]
-pub(crate) struct Certificate(Arc<ArcSwapOption<rustls::ServerConfig>>);
+pub(crate) struct Certificate(Arc<ArcSwapOption<Configs>>);
+
+struct Configs {
+    webhooks: Arc<rustls::ServerConfig>,
+    channel: Arc<rustls::ServerConfig>,
+}
 
 impl Certificate {
-    /// The configuration for a new connection.
+    /// The configuration for a new connection to the webhooks.
     pub(crate) fn config(&self) -> Option<Arc<rustls::ServerConfig>> {
-        self.0.load_full()
+        self.0
+            .load()
+            .as_ref()
+            .map(|both| Arc::clone(&both.webhooks))
+    }
+
+    /// The configuration for a new connection of a proxy: it may come with a certificate of the mesh.
+    pub(crate) fn channel(&self) -> Option<Arc<rustls::ServerConfig>> {
+        self.0.load().as_ref().map(|both| Arc::clone(&both.channel))
     }
 }
 
 /// What went wrong; it is tried again.
 #[derive(Debug, thiserror::Error)]
 enum ServingError {
-    #[error("Secret {SECRET}: {0}")]
-    Secret(Box<kube::Error>),
-    #[error(
-        "Secret {SECRET}: {0}; delete it to have a new authority made, which breaks the trust of running proxies"
-    )]
-    Content(String),
     #[error(transparent)]
     Authority(#[from] mesh_identity::ca::CaError),
     #[error(transparent)]
     Tls(#[from] mesh_identity::tls::TlsError),
+    #[error(transparent)]
+    Channel(#[from] mesh_identity::channel::ChannelError),
 }
 
-/// Keeps the certificate and the webhook configurations right, for ever.
-pub(crate) async fn keep(options: Arc<Options>, certificate: Certificate) {
+/// Keeps the certificate and the webhook configurations right, for ever: with each change of the authority, and in time.
+pub(crate) async fn keep(options: Arc<Options>, certificate: Certificate, mut issuing: Issuing) {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 1);
     loop {
-        match serve_with(&options, &certificate).await {
-            Ok(bundle) => {
-                // Ends early only when telling failed: then it starts anew, after a moment.
-                if let Ok(error) =
-                    tokio::time::timeout(RENEW, tell_callers(&options, &bundle)).await
-                {
-                    tracing::warn!(%error, "keeping the webhook configurations; trying again");
-                    tokio::time::sleep(backoff.wait()).await;
+        let Some(held) = held(&mut issuing).await else {
+            return;
+        };
+        issuing.mark_unchanged();
+        match serve_with(&options, &certificate, &held) {
+            Ok(()) => {
+                tokio::select! {
+                    () = tokio::time::sleep(RENEW) => {}
+                    changed = issuing.changed() => if changed.is_err() { return },
+                    // Ends early only when telling failed: then it starts anew, after a moment.
+                    error = tell_callers(&options, held.trusted.pem()) => {
+                        tracing::warn!(%error, "keeping the webhook configurations; trying again");
+                        tokio::time::sleep(backoff.wait()).await;
+                    }
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "making the webhooks' certificate; trying again");
+                tracing::warn!(%error, "making the control plane's certificate; trying again");
                 tokio::time::sleep(backoff.wait()).await;
             }
         }
     }
 }
 
-/// Makes a certificate and serves with it; gives the authority's certificate.
-async fn serve_with(options: &Options, certificate: &Certificate) -> Result<String, ServingError> {
-    let authority = authority(options).await?;
+/// Makes a certificate and serves with it.
+fn serve_with(
+    options: &Options,
+    certificate: &Certificate,
+    held: &Held,
+) -> Result<(), ServingError> {
     let (service, namespace) = (&options.service, &options.namespace);
     let names = [
         format!("{service}.{namespace}.svc"),
         format!("{service}.{namespace}.svc.cluster.local"),
         format!("{service}.{namespace}"),
         service.clone(),
+        // Istio's old name, which agents of remote clusters still use.
+        format!("istio-pilot.{namespace}.svc"),
         "localhost".to_owned(),
     ];
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let leaf = authority.issue_server(&names, &[], now(), LEAF_LIFETIME)?;
-    let config = mesh_identity::tls::server_config(&leaf, &["h2", "http/1.1"])?;
-    certificate.0.store(Some(config));
-    Ok(authority.certificate_pem().to_owned())
-}
-
-/// Loads the authority, or makes it. When two control planes start at once, one of them creates the Secret and the other
-/// loads it.
-async fn authority(options: &Options) -> Result<Authority, ServingError> {
-    let api = core_api(options, "Secret", "secrets");
-    let failed = |error| ServingError::Secret(Box::new(error));
-    if let Some(secret) = api.get_opt(SECRET).await.map_err(failed)? {
-        return load(&secret);
-    }
-    let authority = Authority::generate("cluster.local", "Root CA", now(), ROOT_LIFETIME)?;
-    let secret = json!({
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": { "name": SECRET, "namespace": options.namespace },
-        "type": "istio.io/ca-root",
-        "data": {
-            CERTIFICATE: BASE64.encode(authority.certificate_pem()),
-            KEY: BASE64.encode(authority.key_pem()),
-        },
-    });
-    let secret: DynamicObject =
-        serde_json::from_value(secret).map_err(|error| ServingError::Content(error.to_string()))?;
-    match api.create(&PostParams::default(), &secret).await {
-        Ok(_) => Ok(authority),
-        Err(kube::Error::Api(status)) if status.code == 409 => {
-            load(&api.get(SECRET).await.map_err(failed)?)
-        }
-        Err(error) => Err(failed(error)),
-    }
-}
-
-fn load(secret: &DynamicObject) -> Result<Authority, ServingError> {
-    let part = |key: &str| {
-        let text = secret.data["data"][key]
-            .as_str()
-            .ok_or_else(|| ServingError::Content(format!("it has no {key}")))?;
-        BASE64
-            .decode(text)
-            .ok()
-            .and_then(|bytes| String::from_utf8(bytes).ok())
-            .ok_or_else(|| ServingError::Content(format!("{key} is not text in base64")))
-    };
-    Ok(Authority::from_pem(&part(CERTIFICATE)?, &part(KEY)?)?)
+    let leaf = held
+        .authority
+        .issue_server(&names, &[], now(), LEAF_LIFETIME)?;
+    certificate.0.store(Some(Arc::new(Configs {
+        webhooks: mesh_identity::tls::server_config(&leaf, &["h2", "http/1.1"])?,
+        channel: mesh_identity::channel::server(&leaf, &held.trusted)?,
+    })));
+    Ok(())
 }
 
 /// Keeps the authority's certificate in the webhook configurations that call us, whoever changes them, and makes validation
@@ -221,13 +196,8 @@ fn corrections(webhooks: &Value, options: &Options, bundle: &str, fail: bool) ->
     operations
 }
 
-fn core_api(options: &Options, kind: &str, plural: &str) -> Api<DynamicObject> {
-    let resource =
-        ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("", "v1", kind), plural);
-    Api::namespaced_with(options.client.clone(), &options.namespace, &resource)
-}
-
-fn now() -> u64 {
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
     SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .map_or(0, |elapsed| elapsed.as_secs())

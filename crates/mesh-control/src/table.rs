@@ -75,6 +75,11 @@ impl Table {
             Change::Listed(index) => self.listed.insert(index),
             Change::Remove(key) => self.remove(&key),
             Change::Upsert(seen) => self.upsert(*seen),
+            Change::Keys(source, keys) => self.objects.set_jwks(source, &keys),
+            Change::ForgetKeys(source) => {
+                self.objects.retain_jwks(|known| *known != source);
+                false
+            }
         }
     }
 

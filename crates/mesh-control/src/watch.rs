@@ -9,7 +9,7 @@ use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::runtime::watcher::{self, Event};
 use mesh_api::core::{ConfigMap, CoreObject, EndpointSlice, Namespace, Node, Pod, Service};
 use mesh_api::{AnyObject, KINDS, ParseError};
-use mesh_model::{Item, ObjectKey};
+use mesh_model::{Item, KeySource, ObjectKey};
 use mesh_xds::backoff::Backoff;
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -21,6 +21,10 @@ pub(crate) enum Change {
     Upsert(Box<Seen>),
     /// An object is gone.
     Remove(ObjectKey),
+    /// Keys of a token issuer that were fetched (JSON).
+    Keys(KeySource, String),
+    /// Nothing refers to a source of keys any more.
+    ForgetKeys(KeySource),
     /// A kind has been listed as a whole (or the cluster does not have it).
     Listed(usize),
 }

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use rustls::crypto::aws_lc_rs;
+use rustls::client::Resumption;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::server::WebPkiClientVerifier;
+use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -20,47 +23,125 @@ pub enum TlsError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A certificate can't be read.
+    #[error("reading a certificate: {reason}")]
+    Certificate {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Trusted certificates or revocation lists can't be used.
+    #[error("using trusted certificates: {reason}")]
+    Trust {
+        /// What is wrong with them.
+        reason: String,
+    },
     /// rustls refused the parts.
     #[error("making a TLS configuration: {0}")]
     Rustls(#[from] rustls::Error),
 }
 
+/// The one crypto provider.
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
 /// A server configuration that presents `leaf` and asks no certificate of clients; TLS 1.2 and 1.3. `alpn` in order of preference.
 pub fn server_config(leaf: &Leaf, alpn: &[&str]) -> Result<Arc<ServerConfig>, TlsError> {
-    let chain = certificates(&leaf.chain_pem)?;
-    let key = PrivateKeyDer::from_pem_slice(leaf.key_pem.as_bytes()).map_err(|e| pem("key", &e))?;
-    let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)?;
-    config.alpn_protocols = alpn.iter().map(|p| p.as_bytes().to_vec()).collect();
+    let config =
+        ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    finish_server(config.with_no_client_auth(), leaf, alpn)
+}
+
+/// The same, but clients may present a certificate; one that does not lead to `roots_pem` ends the handshake.
+pub fn server_config_asking(
+    leaf: &Leaf,
+    roots_pem: &str,
+    alpn: &[&str],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots(roots_pem)?, provider())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|error| TlsError::Trust {
+            reason: error.to_string(),
+        })?;
+    let config =
+        ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    finish_server(config.with_client_cert_verifier(verifier), leaf, alpn)
+}
+
+fn finish_server(
+    builder: rustls::ConfigBuilder<ServerConfig, rustls::server::WantsServerCert>,
+    leaf: &Leaf,
+    alpn: &[&str],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let mut config =
+        builder.with_single_cert(split_certificates(&leaf.chain_pem)?, key(&leaf.key_pem)?)?;
+    config.alpn_protocols = owned(alpn);
     Ok(Arc::new(config))
 }
 
 /// A client configuration that trusts the certificates in `roots_pem` and nobody else.
 pub fn client_config(roots_pem: &str, alpn: &[&str]) -> Result<Arc<ClientConfig>, TlsError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(roots_pem)? {
-        roots.add(certificate)?;
-    }
-    if roots.is_empty() {
-        return Err(TlsError::Pem {
-            what: "trusted certificates",
-            reason: "there is no certificate in it".to_owned(),
-        });
-    }
-    let mut config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+    let mut config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
+        .with_root_certificates(roots(roots_pem)?)
         .with_no_client_auth();
-    config.alpn_protocols = alpn.iter().map(|p| p.as_bytes().to_vec()).collect();
+    config.alpn_protocols = owned(alpn);
     Ok(Arc::new(config))
 }
 
-fn certificates(text: &str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    CertificateDer::pem_slice_iter(text.as_bytes())
+/// The same, presenting a certificate of its own where the server asks for one. Sessions are not resumed, so that a server always sees
+/// the present certificate.
+pub fn client_config_presenting(
+    roots_pem: &str,
+    leaf: &Leaf,
+    alpn: &[&str],
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots(roots_pem)?)
+        .with_client_auth_cert(split_certificates(&leaf.chain_pem)?, key(&leaf.key_pem)?)?;
+    config.alpn_protocols = owned(alpn);
+    config.resumption = Resumption::disabled();
+    Ok(Arc::new(config))
+}
+
+fn owned(alpn: &[&str]) -> Vec<Vec<u8>> {
+    alpn.iter().map(|p| p.as_bytes().to_vec()).collect()
+}
+
+/// The certificates in PEM text, in its order. Text without any is refused.
+pub fn split_certificates(text: &str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let all = CertificateDer::pem_slice_iter(text.as_bytes())
         .collect::<Result<Vec<_>, _>>()
-        .map_err(|e| pem("certificates", &e))
+        .map_err(|e| pem("certificates", &e))?;
+    match all.is_empty() {
+        true => Err(TlsError::Pem {
+            what: "certificates",
+            reason: "there is no certificate in it".to_owned(),
+        }),
+        false => Ok(all),
+    }
+}
+
+/// The certificates in PEM text as those to trust.
+pub fn roots(text: &str) -> Result<Arc<RootCertStore>, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in split_certificates(text)? {
+        roots.add(certificate)?;
+    }
+    Ok(Arc::new(roots))
+}
+
+/// A certificate chain (leaf first) with its key, which must be the leaf's.
+pub fn certified_key(chain_pem: &str, key_pem: &str) -> Result<CertifiedKey, TlsError> {
+    let chain = split_certificates(chain_pem)?;
+    let certified = CertifiedKey::from_der(chain, key(key_pem)?, &aws_lc_rs::default_provider())?;
+    Ok(certified)
+}
+
+fn key(text: &str) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_slice(text.as_bytes()).map_err(|e| pem("private key", &e))
 }
 
 fn pem(what: &'static str, error: &rustls_pki_types::pem::Error) -> TlsError {

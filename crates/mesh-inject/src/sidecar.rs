@@ -14,6 +14,9 @@ const PROXY_USER: i64 = 1337;
 /// Ports of the proxy itself, never captured; the status port goes after them.
 const HEALTH_PORT: u16 = 15021;
 const METRICS_PORT: u16 = 15090;
+/// For whom the token is meant, and how long it is valid (Istio's injection template).
+const TOKEN_AUDIENCE: &str = "istio-ca";
+const TOKEN_SECONDS: u32 = 43_200;
 
 /// Makes the injected pod.
 pub(crate) fn injected(
@@ -146,6 +149,8 @@ fn mark(
     };
     let (name, revision) = canonical(view, workload);
     edit(metadata, "labels", |labels| {
+        // By this others know that the pod can do mutual TLS. Who sets it to something else keeps that.
+        set_default(labels, "security.istio.io/tlsMode", "istio");
         set_default(labels, "service.istio.io/canonical-name", &name);
         set_default(labels, "service.istio.io/canonical-revision", &revision);
         if !context.config.network.is_empty() {
@@ -266,12 +271,18 @@ fn canonical(view: &PodView<'_>, workload: &Workload) -> (String, String) {
     (name, revision.unwrap_or_else(|| "latest".to_owned()))
 }
 
-/// Volumes of the proxy: what the pod knows about itself, and the last good configuration.
+/// Volumes of the proxy: what the pod knows about itself, the last good configuration, and its identity: the token by which the authority
+/// knows it, the roots that it trusts, and in memory alone the key and certificate, for the case that the proxy starts again while the authority is away.
 fn volumes(settings: &Settings) -> Vec<Value> {
     let item = |path: &str| json!({ "path": path, "fieldRef": { "fieldPath": format!("metadata.{path}") } });
     let mut volumes = vec![
+        json!({ "name": "workload-certs", "emptyDir": { "medium": "Memory" } }),
         json!({ "name": "istio-data", "emptyDir": {} }),
         json!({ "name": "istio-podinfo", "downwardAPI": { "items": [item("labels"), item("annotations")] } }),
+        json!({ "name": "istio-token", "projected": { "sources": [
+            { "serviceAccountToken": { "path": "istio-token", "expirationSeconds": TOKEN_SECONDS, "audience": TOKEN_AUDIENCE } },
+        ] } }),
+        json!({ "name": "istiod-ca-cert", "configMap": { "name": "istio-ca-root-cert" } }),
     ];
     volumes.extend(settings.user_volumes.iter().cloned());
     volumes
@@ -360,8 +371,11 @@ fn proxy_container(
         Template::Gateway => "router",
     };
     let mut mounts = vec![
+        json!({ "name": "workload-certs", "mountPath": "/var/run/secrets/workload-spiffe-credentials" }),
         json!({ "name": "istio-data", "mountPath": "/var/lib/istio/data" }),
         json!({ "name": "istio-podinfo", "mountPath": "/etc/istio/pod" }),
+        json!({ "name": "istio-token", "mountPath": "/var/run/secrets/tokens", "readOnly": true }),
+        json!({ "name": "istiod-ca-cert", "mountPath": "/var/run/secrets/istio", "readOnly": true }),
     ];
     mounts.extend(settings.user_mounts.iter().cloned());
     let health = json!({ "path": "/healthz/ready", "port": HEALTH_PORT });
@@ -425,6 +439,10 @@ fn env(
         "REDIRECT"
     };
     let mut env = vec![
+        value(
+            "CA_ADDR",
+            &authority_address(&settings.proxy.discovery_address),
+        ),
         field("POD_NAME", "metadata.name"),
         field("POD_NAMESPACE", "metadata.namespace"),
         field("INSTANCE_IP", "status.podIP"),
@@ -453,6 +471,14 @@ fn env(
             .map(|(name, text)| value(name, text)),
     );
     env
+}
+
+/// The authority is served by the control plane, on its secure port.
+fn authority_address(discovery: &str) -> String {
+    let host = discovery
+        .rsplit_once(':')
+        .map_or(discovery, |(host, _)| host);
+    format!("{host}:15012")
 }
 
 /// Ports of the application's containers, as JSON with the keys in Kubernetes' order.

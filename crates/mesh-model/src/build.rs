@@ -3,9 +3,12 @@
 mod destination_rules;
 mod envoy_filters;
 mod gateways;
+mod security;
 mod services;
 mod virtual_services;
 mod workloads;
+
+use std::sync::Arc;
 
 use mesh_api::{AnyObject, Meta};
 
@@ -21,11 +24,14 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
         ..Mesh::default()
     };
     let mut problems = Vec::new();
+    check_limits(&mut mesh, &mut problems);
     mesh.workloads = workloads::build(objects);
     mesh.services = services::build(objects, &mesh);
     mesh.destination_rules = destination_rules::build(objects, &mesh, &mut problems);
     mesh.envoy_filters = envoy_filters::build(objects, &mut problems);
     mesh.gateways = gateways::build(objects, &mut problems);
+    mesh.security = security::build(objects, &mut problems);
+    mesh.jwks = objects.jwks.clone();
     mesh.virtual_services = virtual_services::build(objects, &mesh, &mut problems);
     for (key, object) in &objects.istio {
         report_kind_not_applied(key, object, &mut problems);
@@ -47,6 +53,19 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
     mesh
 }
 
+/// Takes suites and curves out of the mesh's configuration that are not served: one of them would cost every listener.
+fn check_limits(mesh: &mut Mesh, problems: &mut Vec<Problem>) {
+    let config = Arc::make_mut(&mut mesh.config);
+    let key = ObjectKey::new("ConfigMap", config.root_namespace.clone(), "istio");
+    let mut report = Reporter::new(&key, problems);
+    gateways::mesh_limits(&mut config.mesh_mtls, "data.mesh.meshMTLS", &mut report);
+    gateways::mesh_limits(
+        &mut config.tls_defaults,
+        "data.mesh.tlsDefaults",
+        &mut report,
+    );
+}
+
 /// Kinds that a later version applies: nothing that a user wrote is ignored in silence.
 fn report_kind_not_applied(key: &ObjectKey, object: &AnyObject, problems: &mut Vec<Problem>) {
     if matches!(
@@ -55,6 +74,9 @@ fn report_kind_not_applied(key: &ObjectKey, object: &AnyObject, problems: &mut V
             | AnyObject::DestinationRule(_)
             | AnyObject::Gateway(_)
             | AnyObject::EnvoyFilter(_)
+            | AnyObject::PeerAuthentication(_)
+            | AnyObject::AuthorizationPolicy(_)
+            | AnyObject::RequestAuthentication(_)
     ) {
         return;
     }

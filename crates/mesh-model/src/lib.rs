@@ -25,8 +25,9 @@ pub use objects::{Item, ObjectKey, Objects};
 pub use problem::{Problem, Severity};
 pub use protocol::Protocol;
 pub use rules::{
-    DestinationRule, EnvoyFilter, EnvoyPatch, Gateway, GatewayServer, MESH_GATEWAY, Policy,
-    ServerMode, Subset, VirtualService,
+    AuthorizationPolicy, DestinationRule, EnvoyFilter, EnvoyPatch, Gateway, GatewayServer,
+    KeySource, MESH_GATEWAY, MtlsMode, Policy, RequestAuthentication, Scope, ServerMode, Subset,
+    VirtualService,
 };
 pub use service::{Endpoint, Health, Service, ServicePort, TargetPort, Workload};
 pub use visibility::Visibility;

@@ -9,14 +9,16 @@ use mesh_api::mesh_config::MeshConfig;
 use crate::objects::{Name, Objects};
 use crate::service::contains_labels;
 use crate::{
-    DestinationRule, Gateway, MESH_GATEWAY, Node, NodeKind, Problem, Service, ServicePort,
-    VirtualService, Workload, build,
+    DestinationRule, Gateway, KeySource, MESH_GATEWAY, Node, NodeKind, Problem, Service,
+    ServicePort, VirtualService, Workload, build,
 };
 
 mod destination_rules;
 mod envoy_filters;
+mod security;
 
 pub(crate) use envoy_filters::EnvoyFilters;
+pub(crate) use security::Security;
 
 /// Everything that the objects mean together. Never changes once it is built.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -32,6 +34,9 @@ pub struct Mesh {
     pub(crate) envoy_filters: EnvoyFilters,
     /// Oldest first.
     pub(crate) gateways: Vec<Arc<Gateway>>,
+    pub(crate) security: Security,
+    /// Fetched keys of issuers, in JSON.
+    pub(crate) jwks: Arc<BTreeMap<KeySource, Arc<str>>>,
     pub(crate) problems: Vec<Problem>,
 }
 

@@ -8,6 +8,8 @@ use mesh_api::core::{EndpointSlice, Namespace, Node, Pod, Service};
 use mesh_api::mesh_config::MeshConfig;
 use mesh_api::{AnyObject, Meta};
 
+use crate::KeySource;
+
 /// What names an object: kind, namespace (empty for cluster-scoped kinds) and name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectKey {
@@ -97,6 +99,7 @@ pub struct Objects {
     pub(crate) nodes: BTreeMap<Name, Arc<Node>>,
     pub(crate) istio: BTreeMap<ObjectKey, Arc<AnyObject>>,
     pub(crate) mesh_config: Arc<MeshConfig>,
+    pub(crate) jwks: Arc<BTreeMap<KeySource, Arc<str>>>,
 }
 
 impl Objects {
@@ -159,6 +162,22 @@ impl Objects {
         }
         self.mesh_config = Arc::new(config);
         true
+    }
+
+    /// Sets the key set that was found at a source (JSON, RFC 7517). False if it is the same as before.
+    pub fn set_jwks(&mut self, source: KeySource, keys: &str) -> bool {
+        if self.jwks.get(&source).is_some_and(|old| **old == *keys) {
+            return false;
+        }
+        Arc::make_mut(&mut self.jwks).insert(source, keys.into());
+        true
+    }
+
+    /// Forgets the keys of sources that nothing refers to any more.
+    pub fn retain_jwks(&mut self, mut wanted: impl FnMut(&KeySource) -> bool) {
+        if self.jwks.keys().any(|source| !wanted(source)) {
+            Arc::make_mut(&mut self.jwks).retain(|source, _| wanted(source));
+        }
     }
 
     /// The mesh configuration.

@@ -3,15 +3,21 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use mesh_api::networking::gateway::ServerTlsSettings;
 use mesh_api::networking::virtual_service::{HttpRoute, TcpRoute, TlsRoute};
 
 use crate::{ObjectKey, Visibility};
 
 pub use destination_rule::{DestinationRule, Policy, Subset};
 pub use envoy_filter::{EnvoyFilter, EnvoyPatch, VersionPattern};
+pub use security::{
+    AuthorizationPolicy, KeySource, MtlsMode, NamespaceMtls, PeerAuthentication,
+    RequestAuthentication, Scope,
+};
 
 mod destination_rule;
 mod envoy_filter;
+mod security;
 
 /// The name that stands for all sidecars in a list of gateways.
 pub const MESH_GATEWAY: &str = "mesh";
@@ -69,6 +75,8 @@ pub struct GatewayServer {
     pub bind: Option<IpAddr>,
     /// What is done with connections.
     pub mode: ServerMode,
+    /// How TLS is ended, where the mode says that it is; what can't be applied is reported and taken out.
+    pub tls: Option<ServerTlsSettings>,
     /// Hosts: the namespace whose VirtualServices may bind (`None`: any) and the name, wildcards allowed.
     pub hosts: Vec<(Option<String>, String)>,
 }
@@ -81,8 +89,14 @@ pub enum ServerMode {
         /// Answer with the redirect.
         https_redirect: bool,
     },
+    /// Ends TLS and routes HTTP requests.
+    Https,
+    /// Ends TLS and passes bytes on.
+    TlsTermination,
     /// Passes TLS on, by server name.
     TlsPassthrough,
+    /// Passes mutual TLS of the mesh on to the cluster that the server name says.
+    AutoPassthrough,
     /// Passes bytes on.
     Tcp,
 }
@@ -90,10 +104,18 @@ pub enum ServerMode {
 impl ServerMode {
     /// True if two servers can be on one port.
     pub fn shares_port_with(self, other: Self) -> bool {
-        matches!(
-            (self, other),
-            (Self::Http { .. }, Self::Http { .. }) | (Self::TlsPassthrough, Self::TlsPassthrough)
-        )
+        let plain = matches!((self, other), (Self::Http { .. }, Self::Http { .. }));
+        plain || (self.is_tls() && other.is_tls())
+    }
+
+    /// True if connections begin with TLS.
+    pub fn is_tls(self) -> bool {
+        match self {
+            Self::Https | Self::TlsTermination | Self::TlsPassthrough | Self::AutoPassthrough => {
+                true
+            }
+            Self::Http { .. } | Self::Tcp => false,
+        }
     }
 }
 

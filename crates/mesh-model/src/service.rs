@@ -153,6 +153,13 @@ impl Endpoint {
 }
 
 impl Workload {
+    /// True if the pod's proxy takes mutual TLS of the mesh, as the injector's label says.
+    pub fn offers_mutual_tls(&self) -> bool {
+        self.labels
+            .get("security.istio.io/tlsMode")
+            .is_some_and(|mode| mode == "istio")
+    }
+
     /// Canonical service name: by label, else the app's, else the workload's name.
     pub fn canonical_name(&self) -> &str {
         let labels = [

@@ -8,6 +8,7 @@
 
 pub mod capture;
 pub mod conntrack;
+pub mod copy;
 pub mod nft;
 pub mod ns;
 pub mod sockets;

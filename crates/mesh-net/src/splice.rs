@@ -83,7 +83,7 @@ pub async fn bidirectional(
 }
 
 impl Counters {
-    fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.forward.load(Ordering::Relaxed) + self.backward.load(Ordering::Relaxed)
     }
 }

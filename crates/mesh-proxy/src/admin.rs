@@ -2,7 +2,9 @@
 
 mod clusters;
 mod dump;
+mod secrets;
 mod stats;
+mod time;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -115,7 +117,7 @@ fn failed(error: &dyn std::error::Error) -> Answer {
 fn page(shared: &Shared, quit: &watch::Sender<bool>, path: &str, query: &str) -> Answer {
     let json_wanted = parameter(query, "format") == Some("json");
     match path {
-        "/certs" => Answer::json(&json!({ "certificates": [] })),
+        "/certs" => Answer::json(&secrets::certificates(shared)),
         "/clusters" if json_wanted => Answer::json(&clusters::json(shared)),
         "/clusters" => Answer::text(clusters::text(shared)),
         "/listeners" if json_wanted => Answer::json(&dump::listeners_json(shared)),

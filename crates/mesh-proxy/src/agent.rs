@@ -37,6 +37,9 @@ fn not_ready(shared: &Shared) -> String {
         () if !shared.configured.load(Acquire) => {
             "no configuration yet: waiting for the control plane"
         }
+        () if !shared.identified.load(Acquire) => {
+            "no valid certificate: waiting for the certificate authority"
+        }
         () => "listeners are not open yet",
     };
     format!("not ready: {reason}\n")

@@ -1,5 +1,6 @@
 //! Sending a request: endpoint, connection, try after try.
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use crate::http::{
 use crate::node::{PEER_ID, PEER_METADATA};
 use crate::pool::{ConnectError, Host, Lease, Sent, Version as Upstream};
 use crate::report::{Flag, Flags};
+use crate::tls::connect::{Wish as TlsWish, failure_reason};
 use crate::upstream::counters::Counter;
 use crate::upstream::{ClusterState, Observation, RetryGuard, Wish};
 
@@ -43,6 +45,10 @@ pub struct Plan<'a> {
     repeats_sent: bool,
     kept: Option<Rc<Kept>>,
     hash: Option<u64>,
+    /// What it wants of TLS handshakes.
+    wish: TlsWish,
+    /// Why the last one failed, in Envoy's words.
+    transport_failure: RefCell<Option<Box<str>>>,
 }
 
 /// A response to pass on.
@@ -65,6 +71,8 @@ pub struct Outcome {
     pub flags: Flags,
     /// Tries made.
     pub attempts: u32,
+    /// Why the last connection was not made (TLS), in Envoy's words.
+    pub transport_failure: Option<Box<str>>,
 }
 
 /// Why there is no response.
@@ -186,6 +194,8 @@ impl<'a> Plan<'a> {
             tell_timeouts: matched.host.tell_timeouts,
             repeats_sent,
             hash: None,
+            wish: tls_wish(exchange, cluster, version, request.headers()),
+            transport_failure: RefCell::default(),
         }
     }
 
@@ -249,6 +259,7 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
         peer: None,
         flags: Flags::NONE,
         attempts: 0,
+        transport_failure: None,
     };
     let mut fresh = false;
     let mut retrying = None;
@@ -303,7 +314,43 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
     if let Some(kept) = &plan.kept {
         kept.forget();
     }
+    outcome.transport_failure = plan.transport_failure.take();
     outcome
+}
+
+/// What the request wants of the TLS handshake of a connection that it goes out on.
+fn tls_wish(
+    exchange: &Exchange,
+    cluster: &Cluster,
+    version: Upstream,
+    headers: &HeaderMap,
+) -> TlsWish {
+    let transports = &cluster.config.transports;
+    if !transports.is_tls() {
+        return TlsWish::default();
+    }
+    let alpn = match version {
+        _ if transports.fixed_alpn => None,
+        Upstream::Http1 => exchange.alpn.0.clone(),
+        Upstream::Http2 => exchange.alpn.1.clone(),
+    };
+    let names = &transports.names;
+    let server_name = names.sni.then(|| {
+        let header = names.header.as_ref().and_then(|name| headers.get(name));
+        let host = header.unwrap_or(&exchange.authority).to_str().unwrap_or("");
+        without_port(host).into()
+    });
+    TlsWish { alpn, server_name }
+}
+
+/// The host of an authority, also of an IPv6 address in brackets.
+fn without_port(authority: &str) -> &str {
+    if let Some(rest) = authority.strip_prefix('[') {
+        return rest.split(']').next().unwrap_or(rest);
+    }
+    authority
+        .rsplit_once(':')
+        .map_or(authority, |(host, _)| host)
 }
 
 /// A response that the policy wants to try again, or that which is passed on.
@@ -467,11 +514,16 @@ async fn once(
 ) -> Try {
     let shared = &plan.exchange.connection.worker.shared;
     let tried = Instant::now();
-    let leasing = host.lease(shared, &plan.cluster.config, plan.version, fresh);
+    let how = (plan.version, &plan.wish);
+    let leasing = host.lease_for(shared, &plan.cluster.config, how, fresh);
     let mut lease = match plan.within(tried, leasing).await {
         Ok(Ok(lease)) => lease,
         Ok(Err(error)) => {
             tracing::debug!(endpoint = %host.address, %error, "connecting");
+            if let ConnectError::Tls(error) = &error {
+                plan.transport_failure
+                    .replace(Some(failure_reason(error).into()));
+            }
             let failure = match error {
                 ConnectError::Timeout => Failure::ConnectTimeout,
                 ConnectError::Overflow => Failure::Overflow,

@@ -1,5 +1,6 @@
 //! Bodies on their way through: one enum each way, nothing boxed, and nothing buffered that is not to be sent twice.
 
+mod input;
 mod request;
 
 use std::convert::Infallible;
@@ -19,6 +20,7 @@ use crate::listener::Downstream;
 use crate::pool::Lease;
 use crate::report::{Flag, Report};
 
+pub use input::{Input, Peeked};
 pub use request::{Kept, RequestBody};
 
 /// Why a body broke off.

@@ -8,10 +8,11 @@ use std::sync::atomic::Ordering;
 use mesh_routing::compile::{CLUSTER, ENDPOINTS, LISTENER, ROUTE};
 use mesh_routing::{Rejection as Refused, XdsState};
 use mesh_store::{Batch, Store, StoreError, StoreOptions, Tree};
-use mesh_xds::client::Versions;
+use mesh_xds::client::{Named, Versions};
 use mesh_xds::{Handler, Rejection, Update};
 use prost::Message;
 
+use crate::sds::{SECRET, Subscription};
 use crate::shared::Shared;
 
 /// The resources are small and read once, at the start.
@@ -108,6 +109,7 @@ pub struct Receiver {
     state: XdsState,
     /// Versions by type and name, for the config dump and for what a new stream begins with.
     versions: BTreeMap<String, Versions>,
+    secrets: Subscription,
     seen: [bool; 2],
     /// Listeners that were refused and of which there is no good version.
     missing: BTreeSet<String>,
@@ -121,6 +123,7 @@ impl Receiver {
             keeper,
             state: XdsState::default(),
             versions: BTreeMap::new(),
+            secrets: Subscription::default(),
             seen: [false; 2],
             missing: BTreeSet::new(),
         };
@@ -165,6 +168,7 @@ impl Receiver {
                 .or_default()
                 .remove(&refused.name);
         }
+        self.secrets.follow(&self.shared);
         self.seen = [
             !self.state.clusters.is_empty(),
             !self.state.listeners.is_empty(),
@@ -175,6 +179,11 @@ impl Receiver {
     /// What is held already, for the first request of a stream.
     pub fn versions(&self) -> BTreeMap<String, Versions> {
         self.versions.clone()
+    }
+
+    /// The secrets to subscribe to.
+    pub fn secrets(&self) -> Named {
+        self.secrets.named()
     }
 
     /// Ready means that every listener that was asked for is there: a sidecar without its inbound listener would let nothing in (Istio's
@@ -199,7 +208,29 @@ impl Receiver {
         self.missing.extend(gone.cloned());
     }
 
+    fn apply_secrets(&mut self, update: &Update) -> Vec<Rejection> {
+        for name in &update.removals {
+            self.secrets.remove(&self.shared, name);
+        }
+        let taken = update.upserts.iter().map(|resource| {
+            let taken = self
+                .secrets
+                .take(&self.shared, &resource.name, &resource.value);
+            (&resource.name, taken)
+        });
+        let refused = taken.filter_map(|(name, taken)| taken.err().map(|why| (name, why)));
+        refused
+            .map(|(name, message)| Rejection {
+                name: name.clone(),
+                message,
+            })
+            .collect()
+    }
+
     fn apply(&mut self, update: &Update) -> Vec<Rejection> {
+        if update.type_url == SECRET {
+            return self.apply_secrets(update);
+        }
         let mut refused = Vec::new();
         for resource in &update.upserts {
             if let Err(message) = insert(
@@ -229,6 +260,7 @@ impl Receiver {
             name: r.name,
             message: r.message,
         }));
+        self.secrets.follow(&self.shared);
         refused
     }
 }
@@ -253,11 +285,9 @@ impl Handler for Receiver {
             _ => {}
         }
         self.note_configured();
-        if let Some(Err(error)) = self
-            .keeper
-            .as_ref()
-            .map(|keeper| keeper.keep(&update, &refused))
-        {
+        // Secrets are not for the disk.
+        let keeper = self.keeper.as_ref().filter(|_| update.type_url != SECRET);
+        if let Some(Err(error)) = keeper.map(|keeper| keeper.keep(&update, &refused)) {
             tracing::warn!(%error, "keeping resources for the next start");
         }
         refused

@@ -4,7 +4,13 @@
 //! a service) is put on the heap.
 
 pub mod bucket;
+mod call;
+mod check;
 mod grpc;
+pub mod guard;
+pub mod jwt;
+mod rbac;
+pub mod stats;
 mod throttle;
 
 use std::sync::Arc;
@@ -23,18 +29,19 @@ use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, request};
 use mesh_routing::Snapshot;
 use mesh_routing::action::{Action, ClusterTarget};
-use mesh_routing::filter::cors::{self, Verdict};
+use mesh_routing::dynamic::Dynamic;
+use mesh_routing::filter::cors::{self, CorsPolicy, Verdict};
 use mesh_routing::filter::descriptor::Facts;
 use mesh_routing::filter::fault::Fault;
 use mesh_routing::filter::local_rate_limit::LocalRateLimit;
-use mesh_routing::filter::rate_limit::{Question, RateLimit};
+use mesh_routing::filter::rate_limit::{Question, RateLimit, RateLimitPerRoute};
 use mesh_routing::filter::{Active, RouteFilters};
 use mesh_routing::format::Facts as FormatFacts;
 use mesh_routing::hcm::HttpManager;
 use mesh_routing::headers::HeaderOps;
-use mesh_routing::route::Matched;
+use mesh_routing::route::{Decision, Matched, RouteTable};
 
-use crate::body::ResponseBody;
+use crate::body::{Input, ResponseBody};
 use crate::http::{Exchange, view};
 use crate::reply;
 use crate::report::{Flag, Flags, Report};
@@ -56,6 +63,10 @@ pub struct Pass {
     set: HeaderMap,
     /// Come beside them.
     add: HeaderMap,
+    /// Come where the response has none of the name.
+    add_if_absent: HeaderMap,
+    /// Take the place of the response's own where it has some.
+    set_if_present: HeaderMap,
     throttle: Option<Box<Throttle>>,
     fault: Option<ActiveFault>,
 }
@@ -91,6 +102,14 @@ impl Pass {
         for (name, value) in &self.add {
             headers.append(name, value.clone());
         }
+        for (name, value) in &self.add_if_absent {
+            headers.entry(name).or_insert_with(|| value.clone());
+        }
+        for (name, value) in &self.set_if_present {
+            if headers.contains_key(name) {
+                headers.insert(name, value.clone());
+            }
+        }
         if let Some(throttle) = self.throttle {
             response.body_mut().slow_down(throttle);
         }
@@ -111,9 +130,10 @@ impl LocalReply<'_> {
             decorate(&mut response);
         }
         let headers = response.headers_mut();
-        for (name, value) in &self.headers {
-            headers.insert(name, value.clone());
+        for name in self.headers.keys() {
+            headers.remove(name);
         }
+        merge(headers, self.headers);
         if let Some(ops) = self.ops {
             ops.apply_to_response(headers, &FormatFacts::default());
         }
@@ -129,8 +149,14 @@ pub struct Request<'a> {
     pub manager: &'a Arc<HttpManager>,
     /// The request.
     pub exchange: &'a Exchange,
-    /// Its route, if it has one.
-    pub matched: Option<&'a Matched<'a>>,
+    /// The routes.
+    pub table: &'a RouteTable,
+}
+
+/// What filters of one request tell each other.
+#[derive(Debug, Default)]
+struct Notes {
+    metadata: Option<Box<Dynamic>>,
 }
 
 /// What the route says to the filters, the most specific level first.
@@ -147,51 +173,95 @@ pub fn wanted(manager: &HttpManager, matched: Option<&Matched<'_>>) -> bool {
 }
 
 impl<'a> Request<'a> {
-    /// Leads the request through its filters.
-    pub async fn run(&self, parts: &mut request::Parts, report: &mut Report) -> Outcome<'a> {
-        let said = self.said(parts);
+    /// Leads the request through its filters. They may have its route looked for again: `decision` is the last word.
+    pub async fn run(
+        &self,
+        decision: &mut Decision<'a>,
+        parts: &mut request::Parts,
+        body: &mut Input,
+        report: &mut Report,
+    ) -> Outcome<'a> {
+        let mut said = self.said(decision, parts);
         let mut pass = None;
-        for filter in self.manager.filters.active(said.filters) {
+        let mut notes = Notes::default();
+        let mut place = 0;
+        while let Some(filter) = self.manager.filters.next_active(&mut place, said.filters) {
+            let mut reroute = false;
             let reply = match filter {
+                Active::Rbac(filter, rules) => self.rbac(filter, rules, parts, &mut notes),
+                Active::Jwt(filter, route) => {
+                    let (reply, anew) = self.jwt(filter, route, parts, &mut notes).await;
+                    reroute = anew;
+                    reply
+                }
+                // Envoy asks nothing about requests without a route.
+                Active::ExtAuthz(filter, route) if matches!(decision, Decision::Matched(_)) => {
+                    let kept = (&mut notes, &mut pass);
+                    let asked = self.check(filter, route, (&mut *parts, &mut *body), kept);
+                    let checked = Box::pin(asked).await;
+                    reroute = checked.reroute;
+                    checked.reply
+                }
+                Active::ExtAuthz(..) => None,
                 Active::Fault(fault) => self.fault(fault, &said, parts, report, &mut pass).await,
-                Active::Cors(policies) if said.cluster.is_some() => {
-                    let random = self.random();
-                    match cors::judge(policies, &view(self.exchange, parts), random) {
-                        Verdict::Pass => None,
-                        Verdict::Decorate(headers) => {
-                            merge(&mut passed(&mut pass).set, headers);
-                            None
+                Active::Cors(policies) => self.cors(policies, &said, parts, &mut pass),
+                Active::LocalRateLimit(rule, _) => self.local(rule, &said, parts, &mut pass),
+                Active::RateLimit(rule, route, settings) => {
+                    match self.to_ask(rule, (route, settings), &said, parts) {
+                        Some(question) => {
+                            Box::pin(self.ask(rule, question, parts, &mut pass)).await
                         }
-                        Verdict::Answer(headers) => Some(LocalReply {
-                            headers,
-                            plain: true,
-                            ..LocalReply::new(StatusCode::OK, None)
-                        }),
+                        None => None,
                     }
                 }
-                Active::LocalRateLimit(rule, _) => self.local(rule, &said, parts, &mut pass),
-                Active::RateLimit(rule, route, settings) => match &said.cluster {
-                    Some(cluster) => {
-                        let view = view(self.exchange, parts);
-                        let facts = self.facts(&view, cluster);
-                        let question = rule.question(route, settings, &facts);
-                        match question.map(encode) {
-                            Some(question) if rule.enabled.covers(self.random()) => {
-                                Box::pin(self.ask(rule, question, parts, &mut pass)).await
-                            }
-                            _ => None,
-                        }
-                    }
-                    None => None,
-                },
-                Active::Cors(_) => None,
             };
             if let Some(reply) = reply {
                 self.attribute(&said, report);
                 return Outcome::Reply(Box::new(reply), pass);
             }
+            if reroute {
+                let view = view(self.exchange, parts);
+                *decision = self.table.decide_with(&view, notes.metadata.as_deref());
+                said = self.said(decision, parts);
+            }
         }
         Outcome::Continue(pass)
+    }
+
+    fn cors(
+        &self,
+        policies: &[Arc<CorsPolicy>],
+        said: &Said<'_>,
+        parts: &request::Parts,
+        pass: &mut Option<Box<Pass>>,
+    ) -> Option<LocalReply<'a>> {
+        said.cluster.as_ref()?;
+        match cors::judge(policies, &view(self.exchange, parts), self.random()) {
+            Verdict::Pass => None,
+            Verdict::Decorate(headers) => {
+                merge(&mut passed(pass).set, headers);
+                None
+            }
+            Verdict::Answer(headers) => Some(LocalReply {
+                headers,
+                plain: true,
+                ..LocalReply::new(StatusCode::OK, None)
+            }),
+        }
+    }
+
+    /// What to ask the rate limit service; `None` where it is not to be asked.
+    fn to_ask(
+        &self,
+        rule: &RateLimit,
+        (route, settings): (Option<&RouteFilters>, Option<&RateLimitPerRoute>),
+        said: &Said<'_>,
+        parts: &request::Parts,
+    ) -> Option<RateLimitRequest> {
+        let view = view(self.exchange, parts);
+        let facts = self.facts(&view, said.cluster.as_deref()?);
+        let question = rule.question(route, settings, &facts).map(encode)?;
+        rule.enabled.covers(self.random()).then_some(question)
     }
 
     /// An answer in the endpoint's place counts for the service that the route leads to.
@@ -206,8 +276,8 @@ impl<'a> Request<'a> {
         }
     }
 
-    fn said(&self, parts: &request::Parts) -> Said<'a> {
-        let Some(matched) = self.matched else {
+    fn said(&self, decision: &Decision<'a>, parts: &request::Parts) -> Said<'a> {
+        let Decision::Matched(matched) = *decision else {
             return Said {
                 filters: None,
                 cluster: None,

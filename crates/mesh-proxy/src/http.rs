@@ -1,5 +1,6 @@
 //! The way of an HTTP request, as one function of numbered phases.
 
+mod client_cert;
 mod facts;
 mod hooks;
 mod outgoing;
@@ -18,13 +19,16 @@ use hyper::body::{Body, Incoming};
 use mesh_routing::Snapshot;
 use mesh_routing::action::{Action, ClusterTarget, Forward};
 use mesh_routing::cluster::Cluster;
+use mesh_routing::filter::alpn::Protocols;
 use mesh_routing::hcm::HttpManager;
 use mesh_routing::listener::Direction;
 use mesh_routing::route::{Decision, Matched};
 use mesh_routing::upgrade::Passage;
 
 use crate::attempt::{self, Failure};
-use crate::body::{BodyLimits, InFlight, RequestBody, ResponseBody, UpstreamBody, grpc_status};
+use crate::body::{
+    BodyLimits, InFlight, Input, RequestBody, ResponseBody, UpstreamBody, grpc_status,
+};
 use crate::filter;
 use crate::listener::Downstream;
 use crate::message;
@@ -63,6 +67,8 @@ pub struct Exchange {
     pub scheme: &'static str,
     /// The version that the client speaks.
     pub version: Version,
+    /// Application protocols for upstream TLS handshakes in HTTP/1 and HTTP/2.
+    pub alpn: (Option<Protocols>, Option<Protocols>),
 }
 
 /// Takes a request to its response. Never fails: what goes wrong is an answer, too.
@@ -119,6 +125,7 @@ async fn forward(
         started: report.started,
         scheme: scheme(&parts.headers),
         version: parts.version,
+        alpn: (manager.alpn.http1.clone(), manager.alpn.http2.clone()),
     };
 
     let request_id = match manager.request_id_in_response {
@@ -133,29 +140,28 @@ async fn forward(
             manager,
         );
     };
-    let decision = table.decide(&view(&exchange, &parts));
+    let mut decision = table.decide(&view(&exchange, &parts));
 
-    // 4. Filters see the request, whatever its route does.
-    let matched = match &decision {
-        Decision::Matched(matched) => Some(matched),
-        _ => None,
-    };
+    // 4. Filters see the request, whatever its route does; they may have it decided anew.
+    let mut body = Input::from(body);
     let mut pass = None;
-    if filter::wanted(manager, matched) {
+    if filter::wanted(manager, hooks::matched(&decision)) {
         let asked = filter::Request {
             snapshot,
             manager,
             exchange: &exchange,
-            matched,
+            table: &table,
         };
-        match asked.run(&mut parts, &mut report).await {
+        let filtered = asked.run(&mut decision, &mut parts, &mut body, &mut report);
+        match filtered.await {
             filter::Outcome::Continue(left) => pass = left,
             filter::Outcome::Reply(reply, left) => {
                 let decorate = |response: &mut _| {
+                    let matched = hooks::matched(&decision);
                     hooks::decorate_reply(matched, &exchange, &parts, response);
                 };
                 let mut response = finish_local(reply.into_response(report, decorate), manager);
-                if exchange.version < Version::HTTP_2 && !body.is_end_stream() {
+                if exchange.version < Version::HTTP_2 && !body.has_arrived() {
                     // The rest of the request is not read.
                     let close = HeaderValue::from_static("close");
                     response.headers_mut().insert(CONNECTION, close);
@@ -181,7 +187,7 @@ async fn forward(
 /// A request that has passed its filters.
 struct Arrived {
     parts: request::Parts,
-    body: Incoming,
+    body: Input,
     report: Box<Report>,
     peer_exchange: bool,
     upgrade: Option<Asked>,
@@ -307,6 +313,9 @@ async fn send(
     }
     match outcome.result {
         Ok(done) => {
+            if connection.direction == Direction::Outbound {
+                report.principals = done.lease.principals();
+            }
             let extras = Extras {
                 peer_exchange,
                 upgrade,
@@ -322,6 +331,7 @@ async fn send(
                 failure,
                 attempts: outcome.attempts,
                 timeouts: &timeouts,
+                transport: outcome.transport_failure.as_deref(),
             };
             let mut response = how.answer(report);
             // What the route adds to answers it adds to this one, too (Envoy: `FilterManager::sendLocalReply`).
@@ -401,6 +411,7 @@ fn pass_on(
             failure: Failure::Protocol,
             attempts: 1,
             timeouts: &extras.timeouts,
+            transport: None,
         };
         return finish_local(how.answer(report), manager);
     }

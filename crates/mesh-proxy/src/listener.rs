@@ -1,5 +1,6 @@
 //! A connection that was accepted: where it was going, what it speaks, which filter chain takes it, and how it ends.
 
+mod arrived;
 mod frames;
 mod linger;
 
@@ -14,6 +15,7 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
+use http::HeaderValue;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -21,20 +23,25 @@ use mesh_net::sockets::original_destination;
 use mesh_routing::Snapshot;
 use mesh_routing::chain::{ConnectionView, FilterChain, NetworkFilter};
 use mesh_routing::filter::local_rate_limit::LocalRateLimit;
-use mesh_routing::hcm::{Codec, HttpManager};
+use mesh_routing::hcm::{ClientCert, Codec, HttpManager};
 use mesh_routing::listener::{Direction, Listener};
+use mesh_routing::peer::PeerTls;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::clock;
 use crate::exec::LocalExec;
 use crate::filter::bucket::Buckets;
+use crate::filter::guard;
 use crate::framing::HeadScan;
 use crate::listener::frames::FrameScan;
 use crate::listener::linger::Linger;
+use crate::report::principals::Principals;
 use crate::sniff::{self, Protocol};
+use crate::tls::wire::Wire;
 use crate::worker::Worker;
 use crate::{http as http_path, tcp};
+use arrived::Arrived;
 
 /// Limit for request headers to arrive where the connection manager sets none, in seconds.
 const HEADER_TIMEOUT: u32 = 10;
@@ -63,6 +70,12 @@ pub struct Downstream {
     pub redirected: bool,
     /// Direction of the listener.
     pub direction: Direction,
+    /// What the TLS handshake has shown; `None` for plain text.
+    pub tls: Option<Arc<PeerTls>>,
+    /// What both sides have proved, in mutual TLS.
+    pub principals: Option<Arc<Principals>>,
+    /// What is said of the client's certificate to who is behind us, by these settings.
+    pub client_cert: RefCell<Option<(ClientCert, HeaderValue)>>,
     /// Where its filter chain is found in snapshots to come.
     place: Place,
     manager: RefCell<Managed>,
@@ -204,6 +217,10 @@ async fn serve_inner(
         false => None,
     };
     let Some(chain) = choose(&listener, destination, remote, protocol.as_ref()) else {
+        let counters = worker.shared.listeners.listener(&accepted.name);
+        counters
+            .no_filter_chain_match
+            .fetch_add(1, Ordering::Relaxed);
         tracing::debug!(%remote, %destination, listener = &*listener.name, "no filter chain takes the connection");
         return Ok(());
     };
@@ -211,13 +228,22 @@ async fn serve_inner(
         tracing::debug!(%remote, %destination, "closed: beyond the local rate limit");
         return Ok(());
     }
+    let place = Place::of(&listener, &chain);
+    let arrived = Arrived::plain(stream, prefix, protocol);
+    let counters = || worker.shared.listeners.listener(&accepted.name);
+    let Some(mut arrived) = arrived.through(&worker, &chain, counters).await else {
+        return Ok(());
+    };
     let connection = Rc::new(Downstream {
-        place: Place::of(&listener, &chain),
+        place,
         manager: RefCell::default(),
         remote,
         destination,
         redirected: original.is_some(),
         direction,
+        principals: arrived.tls.as_deref().and_then(Principals::of_client),
+        client_cert: RefCell::default(),
+        tls: arrived.tls.clone(),
         buckets: RefCell::default(),
         activity: Arc::default(),
         idle_since: Cell::new(clock::now()),
@@ -230,13 +256,26 @@ async fn serve_inner(
         requests: Cell::new(0),
         worker,
     });
+    if !chain.guards.is_empty() {
+        let name = arrived.server_name();
+        if !Box::pin(guard::admits(&connection, &chain, name)).await {
+            guard::wait_for_first_byte(&mut arrived.wire, &arrived.prefix).await;
+            return Ok(());
+        }
+    }
     match &chain.filter {
         NetworkFilter::Tcp(proxy) => {
-            tcp::serve(&connection, proxy, stream, prefix.freeze()).await;
+            tcp::serve(&connection, proxy, arrived.wire, arrived.prefix.freeze()).await;
             Ok(())
         }
         NetworkFilter::Http(manager) => {
-            serve_http(connection, manager.clone(), stream, prefix, protocol).await
+            let Arrived {
+                wire,
+                prefix,
+                protocol,
+                ..
+            } = arrived;
+            serve_http(connection, manager.clone(), wire, prefix, protocol).await
         }
     }
 }
@@ -315,7 +354,7 @@ fn choose(
 async fn serve_http(
     connection: Rc<Downstream>,
     manager: Arc<HttpManager>,
-    mut stream: TcpStream,
+    mut stream: Wire,
     mut prefix: BytesMut,
     protocol: Option<Protocol>,
 ) -> io::Result<()> {
@@ -362,7 +401,7 @@ async fn serve_http(
 }
 
 /// Does the connection begin with the preface of HTTP/2?
-async fn preface(stream: &mut TcpStream, prefix: &mut BytesMut) -> io::Result<bool> {
+async fn preface(stream: &mut Wire, prefix: &mut BytesMut) -> io::Result<bool> {
     loop {
         let seen = prefix.len().min(sniff::PREFACE.len());
         if prefix.get(..seen) != sniff::PREFACE.get(..seen) {
@@ -582,7 +621,7 @@ impl Downstream {
 /// The connection with the bytes that were read to find out what it speaks.
 struct Prefixed {
     prefix: Bytes,
-    stream: TcpStream,
+    stream: Wire,
     activity: Arc<Activity>,
     scan: Option<HeadScan>,
     frames: Option<FrameScan>,

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use crate::identity::IdentityOptions;
+
 /// Which kind of proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -55,8 +57,11 @@ impl Default for Ports {
 pub struct ProxyOptions {
     /// Which kind.
     pub role: Role,
-    /// `host:port` of control planes; empty runs on the kept resources alone.
+    /// `host:port` of control planes; empty runs on the kept resources alone. In TLS where there is an identity and the port is 15012, else
+    /// in plain text.
     pub discovery: Vec<String>,
+    /// How it gets its certificate; `None` does without mutual TLS. Set where `CA_ADDR` is, or the control plane's port is 15012.
+    pub identity: Option<IdentityOptions>,
     /// The pod's name.
     pub pod: String,
     /// Its namespace.
@@ -109,6 +114,13 @@ const LABELS_FILE: &str = "/etc/istio/pod/labels";
 /// Where state is kept unless told otherwise; an emptyDir that outlives the container, not the pod.
 const STATE_DIR: &str = "/var/lib/istio/data";
 
+/// Where the control plane is unless told otherwise; who is told nothing has no identity either.
+const CONTROL_PLANE: &str = "istiod.istio-system.svc:15010";
+/// Ending of the address of a control plane that is spoken to in TLS.
+pub(crate) const SECURE_PORT: &str = ":15012";
+/// Where the certificate and its key are kept for the next process, in memory.
+const CREDENTIALS_DIR: &str = "/var/run/secrets/workload-spiffe-credentials";
+
 impl ProxyOptions {
     /// Reads the environment of this process and the pod's labels.
     pub fn from_env(role: Role) -> Result<Self, OptionsError> {
@@ -117,7 +129,8 @@ impl ProxyOptions {
 
     /// The same from given variables. `POD_NAME`, `POD_NAMESPACE`, `INSTANCE_IP`, `SERVICE_ACCOUNT`, `PROXY_CONFIG` (JSON, Istio's
     /// `ProxyConfig`), `ISTIO_META_*`, `ISTIO_CPU_LIMIT`, `TERMINATION_DRAIN_DURATION_SECONDS`, `ENVOY_STATUS_PORT`,
-    /// `ENVOY_PROMETHEUS_PORT`, `MESH_STATE_DIR`, `ISTIO_PROMETHEUS_ANNOTATIONS` count.
+    /// `ENVOY_PROMETHEUS_PORT`, `MESH_STATE_DIR`, `ISTIO_PROMETHEUS_ANNOTATIONS` count, and for the identity `CA_ADDR`, `TRUST_DOMAIN`,
+    /// `SECRET_TTL`, `SECRET_GRACE_PERIOD_RATIO`, `SECRET_GRACE_PERIOD_RATIO_JITTER`, `CA_ROOT_CA`, `MESH_TOKEN_FILE`, `MESH_CREDENTIALS_DIR`.
     pub fn from_vars(
         role: Role,
         vars: BTreeMap<String, String>,
@@ -136,9 +149,12 @@ impl ProxyOptions {
         let labels = read_labels(labels)?;
         let mut options = Self {
             role,
-            discovery: vec![plain_address(
-                field("discoveryAddress").unwrap_or("istiod.istio-system.svc:15010"),
-            )],
+            identity: identity(&get, field("discoveryAddress"))?,
+            discovery: vec![
+                field("discoveryAddress")
+                    .unwrap_or(CONTROL_PLANE)
+                    .to_owned(),
+            ],
             pod: get("POD_NAME").unwrap_or("unknown").to_owned(),
             domain: get("DNS_DOMAIN")
                 .map_or_else(|| format!("{namespace}.svc.cluster.local"), str::to_owned),
@@ -215,12 +231,70 @@ fn proxy_config(text: Option<&str>) -> Result<Value, OptionsError> {
         .map_err(|e| bad("PROXY_CONFIG", text, format!("is not a ProxyConfig: {e}")))
 }
 
-/// The secure port of the control plane is for mutual TLS, which comes with certificates; until then the plain one beside it is used.
-fn plain_address(address: &str) -> String {
-    match address.strip_suffix(":15012") {
-        Some(host) => format!("{host}:15010"),
-        None => address.to_owned(),
+/// Everything about the certificate that the environment says.
+fn identity<'a>(
+    get: &impl Fn(&str) -> Option<&'a str>,
+    discovery: Option<&str>,
+) -> Result<Option<IdentityOptions>, OptionsError> {
+    let secure = discovery.filter(|address| address.ends_with(SECURE_PORT));
+    let Some(authority) = get("CA_ADDR").or(secure).map(str::to_owned) else {
+        return Ok(None);
+    };
+    let path = |name: &str, default: &str| PathBuf::from(get(name).unwrap_or(default));
+    let share = |name: &'static str, default: f64| match get(name) {
+        None => Ok(default),
+        Some(text) => text
+            .parse::<f64>()
+            .ok()
+            .filter(|share| (0.0..=1.0).contains(share))
+            .ok_or_else(|| bad(name, text, "is not a share (0 to 1)")),
+    };
+    let lifetime = get("SECRET_TTL").unwrap_or("24h");
+    if let Some(algorithm) = get("ECC_SIGNATURE_ALGORITHM").filter(|name| *name != "ECDSA") {
+        let reason = "is not supported: keys are ECDSA P-256";
+        return Err(bad("ECC_SIGNATURE_ALGORITHM", algorithm, reason));
     }
+    for name in ["PROV_CERT", "FILE_MOUNTED_CERTS", "OUTPUT_CERTS"] {
+        if let Some(value) = get(name).filter(|value| *value != "false") {
+            let reason = "is not supported: the certificate comes from the mesh's authority, and stays in memory";
+            return Err(bad(name, value, reason));
+        }
+    }
+    Ok(Some(IdentityOptions {
+        authority,
+        trust_domain: get("TRUST_DOMAIN").unwrap_or("cluster.local").to_owned(),
+        service_account: get("SERVICE_ACCOUNT").unwrap_or("default").to_owned(),
+        token_file: path("MESH_TOKEN_FILE", "/var/run/secrets/tokens/istio-token"),
+        roots_file: path("CA_ROOT_CA", "/var/run/secrets/istio/root-cert.pem"),
+        credentials_dir: Some(path("MESH_CREDENTIALS_DIR", CREDENTIALS_DIR))
+            .filter(|dir| dir.is_dir()),
+        lifetime: go_duration(lifetime)
+            .ok_or_else(|| bad("SECRET_TTL", lifetime, "is not a duration, such as 24h"))?,
+        grace: share("SECRET_GRACE_PERIOD_RATIO", 0.5)?,
+        jitter: share("SECRET_GRACE_PERIOD_RATIO_JITTER", 0.01)?,
+    }))
+}
+
+/// A duration as Go writes it, whole hours, minutes and seconds: `24h`, `24h0m0s`.
+fn go_duration(text: &str) -> Option<Duration> {
+    let mut rest = text;
+    let mut total = 0_u64;
+    while !rest.is_empty() {
+        let (number, after) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit())?);
+        let (factor, after) = match after.split_at_checked(1)? {
+            ("h", after) => (3600, after),
+            ("m", after) => (60, after),
+            ("s", after) => (1, after),
+            _ => return None,
+        };
+        total = number
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(factor)?
+            .checked_add(total)?;
+        rest = after;
+    }
+    (total > 0).then(|| Duration::from_secs(total))
 }
 
 fn concurrency(config: &Value, cpu_limit: Option<&str>) -> Result<usize, OptionsError> {
@@ -382,7 +456,10 @@ mod tests {
             options.node_id(),
             "sidecar~10.244.0.5~reviews-1.default~default.svc.cluster.local"
         );
-        assert_eq!(options.discovery, ["istiod.istio-system.svc:15010"]);
+        assert_eq!(options.discovery, ["istiod.istio-system.svc:15012"]);
+        let identity = options.identity.expect("the port is the secure one");
+        assert_eq!(identity.authority, "istiod.istio-system.svc:15012");
+        assert_eq!(identity.lifetime, Duration::from_secs(86_400));
         assert_eq!(options.concurrency, 1);
         assert_eq!(options.metadata["LABELS"]["version"], "v1");
         assert_eq!(options.metadata["CLUSTER_ID"], "Kubernetes");

@@ -14,13 +14,16 @@ use std::sync::Arc;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_routing::cluster::ClusterConfig;
+use mesh_routing::tls::ClientTls;
 use mesh_telemetry::Peer;
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::body::RequestBody;
 use crate::clock;
 use crate::exec::LocalExec;
+use crate::report::principals::Principals;
 use crate::shared::Shared;
+use crate::tls::connect::Wish;
 use crate::upstream::Core;
 use crate::upstream::common::EndpointState;
 use crate::upstream::counters::{Counter, HostShard};
@@ -52,6 +55,8 @@ pub struct Host {
     pub(crate) core: Rc<Core>,
     pub(crate) counters: Arc<HostShard>,
     hostname: RefCell<Arc<str>>,
+    /// How its connections are protected; `None` for plain text.
+    transport: RefCell<Option<Arc<ClientTls>>>,
     priority: Cell<u32>,
     idle: RefCell<Vec<Idle>>,
     http2: RefCell<Vec<Rc<Multiplexed>>>,
@@ -73,8 +78,12 @@ struct Idle {
 }
 
 /// What a connection has behind it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct History {
+    /// What the request wanted that it was opened for.
+    wish: Wish,
+    /// What both sides have proved, in mutual TLS.
+    principals: Option<Arc<Principals>>,
     /// Second of the worker's clock at which it was opened.
     born: u32,
     /// Requests it was lent for.
@@ -91,7 +100,7 @@ struct Multiplexed {
     streams: Cell<u32>,
     /// Second at which the last stream ended.
     since: Cell<u32>,
-    history: Cell<History>,
+    history: RefCell<History>,
 }
 
 /// A request in the queue for a connection.
@@ -130,6 +139,7 @@ impl Host {
             endpoint,
             core: core.clone(),
             hostname: RefCell::new("".into()),
+            transport: RefCell::default(),
             priority: Cell::new(0),
             idle: RefCell::default(),
             http2: RefCell::default(),
@@ -146,6 +156,25 @@ impl Host {
             self.hostname.replace(hostname.clone());
         }
         self.priority.set(priority);
+    }
+
+    /// Sets how its connections are protected. Those that were made otherwise are not used again.
+    pub fn protect(&self, transport: Option<&Arc<ClientTls>>) {
+        let key = |tls: Option<&Arc<ClientTls>>| tls.map(|tls| tls.common.key().to_vec());
+        let before = self.transport.replace(transport.cloned());
+        let same = match (&before, transport) {
+            (None, None) => true,
+            (Some(a), Some(b)) if Arc::ptr_eq(a, b) => true,
+            (a, b) => key(a.as_ref()) == key(b),
+        };
+        if !same {
+            self.retire_connections();
+        }
+    }
+
+    /// How its connections are protected.
+    pub fn transport(&self) -> Option<Arc<ClientTls>> {
+        self.transport.borrow().clone()
     }
 
     /// Its host name, empty where it has none.
@@ -166,9 +195,21 @@ impl Host {
         version: Version,
         fresh: bool,
     ) -> Result<Lease, ConnectError> {
+        self.lease_for(shared, config, (version, &Wish::default()), fresh)
+            .await
+    }
+
+    /// The same, for a request that wants something of the TLS handshake.
+    pub async fn lease_for(
+        self: &Rc<Self>,
+        shared: &Shared,
+        config: &ClusterConfig,
+        (version, wish): (Version, &Wish),
+        fresh: bool,
+    ) -> Result<Lease, ConnectError> {
         match version {
-            Version::Http1 => self.lease_http1(shared, config, fresh).await,
-            Version::Http2 => self.lease_http2(shared, config).await,
+            Version::Http1 => self.lease_http1(shared, config, wish, fresh).await,
+            Version::Http2 => self.lease_http2(shared, config, wish).await,
         }
     }
 
@@ -176,9 +217,10 @@ impl Host {
         self: &Rc<Self>,
         shared: &Shared,
         config: &ClusterConfig,
+        wish: &Wish,
         fresh: bool,
     ) -> Result<Lease, ConnectError> {
-        while !fresh && let Some(idle) = self.take_idle() {
+        while !fresh && let Some(idle) = self.take_idle(wish) {
             if let Some(lease) = self.reuse(idle, config).await? {
                 return Ok(lease);
             }
@@ -188,13 +230,15 @@ impl Host {
             // Above the limit of connections one of this endpoint's own is waited for, as in Envoy.
             let Some(held) = self.core.begin_connection(self.open.get() == 0) else {
                 if let Some(idle) = self.wait().await
+                    && self.fits(&idle.history.wish, wish)
                     && let Some(lease) = self.reuse(idle, config).await?
                 {
                     return Ok(lease);
                 }
                 continue;
             };
-            let (stream, open) = self.dial(shared, config, held).await?;
+            let (dialled, open) = self.dial(shared, config, held, wish).await?;
+            let (stream, principals) = (dialled.wire, dialled.principals);
             let (mut sender, connection) = http1::Builder::new()
                 .handshake(TokioIo::new(EarlyAnswer::new(stream)))
                 .await?;
@@ -206,7 +250,12 @@ impl Host {
                 drop(open);
             });
             sender.ready().await?;
-            return Lease::new(self, Sender::Http1(sender), config, self.begin_history());
+            return Lease::new(
+                self,
+                Sender::Http1(sender),
+                config,
+                self.begin_history(wish, principals),
+            );
         }
     }
 
@@ -223,16 +272,32 @@ impl Host {
         Ok(Some(lease.used_before(suspect)))
     }
 
-    fn begin_history(&self) -> History {
+    fn begin_history(&self, wish: &Wish, principals: Option<Arc<Principals>>) -> History {
         History {
+            principals,
+            wish: wish.clone(),
             born: clock::now(),
             requests: 0,
             generation: self.generation.get(),
         }
     }
 
-    fn take_idle(&self) -> Option<Idle> {
-        self.idle.borrow_mut().pop()
+    /// The connection that fell idle last, of those that were made for such a request.
+    fn take_idle(&self, wish: &Wish) -> Option<Idle> {
+        let mut all = self.idle.borrow_mut();
+        let last = all.last()?;
+        if self.fits(&last.history.wish, wish) {
+            return all.pop();
+        }
+        let at = all
+            .iter()
+            .rposition(|idle| self.fits(&idle.history.wish, wish))?;
+        Some(all.remove(at))
+    }
+
+    /// May a request with this wish use a connection that was made for that one? In plain text nothing was wished.
+    fn fits(&self, made_for: &Wish, wish: &Wish) -> bool {
+        made_for == wish || self.transport.borrow().is_none()
     }
 
     /// Waits for a connection that is given back (`None`: for one that is closed, so that another may be opened).
@@ -257,14 +322,18 @@ impl Host {
     }
 
     /// An HTTP/2 connection with room for another stream.
-    fn open_http2(&self, config: &ClusterConfig) -> Option<Rc<Multiplexed>> {
+    fn open_http2(&self, config: &ClusterConfig, wish: &Wish) -> Option<Rc<Multiplexed>> {
         let mut all = self.http2.borrow_mut();
-        let old =
-            |m: &Rc<Multiplexed>| m.sender.is_closed() || self.is_spent(m.history.get(), config);
+        let old = |m: &Rc<Multiplexed>| {
+            m.sender.is_closed() || self.is_spent(&m.history.borrow(), config)
+        };
         // What runs on a spent one goes on; it closes with its last stream.
         all.retain(|m| !old(m));
         let own = config.http2.max_concurrent_streams.unwrap_or(u32::MAX);
-        let room = |m: &&Rc<Multiplexed>| m.streams.get() < own.min(m.room.get()).max(1);
+        let room = |m: &&Rc<Multiplexed>| {
+            m.streams.get() < own.min(m.room.get()).max(1)
+                && self.fits(&m.history.borrow().wish, wish)
+        };
         all.iter().find(room).cloned()
     }
 
@@ -272,22 +341,24 @@ impl Host {
         self: &Rc<Self>,
         shared: &Shared,
         config: &ClusterConfig,
+        wish: &Wish,
     ) -> Result<Lease, ConnectError> {
-        if let Some(lease) = self.join_http2(config)? {
+        if let Some(lease) = self.join_http2(config, wish)? {
             return Ok(lease);
         }
         let _pending = self.core.begin_pending().ok_or(ConnectError::Overflow)?;
         let _permit = self.connecting.acquire().await;
         loop {
             // Somebody else may have connected while this request waited.
-            if let Some(lease) = self.join_http2(config)? {
+            if let Some(lease) = self.join_http2(config, wish)? {
                 return Ok(lease);
             }
             let Some(held) = self.core.begin_connection(self.open.get() == 0) else {
                 self.wait().await;
                 continue;
             };
-            let (stream, open) = self.dial(shared, config, held).await?;
+            let (dialled, open) = self.dial(shared, config, held, wish).await?;
+            let (stream, principals) = (dialled.wire, dialled.principals);
             let (mut sender, mut connection) = http2_builder(config)
                 .handshake(TokioIo::new(stream))
                 .await?;
@@ -312,29 +383,29 @@ impl Host {
                 room,
                 streams: Cell::new(0),
                 since: Cell::new(clock::now()),
-                history: Cell::new(self.begin_history()),
+                history: RefCell::new(self.begin_history(wish, principals)),
             });
             self.http2.borrow_mut().push(made.clone());
-            return Lease::new(
-                self,
-                Sender::Http2(made.clone()),
-                config,
-                made.history.get(),
-            );
+            let history = made.history.borrow().clone();
+            return Lease::new(self, Sender::Http2(made), config, history);
         }
     }
 
-    fn join_http2(self: &Rc<Self>, config: &ClusterConfig) -> Result<Option<Lease>, ConnectError> {
-        let Some(shared) = self.open_http2(config) else {
+    fn join_http2(
+        self: &Rc<Self>,
+        config: &ClusterConfig,
+        wish: &Wish,
+    ) -> Result<Option<Lease>, ConnectError> {
+        let Some(shared) = self.open_http2(config, wish) else {
             return Ok(None);
         };
-        let history = shared.history.get();
+        let history = shared.history.borrow().clone();
         let lease = Lease::new(self, Sender::Http2(shared), config, history)?;
         Ok(Some(lease.used_before(false)))
     }
 
     /// Has it had its requests, or its time?
-    fn is_spent(&self, history: History, config: &ClusterConfig) -> bool {
+    fn is_spent(&self, history: &History, config: &ClusterConfig) -> bool {
         let counters = &self.core.counters;
         if history.generation != self.generation.get() {
             return true;
@@ -369,7 +440,9 @@ impl Host {
         };
         let mut idle = self.idle.borrow_mut();
         idle.retain(|idle| {
-            !idle.sender.is_closed() && !expired(idle.since) && !self.is_spent(idle.history, config)
+            !idle.sender.is_closed()
+                && !expired(idle.since)
+                && !self.is_spent(&idle.history, config)
         });
         if idle.is_empty() {
             idle.shrink_to(0);
@@ -377,7 +450,7 @@ impl Host {
         drop(idle);
         self.http2.borrow_mut().retain(|m| {
             let unused = m.streams.get() == 0 && expired(m.since.get());
-            !m.sender.is_closed() && !unused && !self.is_spent(m.history.get(), config)
+            !m.sender.is_closed() && !unused && !self.is_spent(&m.history.borrow(), config)
         });
     }
 

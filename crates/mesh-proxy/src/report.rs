@@ -1,5 +1,7 @@
 //! Counting what happened. Label sets are built once for each combination and worker; a request pays one lookup by a small key.
 
+pub mod principals;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -16,6 +18,7 @@ use mesh_telemetry::{IstioMetrics, Labels, Peer, RequestHandles, TcpHandles};
 
 use crate::mirror::Tap;
 use crate::node::parse_peer;
+use principals::{Principals, identified};
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
@@ -244,6 +247,8 @@ impl Peers {
 struct Key {
     /// Address of the interned peer; it lives as long as the labels in the handles' map.
     peer: usize,
+    /// Address of the interned principals, 0 for none; they live as long, too.
+    principals: usize,
     inbound: bool,
     code: u16,
     grpc: Option<u16>,
@@ -257,6 +262,7 @@ struct Key {
 struct Recorded {
     handles: RequestHandles,
     _peer: Arc<Peer>,
+    _principals: Option<Arc<Principals>>,
 }
 
 /// The metrics of one cluster.
@@ -297,12 +303,16 @@ impl Reports {
         self.follows_host
     }
 
-    fn labels(&self, peer: &Arc<Peer>, inbound: bool, flags: Flags) -> Labels {
-        let (source, destination) = if inbound {
-            (peer, &self.us)
-        } else {
-            (&self.us, peer)
-        };
+    fn labels(
+        &self,
+        peer: &Arc<Peer>,
+        principals: Option<&Arc<Principals>>,
+        inbound: bool,
+        flags: Flags,
+    ) -> Labels {
+        let peer = &identified(peer, principals.map(|p| &p.remote));
+        let us = &identified(&self.us, principals.map(|p| &p.local));
+        let (source, destination) = if inbound { (peer, us) } else { (us, peer) };
         let [service, service_name, service_namespace] = self.service.clone();
         Labels {
             reporter: if inbound {
@@ -318,18 +328,28 @@ impl Reports {
             protocol: "tcp",
             response: None,
             flags: flags.name(),
-            security: if inbound { "none" } else { UNKNOWN },
+            // Istio's reporters of the client's side do not know.
+            security: match (inbound, principals) {
+                (false, _) => UNKNOWN,
+                (true, None) => "none",
+                (true, Some(_)) => "mutual_tls",
+            },
         }
     }
 
-    fn requests(&self, key: Key, peer: &Arc<Peer>) -> Rc<Recorded> {
+    fn requests(
+        &self,
+        key: Key,
+        peer: &Arc<Peer>,
+        principals: Option<&Arc<Principals>>,
+    ) -> Rc<Recorded> {
         if let Some(found) = self.handles.borrow().get(&key) {
             return found.clone();
         }
         let mut handles = self.handles.borrow_mut();
         let full = handles.len() >= MOST_HANDLES;
         let code = if full { 0 } else { key.code };
-        let mut base = self.labels(peer, key.inbound, key.flags);
+        let mut base = self.labels(peer, principals, key.inbound, key.flags);
         let host = key.host.as_ref().filter(|_| !full);
         if let Some(host) = host.and_then(|host| host.to_str().ok()) {
             base.service = host.into();
@@ -345,6 +365,7 @@ impl Reports {
         let made = Rc::new(Recorded {
             handles: self.metrics.requests(&labels),
             _peer: peer.clone(),
+            _principals: principals.cloned(),
         });
         if !full {
             handles.insert(key, made.clone());
@@ -353,9 +374,16 @@ impl Reports {
     }
 
     /// The handles for a connection.
-    pub fn tcp(&self, peer: &Arc<Peer>, direction: Direction, flags: Flags) -> TcpHandles {
+    pub fn tcp(
+        &self,
+        peer: &Arc<Peer>,
+        principals: Option<&Arc<Principals>>,
+        direction: Direction,
+        flags: Flags,
+    ) -> TcpHandles {
+        let inbound = direction == Direction::Inbound;
         self.metrics
-            .tcp(&self.labels(peer, direction == Direction::Inbound, flags))
+            .tcp(&self.labels(peer, principals, inbound, flags))
     }
 }
 
@@ -369,6 +397,8 @@ pub struct Report {
     pub direction: Direction,
     /// The other side.
     pub peer: Arc<Peer>,
+    /// What both sides have proved, in mutual TLS.
+    pub principals: Option<Arc<Principals>>,
     /// When the request's headers were there.
     pub started: Instant,
     /// The final status, 0 before there is one.
@@ -496,6 +526,10 @@ impl Drop for Report {
         }
         let key = Key {
             peer: Arc::as_ptr(&self.peer) as usize,
+            principals: self
+                .principals
+                .as_ref()
+                .map_or(0, |p| Arc::as_ptr(p) as usize),
             inbound: self.direction == Direction::Inbound,
             code: self.code,
             grpc: self.grpc,
@@ -503,7 +537,9 @@ impl Drop for Report {
             is_grpc: self.is_grpc,
             host: self.host.take(),
         };
-        let recorded = self.reports.requests(key, &self.peer);
+        let recorded = self
+            .reports
+            .requests(key, &self.peer, self.principals.as_ref());
         let handles = &recorded.handles;
         handles.requests.inc();
         handles

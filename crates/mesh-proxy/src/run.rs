@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mesh_net::sockets::{ConnectOptions, ListenError, connect};
 use mesh_store::StoreError;
+use mesh_xds::channel::Connector;
 use mesh_xds::{AdsClient, ClientConfig};
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, LocalRuntime};
@@ -15,7 +16,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::control::{Keeper, Receiver};
-use crate::options::ProxyOptions;
+use crate::identity::Agent;
+use crate::options::{ProxyOptions, SECURE_PORT};
 use crate::serve::{open, serve};
 use crate::shared::Shared;
 use crate::worker::Worker;
@@ -88,10 +90,16 @@ async fn main_thread(shared: Arc<Shared>, receiver: Receiver) -> Result<(), RunE
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     own_ports(&shared, &quit)?;
+    tokio::task::spawn_local(crate::secrets::files::watch(shared.clone()));
+    let agent = shared.options.identity.clone();
+    let agent = agent.map(|options| Agent::new(shared.clone(), options, connector(&shared)));
     if !shared.options.discovery.is_empty() {
-        let config = discovery(&shared, &receiver);
+        let config = discovery(&shared, &receiver, agent.as_ref());
         let (client, _state) = AdsClient::new(config);
         tokio::task::spawn_local(client.run(receiver));
+    }
+    if let Some(agent) = agent {
+        tokio::task::spawn_local(agent.run());
     }
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
@@ -102,22 +110,34 @@ async fn main_thread(shared: Arc<Shared>, receiver: Receiver) -> Result<(), RunE
     Ok(())
 }
 
-fn discovery(shared: &Arc<Shared>, receiver: &Receiver) -> ClientConfig {
+fn discovery(shared: &Arc<Shared>, receiver: &Receiver, agent: Option<&Agent>) -> ClientConfig {
     let mut config = ClientConfig::new(
         shared.options.discovery.clone(),
         shared.identity.node.clone(),
     );
     config.initial_versions = receiver.versions();
+    config.named = Some(receiver.secrets());
+    config.connector = connector(shared);
+    let secure = |address: &String| address.ends_with(SECURE_PORT);
+    if let Some(agent) = agent.filter(|_| shared.options.discovery.iter().all(secure)) {
+        config.credentials = Some(agent.credentials());
+        config.node_update = Some(agent.node_update());
+        config.reconnect = Some(agent.renewed());
+    }
+    config
+}
+
+/// Opens connections to the control plane, past capture.
+fn connector(shared: &Arc<Shared>) -> Connector {
     let mark = shared.mark;
-    config.connector = Arc::new(move |address| {
+    Arc::new(move |address| {
         let options = ConnectOptions {
             source: None,
             mark,
             keepalive: Some(DISCOVERY_KEEPALIVE),
         };
         Box::pin(connect(address, options))
-    });
-    config
+    })
 }
 
 fn own_ports(shared: &Arc<Shared>, quit: &watch::Sender<bool>) -> Result<(), RunError> {

@@ -7,6 +7,7 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 use mesh_routing::{Rejection, Snapshot, XdsState, compile};
 use mesh_telemetry::IstioMetrics;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
@@ -50,12 +51,22 @@ pub struct Shared {
     pub upstreams: Upstreams,
     /// What filters of all workers count together.
     pub counters: crate::filter::bucket::Counters,
+    /// TLS configurations made of settings and secrets.
+    pub contexts: crate::tls::contexts::Contexts,
+    /// What is counted about listeners.
+    pub listeners: crate::tls::counters::Counters,
+    /// Keys, certificates and authorities.
+    pub secrets: crate::secrets::Secrets,
     /// Set while connections are drained.
     pub draining: AtomicBool,
     /// Set by `POST /healthcheck/fail`.
     pub failing: AtomicBool,
     /// CDS and LDS have arrived (or were kept from an earlier run).
     pub configured: AtomicBool,
+    /// There is a valid certificate, or none is needed.
+    pub identified: AtomicBool,
+    /// Seconds until the certificate expires.
+    pub certificate_expiry: Gauge<f64, AtomicU64>,
     /// Workers whose listeners are open for the present snapshot.
     pub serving: AtomicUsize,
     /// Mark for upstream sockets, where capture exempts by mark.
@@ -71,15 +82,28 @@ impl Shared {
     pub fn new(options: ProxyOptions) -> Arc<Self> {
         let mut registry = Registry::default();
         let metrics = IstioMetrics::register(&mut registry, "proxy", env!("CARGO_PKG_VERSION"));
+        let certificate_expiry = Gauge::default();
+        if options.identity.is_some() {
+            registry.register(
+                "cert_expiry_seconds",
+                "Seconds until the workload's certificate expires, negative when it has",
+                certificate_expiry.clone(),
+            );
+        }
         let exempt_by_uid = effective_uid() == mesh_net::sockets::PROXY_UID;
         Arc::new(Self {
             identity: Identity::new(&options),
+            identified: AtomicBool::new(options.identity.is_none()),
+            certificate_expiry,
             options,
             metrics,
             registry,
             totals: Totals::default(),
             upstreams: Upstreams::default(),
             counters: crate::filter::bucket::Counters::default(),
+            contexts: crate::tls::contexts::Contexts::default(),
+            listeners: crate::tls::counters::Counters::default(),
+            secrets: crate::secrets::Secrets::default(),
             draining: AtomicBool::new(false),
             failing: AtomicBool::new(false),
             configured: AtomicBool::new(false),
@@ -121,6 +145,7 @@ impl Shared {
     /// Can traffic be taken? (`/healthz/ready`)
     pub fn is_ready(&self) -> bool {
         self.configured.load(Ordering::Acquire)
+            && self.identified.load(Ordering::Acquire)
             && self.serving.load(Ordering::Acquire) >= self.options.concurrency
             && !self.draining.load(Ordering::Acquire)
             && !self.failing.load(Ordering::Acquire)

@@ -7,27 +7,24 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use mesh_net::copy;
 use mesh_net::splice::{Counters, bidirectional};
+use mesh_routing::listener::Direction;
 use mesh_routing::tcp::TcpProxy;
 use mesh_telemetry::TcpHandles;
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use crate::listener::Downstream;
 use crate::pool::Host;
 use crate::report::{Flag, Flags};
+use crate::tls::wire::Wire;
 use crate::upstream::Wish;
 
 /// How often byte counters of open connections reach the metrics (Istio's `reportingInterval` is 15 s; ours costs next to nothing).
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
 /// Relays a connection until it ends.
-pub async fn serve(
-    connection: &Rc<Downstream>,
-    proxy: &TcpProxy,
-    mut stream: TcpStream,
-    prefix: Bytes,
-) {
+pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Wire, prefix: Bytes) {
     let worker = &connection.worker;
     let snapshot = worker.snapshot();
     let name = proxy.cluster(worker.random());
@@ -69,7 +66,12 @@ pub async fn serve(
         refused(connection, &reports, flag);
         return;
     };
-    let handles = reports.tcp(&host.peer, connection.direction, Flags::NONE);
+    let principals = match connection.direction {
+        Direction::Inbound => connection.principals.clone(),
+        Direction::Outbound => upstream.principals.clone(),
+    };
+    let principals = principals.as_ref();
+    let handles = reports.tcp(&host.peer, principals, connection.direction, Flags::NONE);
     let flags = relay(
         &host,
         &handles,
@@ -82,7 +84,7 @@ pub async fn serve(
     match flags.is_empty() {
         true => handles.closed.inc(),
         false => reports
-            .tcp(&host.peer, connection.direction, flags)
+            .tcp(&host.peer, principals, connection.direction, flags)
             .closed
             .inc(),
     };
@@ -92,8 +94,8 @@ pub async fn serve(
 async fn relay(
     host: &Rc<Host>,
     handles: &TcpHandles,
-    stream: &mut TcpStream,
-    upstream: &mut TcpStream,
+    stream: &mut Wire,
+    upstream: &mut Wire,
     prefix: &[u8],
     proxy: &TcpProxy,
 ) -> Flags {
@@ -111,7 +113,13 @@ async fn relay(
         (received, sent) = (now_received, now_sent);
     };
     let end = proxy.max_duration.map(|limit| Instant::now() + limit);
-    let copying = bidirectional(stream, upstream, prefix, proxy.idle_timeout, &counters);
+    let idle = proxy.idle_timeout;
+    let copying = async {
+        match (stream, upstream) {
+            (Wire::Plain(a), Wire::Plain(b)) => bidirectional(a, b, prefix, idle, &counters).await,
+            (a, b) => copy::bidirectional(a, b, prefix, idle, &counters).await,
+        }
+    };
     tokio::pin!(copying);
     let end = loop {
         let far = Instant::now() + REPORT_EVERY;
@@ -138,6 +146,7 @@ async fn relay(
 fn refused(connection: &Downstream, reports: &crate::report::Reports, flags: impl Into<Flags>) {
     let handles = reports.tcp(
         connection.worker.peers.unknown(),
+        connection.principals.as_ref(),
         connection.direction,
         flags.into(),
     );

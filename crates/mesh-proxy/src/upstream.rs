@@ -15,7 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use mesh_routing::cluster::{Breakers, Cluster, ClusterConfig, Discovery, OutlierDetection};
+use mesh_routing::cluster::{
+    Breakers, Cluster, ClusterConfig, Discovery, OutlierDetection, Traits,
+};
 use mesh_routing::endpoint::EndpointSet;
 use mesh_routing::lb::{Balancer, Cursor, Load, Wanted};
 
@@ -297,8 +299,16 @@ impl ClusterState {
             self.reports.replace(Rc::new(reports));
         }
         self.core.configure(&cluster.config);
-        if connection_settings(&old.config) != connection_settings(&cluster.config) {
+        let same_transports = old.config.transports.is_equal(&cluster.config.transports);
+        if connection_settings(&old.config) != connection_settings(&cluster.config)
+            || !same_transports
+        {
             self.retire();
+        }
+        if matches!(cluster.config.discovery, Discovery::OriginalDestination(_)) {
+            let transport = cluster.config.transports.of(&Traits::default());
+            let hosts = self.hosts.borrow();
+            hosts.values().for_each(|host| host.protect(transport));
         }
         self.align(peers);
     }
@@ -331,6 +341,8 @@ impl ClusterState {
     }
 
     fn hosts_of(&self, set: &EndpointSet, peers: &Peers) -> Vec<Rc<Host>> {
+        let config = self.cluster.borrow().config.clone();
+        let transports = &config.transports;
         let mut known = self.hosts.borrow_mut();
         let mut kept = HashMap::with_capacity_and_hasher(
             set.endpoints().len(),
@@ -351,6 +363,7 @@ impl ClusterState {
                 }
             };
             host.describe(&endpoint.hostname, endpoint.priority);
+            host.protect(transports.of(&endpoint.traits));
             kept.insert(endpoint.address, host.clone());
             order.push(host);
         }
@@ -425,7 +438,15 @@ impl ClusterState {
             .entry(address)
             .or_insert_with(|| {
                 let unknown = peers.unknown().clone();
-                Rc::new(Host::new(&self.core, address, unknown, false))
+                let host = Host::new(&self.core, address, unknown, false);
+                host.protect(
+                    self.cluster
+                        .borrow()
+                        .config
+                        .transports
+                        .of(&Traits::default()),
+                );
+                Rc::new(host)
             })
             .clone()
     }

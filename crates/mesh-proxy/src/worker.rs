@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use mesh_net::sockets::{ListenOptions, listen};
 use mesh_routing::Snapshot;
+use mesh_routing::chain::NetworkFilter;
 use mesh_routing::cluster::{Cluster, Discovery};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::clock;
+use crate::filter::jwt;
 use crate::listener::{self, Downstream};
 use crate::report::{Peers, Reports};
 use crate::shared::Shared;
@@ -28,6 +30,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Worker {
     /// What all threads share.
     pub shared: Arc<Shared>,
+    /// TLS handshakes with clients that are under way.
+    pub handshakes: Rc<Cell<u32>>,
     /// Peers by what they say.
     pub peers: Peers,
     /// Metrics of requests that reach no cluster.
@@ -43,6 +47,7 @@ impl Worker {
     /// A worker without listeners.
     pub fn new(shared: Arc<Shared>) -> Rc<Self> {
         Rc::new(Self {
+            handshakes: Rc::default(),
             peers: Peers::default(),
             unrouted: Rc::new(Reports::new(&shared.metrics, &shared.identity.peer, None)),
             snapshot: RefCell::new(shared.snapshot()),
@@ -90,6 +95,7 @@ impl Worker {
         let mut second = tokio::time::interval(Duration::from_secs(1));
         second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         self.take_snapshot();
+        self.fetch_keys();
         let mut failed = self.sync_listeners();
         self.shared
             .serving
@@ -103,6 +109,7 @@ impl Worker {
                         return;
                     }
                     self.take_snapshot();
+                    self.fetch_keys();
                     failed = self.sync_listeners();
                 }
                 _ = second.tick() => {
@@ -148,6 +155,17 @@ impl Worker {
         for cluster in snapshot.clusters().filter(named) {
             self.cluster_state(cluster);
         }
+    }
+
+    /// Fetches keys of token providers that are not to wait for a request.
+    fn fetch_keys(self: &Rc<Self>) {
+        let snapshot = self.snapshot();
+        let chains = snapshot.listeners().flat_map(|listener| listener.chains());
+        let providers = chains.filter_map(|chain| match &chain.filter {
+            NetworkFilter::Http(manager) => Some(manager.filters.fetched_ahead()),
+            NetworkFilter::Tcp(_) => None,
+        });
+        jwt::keys::fetch_ahead(self, providers.flatten());
     }
 
     /// Opens and closes sockets so that they are those of the snapshot. Connections stay. True if one could not be opened.

@@ -2,30 +2,54 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3::CidrRange;
 use envoy_types::pb::envoy::config::listener::v3 as pb;
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType;
 use envoy_types::pb::envoy::config::listener::v3::filter_chain_match::ConnectionSourceType;
+use envoy_types::pb::envoy::extensions::filters::network::ext_authz::v3::ExtAuthz;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
 use envoy_types::pb::envoy::extensions::filters::network::local_ratelimit::v3::LocalRateLimit;
+use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy as PbTcpProxy;
 use prost::Message;
 
-use crate::error::{CompileError, Result, Within, every_field, flag};
+use crate::error::{CompileError, Result, Within, every_field, flag, nonzero_duration};
+use crate::filter::ext_authz::ConnectionExtAuthz;
 use crate::filter::local_rate_limit::ConnectionLimit;
+use crate::filter::rbac::ConnectionRbac;
 use crate::hcm::HttpManager;
 use crate::tcp::TcpProxy;
+use crate::tls::{self, ServerTls};
+
+/// Limit for a handshake where none is configured (Envoy waits for ever).
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A filter chain.
 #[derive(Debug)]
 pub struct FilterChain {
     /// Its name.
     pub name: Arc<str>,
+    /// How the bytes are protected; `None` for plain text.
+    pub tls: Option<Arc<ServerTls>>,
+    /// Limit for the handshake.
+    pub handshake_timeout: Duration,
     /// Limits for new connections, in order.
     pub limits: Vec<Arc<ConnectionLimit>>,
+    /// Who may connect, in order.
+    pub guards: Vec<Guard>,
     /// What it does with a connection.
     pub filter: NetworkFilter,
+}
+
+/// A filter that decides who may connect.
+#[derive(Debug)]
+pub enum Guard {
+    /// By rules.
+    Rbac(Arc<ConnectionRbac>),
+    /// By asking a service.
+    ExtAuthz(Arc<ConnectionExtAuthz>),
 }
 
 /// The terminal network filter.
@@ -86,7 +110,7 @@ pub struct Cidr {
 }
 
 impl Cidr {
-    fn compile(m: &CidrRange) -> Result<Self> {
+    pub(crate) fn compile(m: &CidrRange) -> Result<Self> {
         let base: IpAddr = m.address_prefix.parse().map_err(|_| {
             CompileError::new(
                 "address_prefix",
@@ -161,20 +185,14 @@ impl Candidate {
 /// The chain itself.
 pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
     every_field!(m, pb::FilterChain,
-        used { filter_chain_match, filters, name, transport_socket, use_proxy_proto }
-        irrelevant { metadata, transport_socket_connect_timeout }
+        used { filter_chain_match, filters, name, transport_socket, use_proxy_proto, transport_socket_connect_timeout }
+        irrelevant { metadata }
         refused {});
     if flag(m.use_proxy_proto.as_ref(), false) {
         return Err(CompileError::unsupported("use_proxy_proto"));
     }
-    if m.transport_socket
-        .as_ref()
-        .is_some_and(|s| s.name != "envoy.transport_sockets.raw_buffer")
-    {
-        return Err(CompileError::unsupported("transport_socket"));
-    }
     let mut terminal = None;
-    let mut limits = Vec::new();
+    let (mut limits, mut guards) = (Vec::new(), Vec::new());
     for (i, filter) in m.filters.iter().enumerate() {
         let at = format!("filters[{i}] {}", filter.name);
         if terminal.is_some() {
@@ -183,12 +201,20 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
         match compile_filter(filter).within(at)? {
             Compiled::Terminal(filter) => terminal = Some(filter),
             Compiled::Limit(limit) => limits.push(Arc::new(limit)),
+            Compiled::Guard(guard) => guards.push(guard),
             Compiled::BuiltIn => {}
         }
     }
     Ok(Arc::new(FilterChain {
         name: m.name.as_str().into(),
+        tls: tls::downstream(m.transport_socket.as_ref()).within("transport_socket")?,
+        handshake_timeout: nonzero_duration(
+            "transport_socket_connect_timeout",
+            m.transport_socket_connect_timeout.as_ref(),
+        )?
+        .unwrap_or(HANDSHAKE_TIMEOUT),
         limits,
+        guards,
         filter: terminal.ok_or_else(|| {
             CompileError::new(
                 "filters",
@@ -201,6 +227,7 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
 enum Compiled {
     Terminal(NetworkFilter),
     Limit(ConnectionLimit),
+    Guard(Guard),
     BuiltIn,
 }
 
@@ -228,6 +255,16 @@ fn compile_filter(m: &pb::Filter) -> Result<Compiled> {
             let limit = LocalRateLimit::decode(any.value.as_slice()).map_err(broken)?;
             let limit = ConnectionLimit::compile(&limit)?;
             Ok(limit.map_or(Compiled::BuiltIn, Compiled::Limit))
+        }
+        "envoy.extensions.filters.network.rbac.v3.RBAC" => {
+            let rbac = Rbac::decode(any.value.as_slice()).map_err(broken)?;
+            let guard = ConnectionRbac::compile(&rbac)?.map(|rbac| Guard::Rbac(Arc::new(rbac)));
+            Ok(guard.map_or(Compiled::BuiltIn, Compiled::Guard))
+        }
+        "envoy.extensions.filters.network.ext_authz.v3.ExtAuthz" => {
+            let filter = ExtAuthz::decode(any.value.as_slice()).map_err(broken)?;
+            let filter = ConnectionExtAuthz::compile(&filter)?;
+            Ok(Compiled::Guard(Guard::ExtAuthz(Arc::new(filter))))
         }
         // Statistics and metadata exchange are built in.
         "stats.PluginConfig" | "envoy.tcp.metadataexchange.config.MetadataExchange" => {

@@ -5,6 +5,7 @@ mod dns;
 mod outlier;
 mod policy;
 mod protocol;
+pub(crate) mod transport;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub use breaker::{Breakers, RetryLimit};
 pub use dns::{Dns, Families};
 pub use outlier::{FailurePercentage, OutlierDetection, SuccessRate, Trigger};
 pub use protocol::{Http2Limits, Keepalive, UpstreamProtocol};
+pub use transport::{NamesFromRequests, Traits, Transports};
 
 /// Envoy's connect timeout where none is given.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -71,6 +73,8 @@ pub struct ClusterConfig {
     pub breakers: Breakers,
     /// When endpoints are taken out.
     pub outlier: Option<OutlierDetection>,
+    /// How the bytes are protected.
+    pub transports: Transports,
     /// The service behind it, for metrics.
     pub service: Service,
 }
@@ -139,6 +143,7 @@ impl ClusterConfig {
                 .map(OutlierDetection::compile)
                 .transpose()
                 .within("outlier_detection")?,
+            transports: Transports::compile(m)?,
             service: compile_service(m),
         };
         config.discovery = compile_discovery(m)?;
@@ -165,7 +170,7 @@ fn refuse_others(m: &pb::Cluster) -> Result<()> {
     used {
         name, alt_stat_name, connect_timeout, lb_policy, load_assignment, eds_cluster_config, cluster_discovery_type,
         max_requests_per_connection, http2_protocol_options, typed_extension_protocol_options, upstream_bind_config, common_lb_config,
-        metadata, lb_config, load_balancing_policy, circuit_breakers, transport_socket, outlier_detection, upstream_connection_options,
+        metadata, lb_config, load_balancing_policy, circuit_breakers, transport_socket, transport_socket_matches, outlier_detection, upstream_connection_options,
         dns_refresh_rate, dns_jitter, dns_failure_refresh_rate, respect_dns_ttl,
         dns_lookup_family, dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
     }
@@ -178,15 +183,10 @@ fn refuse_others(m: &pb::Cluster) -> Result<()> {
         upstream_http_protocol_options,
     }
     refused {
-        transport_socket_matches, transport_socket_matcher, health_checks, common_http_protocol_options,
+        transport_socket_matcher, health_checks, common_http_protocol_options,
         lb_subset_config, protocol_selection, filters, close_connections_on_host_health_failure, upstream_config,
         connection_pool_per_downstream_connection,
     });
-    if let Some(socket) = &m.transport_socket
-        && socket.name != "envoy.transport_sockets.raw_buffer"
-    {
-        return Err(CompileError::unsupported("transport_socket"));
-    }
     Ok(())
 }
 

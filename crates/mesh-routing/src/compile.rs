@@ -1,6 +1,6 @@
 //! From all resources to a snapshot.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::listener::Listener;
 use crate::regex;
 use crate::route::RouteTable;
+use crate::tls::{self, SecretName};
 
 /// Type URL of listeners.
 pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
@@ -299,6 +300,19 @@ impl Snapshot {
     /// All clusters.
     pub fn clusters(&self) -> impl Iterator<Item = &Cluster> {
         self.clusters.values()
+    }
+
+    /// The secrets that listeners and clusters name.
+    pub fn secrets(&self) -> BTreeSet<SecretName> {
+        let mut names = BTreeSet::new();
+        for listener in self.listeners() {
+            let contexts = listener.chains().filter_map(|chain| chain.tls.as_ref());
+            tls::gather(contexts.flat_map(|tls| tls.secrets()), &mut names);
+        }
+        for cluster in self.clusters() {
+            tls::gather(cluster.config.transports.secrets(), &mut names);
+        }
+        names
     }
 
     /// The messages in force (also those of older versions that stayed because the newer one was refused).

@@ -10,6 +10,7 @@ use envoy_types::pb::envoy::config::core::v3::{Address, HealthStatus, SocketAddr
 use envoy_types::pb::envoy::config::endpoint::v3 as pb;
 use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 
+use crate::cluster::transport::{self, Traits};
 use crate::error::{CompileError, Result, Within, every_field};
 use crate::metadata;
 
@@ -30,6 +31,8 @@ pub struct Endpoint {
     pub health: Health,
     /// Who runs there.
     pub workload: Workload,
+    /// What selects its transport socket.
+    pub traits: Traits,
     /// `region/zone/subzone`, empty where unknown.
     pub locality: Arc<str>,
     /// Its locality in [`EndpointSet::localities`].
@@ -317,6 +320,7 @@ fn compile_endpoint(m: &pb::LbEndpoint) -> Result<(Target, Endpoint)> {
             _ => Health::Unhealthy,
         },
         workload: workload.map(Workload::parse).unwrap_or_default(),
+        traits: transport::traits(m.metadata.as_ref()),
         locality: "".into(),
         locality_index: 0,
         priority: 0,

@@ -1,13 +1,18 @@
 //! The HTTP filters that act on requests, in the order of the connection manager, and what routes say about them.
 //!
-//! The set is closed: fault injection, CORS, local and global rate limits. The router is the proxy itself; filters that are statistics or
-//! metadata exchange are built in; all others are refused by name.
+//! The set is closed: access control, tokens, external authorization, fault injection, CORS, local and global rate limits. The router is
+//! the proxy itself; filters that are statistics or metadata exchange are built in; all others are refused by name.
 
+pub mod alpn;
 pub mod cors;
 pub mod descriptor;
+pub mod ext_authz;
 pub mod fault;
+pub mod jwt_authn;
 pub mod local_rate_limit;
 pub mod rate_limit;
+pub mod rbac;
+pub mod service;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,9 +31,12 @@ use crate::error::{CompileError, Result, Within, every_field, flag};
 use crate::mirror::Mirror;
 use cors::CorsPolicy;
 use descriptor::{Limits, RateLimits};
+use ext_authz::{ExtAuthz, ExtAuthzPerRoute};
 use fault::Fault;
+use jwt_authn::{JwtAuthn, JwtPerRoute, KeySource, Provider};
 use local_rate_limit::LocalRateLimit;
 use rate_limit::{RateLimit, RateLimitPerRoute};
+use rbac::Rbac;
 
 const ROUTER: &str = "envoy.extensions.filters.http.router.v3.Router";
 const CORS: &str = "envoy.extensions.filters.http.cors.v3.Cors";
@@ -37,9 +45,16 @@ const FAULT: &str = "envoy.extensions.filters.http.fault.v3.HTTPFault";
 const LOCAL_RATE_LIMIT: &str = "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit";
 const RATE_LIMIT: &str = "envoy.extensions.filters.http.ratelimit.v3.RateLimit";
 const RATE_LIMIT_PER_ROUTE: &str = "envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute";
+const RBAC: &str = "envoy.extensions.filters.http.rbac.v3.RBAC";
+const RBAC_PER_ROUTE: &str = "envoy.extensions.filters.http.rbac.v3.RBACPerRoute";
+const JWT: &str = "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication";
+const JWT_PER_ROUTE: &str = "envoy.extensions.filters.http.jwt_authn.v3.PerRouteConfig";
+const EXT_AUTHZ: &str = "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz";
+const EXT_AUTHZ_PER_ROUTE: &str = "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute";
 const FILTER_CONFIG: &str = "envoy.config.route.v3.FilterConfig";
-/// Statistics and metadata exchange, which are built in.
+/// Statistics and metadata exchange, which are built in; the ALPN names of requests, which the connection manager looks for itself.
 const BUILT_IN: &[&str] = &[
+    alpn::ALPN,
     "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
     "io.istio.http.peer_metadata.Config",
     "stats.PluginConfig",
@@ -51,6 +66,8 @@ pub struct HttpFilters {
     filters: Vec<HttpFilter>,
     /// One of them acts without a word from the route.
     unasked: bool,
+    /// The connection manager's part of their statistics' names, as in `http.PREFIX.rbac.denied`.
+    pub stats: Box<str>,
 }
 
 #[derive(Debug)]
@@ -69,6 +86,9 @@ enum Kind {
     Cors,
     LocalRateLimit(Arc<LocalRateLimit>),
     RateLimit(Arc<RateLimit>),
+    Rbac(Arc<Rbac>),
+    Jwt(Arc<JwtAuthn>),
+    ExtAuthz(Arc<ExtAuthz>),
 }
 
 /// A filter that is to see a request, with the most specific settings for it.
@@ -86,12 +106,21 @@ pub enum Active<'a> {
         Option<&'a RouteFilters>,
         Option<&'a RateLimitPerRoute>,
     ),
+    /// Judges. The first is the filter, which counts; the second has the rules.
+    Rbac(&'a Arc<Rbac>, &'a Arc<Rbac>),
+    /// Reads tokens.
+    Jwt(&'a Arc<JwtAuthn>, Option<&'a JwtPerRoute>),
+    /// Asks a service.
+    ExtAuthz(&'a Arc<ExtAuthz>, Option<&'a ExtAuthzPerRoute>),
 }
 
 impl HttpFilters {
-    /// Compiles the list of a connection manager.
-    pub(crate) fn compile(list: &[hcm::HttpFilter]) -> Result<Self> {
-        let mut all = Self::default();
+    /// Compiles the list of a connection manager, whose statistics are called `stats`.
+    pub(crate) fn compile(list: &[hcm::HttpFilter], stats: &str) -> Result<Self> {
+        let mut all = Self {
+            stats: stats.into(),
+            ..Self::default()
+        };
         for (i, filter) in list.iter().enumerate() {
             let at = format!("http_filters[{i}] {}", filter.name);
             if let Some(kind) = Kind::compile(filter).within(at)? {
@@ -108,10 +137,22 @@ impl HttpFilters {
                     Kind::Fault(fault) => fault.acts(),
                     Kind::LocalRateLimit(limit) => limit.acts(),
                     Kind::RateLimit(limit) => limit.asks_always(),
+                    Kind::Rbac(rbac) => rbac.acts(),
+                    Kind::Jwt(_) | Kind::ExtAuthz(_) => true,
                     Kind::Cors => false,
                 }
         });
         Ok(all)
+    }
+
+    /// Providers whose keys are to be fetched before a request asks for them.
+    pub fn fetched_ahead(&self) -> impl Iterator<Item = &Arc<Provider>> {
+        let jwt = self.filters.iter().filter_map(|filter| match &filter.kind {
+            Kind::Jwt(jwt) => Some(jwt),
+            _ => None,
+        });
+        let providers = jwt.flat_map(|jwt| &jwt.providers);
+        providers.filter(|p| matches!(&p.keys, KeySource::Remote(remote) if remote.ahead))
     }
 
     /// Could any filter act on a request of this route? (`None`: it has none, or the route says nothing about filters.)
@@ -124,9 +165,24 @@ impl HttpFilters {
         &'a self,
         route: Option<&'a RouteFilters>,
     ) -> impl Iterator<Item = Active<'a>> {
-        self.filters
-            .iter()
-            .filter_map(move |filter| filter.active(route))
+        let mut place = 0;
+        std::iter::from_fn(move || self.next_active(&mut place, route))
+    }
+
+    /// The next filter from `place` on that is to see a request of this route; `place` moves behind it. (After each filter the route may
+    /// be another one.)
+    pub fn next_active<'a>(
+        &'a self,
+        place: &mut usize,
+        route: Option<&'a RouteFilters>,
+    ) -> Option<Active<'a>> {
+        loop {
+            let filter = self.filters.get(*place)?;
+            *place += 1;
+            if let Some(active) = filter.active(route) {
+                return Some(active);
+            }
+        }
     }
 }
 
@@ -157,6 +213,18 @@ impl HttpFilter {
                 };
                 Some(Active::RateLimit(limit, route, settings))
             }
+            (Kind::Rbac(filter), Some(Setting::Rbac(rules))) => {
+                rules.acts().then_some(Active::Rbac(filter, rules))
+            }
+            (Kind::Rbac(filter), _) => filter.acts().then_some(Active::Rbac(filter, filter)),
+            (Kind::Jwt(filter), Some(Setting::Jwt(route))) => {
+                Some(Active::Jwt(filter, Some(route)))
+            }
+            (Kind::Jwt(filter), _) => Some(Active::Jwt(filter, None)),
+            (Kind::ExtAuthz(filter), Some(Setting::ExtAuthz(route))) => {
+                (!route.off).then_some(Active::ExtAuthz(filter, Some(route)))
+            }
+            (Kind::ExtAuthz(filter), _) => Some(Active::ExtAuthz(filter, None)),
         }
     }
 }
@@ -184,6 +252,9 @@ impl Kind {
             RATE_LIMIT => Some(Self::RateLimit(Arc::new(RateLimit::compile(&decode(
                 any,
             )?)?))),
+            RBAC => Some(Self::Rbac(Arc::new(Rbac::compile(&decode(any)?)?))),
+            JWT => Some(Self::Jwt(Arc::new(JwtAuthn::compile(&decode(any)?)?))),
+            EXT_AUTHZ => Some(Self::ExtAuthz(Arc::new(ExtAuthz::compile(&decode(any)?)?))),
             ROUTER => None,
             known if BUILT_IN.contains(&known) => None,
             _ if m.is_optional || m.disabled => None,
@@ -220,6 +291,9 @@ enum Setting {
     Cors(Vec<Arc<CorsPolicy>>),
     LocalRateLimit(Arc<LocalRateLimit>),
     RateLimit(Arc<RateLimitPerRoute>),
+    Rbac(Arc<Rbac>),
+    Jwt(Arc<JwtPerRoute>),
+    ExtAuthz(Arc<ExtAuthzPerRoute>),
 }
 
 impl RouteFilters {
@@ -268,6 +342,10 @@ impl Scope {
             // Fields that the inner policy leaves open are taken from the outer one.
             (Setting::Cors(inner), Setting::Cors(outer)) => {
                 Setting::Cors(inner.iter().chain(outer).cloned().collect())
+            }
+            // The context of all levels goes along.
+            (Setting::ExtAuthz(inner), Setting::ExtAuthz(outer)) => {
+                Setting::ExtAuthz(Arc::new(inner.within(outer)))
             }
             (inner, _) => inner,
         };
@@ -356,6 +434,9 @@ impl Setting {
             CORS_POLICY,
             LOCAL_RATE_LIMIT,
             RATE_LIMIT_PER_ROUTE,
+            RBAC_PER_ROUTE,
+            JWT_PER_ROUTE,
+            EXT_AUTHZ_PER_ROUTE,
         ]
         .contains(&type_name(any))
     }
@@ -373,6 +454,11 @@ impl Setting {
             }
             RATE_LIMIT_PER_ROUTE => {
                 Self::RateLimit(Arc::new(RateLimitPerRoute::compile(&decode(any)?)?))
+            }
+            RBAC_PER_ROUTE => Self::Rbac(Arc::new(Rbac::compile_route(&decode(any)?)?)),
+            JWT_PER_ROUTE => Self::Jwt(Arc::new(JwtPerRoute::compile(&decode(any)?)?)),
+            EXT_AUTHZ_PER_ROUTE => {
+                Self::ExtAuthz(Arc::new(ExtAuthzPerRoute::compile(&decode(any)?)?))
             }
             known if BUILT_IN.contains(&known) => Self::On,
             "" => return Err(CompileError::new("type_url", "is missing")),

@@ -15,6 +15,7 @@ use crate::chain::{Cidr, cidrs};
 use crate::cluster::Http2Limits;
 use crate::error::{CompileError, Result, Within, every_field, flag, nonzero_duration, timeout};
 use crate::filter::HttpFilters;
+use crate::filter::alpn::Alpn;
 use crate::route::RouteTable;
 use crate::upgrade::Upgrades;
 
@@ -87,6 +88,62 @@ pub struct HttpManager {
     pub http2: Http2Limits,
     /// Connections end after this many requests.
     pub max_requests_per_connection: Option<u32>,
+    /// Application protocols of upstream TLS handshakes.
+    pub alpn: Alpn,
+    /// What is said of clients' certificates.
+    pub client_cert: ClientCert,
+}
+
+/// What becomes of `x-forwarded-client-cert` (`forward_client_cert_details`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forward {
+    /// The client's own is cut, and none is made.
+    Sanitize,
+    /// The client's own passes where it proved who it is.
+    ForwardOnly,
+    /// An element is added to it, where the client proved who it is.
+    AppendForward,
+    /// The client's own is cut, and one is made where the client proved who it is.
+    SanitizeSet,
+    /// It passes.
+    AlwaysForwardOnly,
+}
+
+/// `x-forwarded-client-cert` (Envoy: HTTP connection manager, header manipulation).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientCert {
+    /// What becomes of it.
+    pub forward: Forward,
+    /// `Subject`.
+    pub subject: bool,
+    /// `Cert`.
+    pub cert: bool,
+    /// `Chain`.
+    pub chain: bool,
+    /// `DNS`.
+    pub dns: bool,
+    /// `URI`.
+    pub uri: bool,
+}
+
+impl ClientCert {
+    fn compile(m: &pb::HttpConnectionManager) -> Self {
+        let details = m.set_current_client_cert_details.unwrap_or_default();
+        Self {
+            forward: match ForwardClientCertDetails::try_from(m.forward_client_cert_details) {
+                Ok(ForwardClientCertDetails::ForwardOnly) => Forward::ForwardOnly,
+                Ok(ForwardClientCertDetails::AppendForward) => Forward::AppendForward,
+                Ok(ForwardClientCertDetails::SanitizeSet) => Forward::SanitizeSet,
+                Ok(ForwardClientCertDetails::AlwaysForwardOnly) => Forward::AlwaysForwardOnly,
+                Ok(ForwardClientCertDetails::Sanitize) | Err(_) => Forward::Sanitize,
+            },
+            subject: flag(details.subject.as_ref(), false),
+            cert: details.cert,
+            chain: details.chain,
+            dns: details.dns,
+            uri: details.uri,
+        }
+    }
 }
 
 /// Where the routes come from.
@@ -151,7 +208,7 @@ impl HttpManager {
         check_common(&common).within("common_http_protocol_options")?;
         let upgrades = Upgrades::of_manager(&m.upgrade_configs)?;
         Ok(Self {
-            filters: HttpFilters::compile(&m.http_filters)?,
+            filters: HttpFilters::compile(&m.http_filters, &m.stat_prefix)?,
             routes: match &m.route_specifier {
                 Some(RouteSpecifier::Rds(rds)) => {
                     RouteSource::Rds(rds.route_config_name.as_str().into())
@@ -258,6 +315,8 @@ impl HttpManager {
                 .max_requests_per_connection
                 .map(|v| v.value)
                 .filter(|v| *v > 0),
+            alpn: Alpn::of_filters(&m.http_filters)?,
+            client_cert: ClientCert::compile(m),
         })
     }
 }
@@ -270,32 +329,23 @@ fn refuse_others(m: &pb::HttpConnectionManager) -> Result<()> {
         use_remote_address, skip_xff_append, generate_request_id, preserve_external_request_id, always_set_request_id_in_response,
         upgrade_configs, normalize_path, merge_slashes, path_with_escaped_slashes_action, strip_matching_host_port,
         strip_trailing_host_dot, route_specifier, strip_port_mode, forward_client_cert_details, xff_num_trusted_hops,
-        proxy_100_continue, internal_address_config,
+        proxy_100_continue, internal_address_config, set_current_client_cert_details,
     }
-    // Statistics and log settings (access logs are refused); drain times: connections are closed as they fall idle; the certificate
-    // details need TLS; the request id's trace bits need tracing; http3 is not offered.
+    // Statistics and log settings (access logs are refused); drain times: connections are closed as they fall idle; the request id's trace bits need tracing; http3 is not offered.
     irrelevant {
         stat_prefix, http1_safe_max_connection_duration, http3_protocol_options, stream_flush_timeout, drain_timeout,
         drain_timeout_jitter, delayed_close_timeout, access_log_flush_interval, flush_access_log_on_new_request, access_log_options,
-        set_current_client_cert_details, forward_client_cert_matcher,
         represent_ipv4_remote_address_as_ipv4_mapped_ipv6, request_id_extension, stream_error_on_invalid_http_message,
         path_normalization_options, append_local_overload, add_proxy_protocol_connection_state, proxy_status_config, tracing,
     }
     refused {
         add_user_agent, scheme_header_transformation, access_log, original_ip_detection_extensions,
         early_header_mutation_extensions, via, local_reply_config, typed_header_validation_config, append_x_forwarded_port,
-        forward_proto_config,
+        forward_proto_config, forward_client_cert_matcher,
     });
     // A provider means spans are wanted; without one the settings do nothing.
     if m.tracing.as_ref().is_some_and(|t| t.provider.is_some()) {
         return Err(CompileError::unsupported("tracing.provider"));
-    }
-    if let Ok(ForwardClientCertDetails::AlwaysForwardOnly) =
-        ForwardClientCertDetails::try_from(m.forward_client_cert_details)
-    {
-        return Err(CompileError::unsupported(
-            "forward_client_cert_details ALWAYS_FORWARD_ONLY",
-        ));
     }
     if let Some(options) = &m.http_protocol_options {
         check_http1(options).within("http_protocol_options")?;

@@ -213,7 +213,8 @@ impl HeaderMatch {
 
     fn judge(&self, value: Option<Cow<'_, str>>) -> bool {
         if let HeaderTest::Present(wanted) = self.test {
-            return (value.is_some() == wanted) != self.invert;
+            let there = value.is_some() || self.missing_is_empty;
+            return (there == wanted) != self.invert;
         }
         let value = match value {
             Some(value) => value,

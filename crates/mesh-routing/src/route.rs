@@ -10,6 +10,7 @@ use envoy_types::pb::google::protobuf::{UInt32Value, UInt64Value};
 use http::HeaderMap;
 
 use crate::action::{Action, Direct, Forward, PathMatch, Redirect};
+use crate::dynamic::{Dynamic, MetadataMatch};
 use crate::error::{CompileError, Result, Within, every_field, flag};
 use crate::filter::{RouteFilters, Scope};
 use crate::headers::HeaderOps;
@@ -132,6 +133,7 @@ pub struct Route {
     query: Vec<QueryMatch>,
     fraction: Option<Fraction>,
     grpc_only: bool,
+    metadata: Vec<MetadataMatch>,
     /// What it says about filters, if anything.
     pub filters: Option<Box<RouteFilters>>,
     /// What it does.
@@ -248,8 +250,17 @@ impl RouteTable {
         }
     }
 
-    /// Decides what to do with a request.
+    /// Decides what to do with a request of which filters have found out nothing.
     pub fn decide<'a>(&'a self, request: &RequestView<'_>) -> Decision<'a> {
+        self.decide_with(request, None)
+    }
+
+    /// Decides what to do with a request. `known`: what filters have found out about it.
+    pub fn decide_with<'a>(
+        &'a self,
+        request: &RequestView<'_>,
+        known: Option<&Dynamic>,
+    ) -> Decision<'a> {
         let Some(host) = self.virtual_host(request.host) else {
             return Decision::NoRoute;
         };
@@ -258,7 +269,7 @@ impl RouteTable {
         }
         let (path, query) = split_query(request.path_and_query);
         let query = query.strip_prefix('?').unwrap_or("");
-        match host.find(request, path, query) {
+        match host.find(request, known, path, query) {
             Some((route, matched_len)) => Decision::Matched(Matched {
                 host,
                 route,
@@ -431,8 +442,14 @@ impl VirtualHost {
     }
 
     /// The first route that takes a request, with the length of the part of the path that it matched.
-    fn find(&self, request: &RequestView<'_>, path: &str, query: &str) -> Option<(&Route, usize)> {
-        let judge = |route: &'_ Route| route.matches(request, path, query);
+    fn find(
+        &self,
+        request: &RequestView<'_>,
+        known: Option<&Dynamic>,
+        path: &str,
+        query: &str,
+    ) -> Option<(&Route, usize)> {
+        let judge = |route: &'_ Route| route.matches(request, known, path, query);
         match &self.index {
             None => self.routes.iter().find_map(|r| Some((r, judge(r)?))),
             Some(index) => index.candidates(path).find_map(|place| {
@@ -499,9 +516,9 @@ impl Route {
 
     fn compile_match(m: &pb::RouteMatch) -> Result<Self> {
         every_field!(m, pb::RouteMatch,
-            used { case_sensitive, runtime_fraction, headers, query_parameters, grpc, path_specifier }
+            used { case_sensitive, runtime_fraction, headers, query_parameters, grpc, path_specifier, dynamic_metadata }
             irrelevant {}
-            refused { cookies, tls_context, dynamic_metadata, filter_state });
+            refused { cookies, tls_context, filter_state });
         let ignore_case = !flag(m.case_sensitive.as_ref(), true);
         let mut headers = Vec::with_capacity(m.headers.len());
         for (i, header) in m.headers.iter().enumerate() {
@@ -527,6 +544,12 @@ impl Route {
                 .transpose()
                 .within("runtime_fraction")?,
             grpc_only: m.grpc.is_some(),
+            metadata: m
+                .dynamic_metadata
+                .iter()
+                .map(MetadataMatch::compile)
+                .collect::<Result<_>>()
+                .within("dynamic_metadata")?,
             filters: None,
             action: Action::Direct(Direct {
                 status: http::StatusCode::NOT_FOUND,
@@ -543,7 +566,13 @@ impl Route {
     }
 
     /// The length of the matched part of the path, if all conditions hold.
-    fn matches(&self, request: &RequestView<'_>, path: &str, query: &str) -> Option<usize> {
+    fn matches(
+        &self,
+        request: &RequestView<'_>,
+        known: Option<&Dynamic>,
+        path: &str,
+        query: &str,
+    ) -> Option<usize> {
         let len = match (request.method == "CONNECT", &self.path) {
             (true, PathMatch::Connect) => 0,
             // A CONNECT request has no path.
@@ -555,7 +584,8 @@ impl Route {
             && self
                 .fraction
                 .is_none_or(|fraction| fraction.covers(request.random))
-            && (!self.grpc_only || is_grpc(request.headers));
+            && (!self.grpc_only || is_grpc(request.headers))
+            && self.metadata.iter().all(|m| m.matches(known));
         all.then_some(len)
     }
 
@@ -574,6 +604,23 @@ impl Route {
             PathMatch::Template(template) => template.matches(path).then_some(p.len()),
             PathMatch::Connect => None,
         }
+    }
+}
+
+/// A `RouteMatch` by itself, for filters with rules of their own.
+#[derive(Debug)]
+pub(crate) struct Condition(Box<Route>);
+
+impl Condition {
+    pub(crate) fn compile(m: &pb::RouteMatch) -> Result<Self> {
+        Route::compile_match(m).map(|route| Self(Box::new(route)))
+    }
+
+    /// Does the request match?
+    pub(crate) fn holds(&self, request: &RequestView<'_>) -> bool {
+        let (path, query) = split_query(request.path_and_query);
+        let query = query.strip_prefix('?').unwrap_or("");
+        self.0.matches(request, None, path, query).is_some()
     }
 }
 

@@ -27,9 +27,11 @@ use crate::{endpoint, names};
 
 pub(crate) use hash::{for_routes as hash_policies, set_tcp_policy};
 pub(crate) use policy::Policy;
+pub(crate) use tls::revocations;
 
 mod hash;
 mod policy;
+mod tls;
 
 /// Envoy's key for HTTP options of a cluster.
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
@@ -77,10 +79,24 @@ pub(crate) fn add_outbound(
             eds_config: ads(),
             service_name: name.clone(),
         });
-        resources.endpoints.extend([endpoint::assignment(
-            mesh, node, service, port, subset, rule, &policy,
-        )]);
+        let part = endpoint::Part {
+            service,
+            port,
+            subset,
+            rule,
+            mutual_tls_only: false,
+        };
+        let assignment = endpoint::assignment(mesh, node, &name, &part, &policy);
+        resources.endpoints.extend([assignment]);
     }
+    let target = tls::Target {
+        mesh,
+        node,
+        service,
+        port,
+        subset,
+    };
+    let own_alpn = target.apply(&policy, &mut cluster, &mut options, &mut resources.secrets);
     set_options(&mut cluster, options);
     let mut fields = described(&[service]);
     if let Some(key) = rule.and_then(|rule| rule.keys.first()) {
@@ -89,10 +105,49 @@ pub(crate) fn add_outbound(
             metadata::text(metadata::config_path(key)),
         );
     }
+    if own_alpn {
+        fields.insert("alpn_override".to_owned(), metadata::text("false"));
+    }
     if !subset.is_empty() {
         fields.insert("subset".to_owned(), metadata::text(subset));
     }
     resources.clusters.insert(name, encode(&cluster, fields));
+}
+
+/// Adds a cluster to which TLS of clients is passed on unopened, with those endpoints of a service port that take mutual TLS of the mesh.
+pub(crate) fn add_passed_on(
+    mesh: &Mesh,
+    node: &Node,
+    service: &Service,
+    port: &ServicePort,
+    subset: &str,
+    resources: &mut Resources,
+) {
+    let name = names::sni(port.number, subset, &service.host);
+    let rule = mesh
+        .destination_rule_for(&service.host, node)
+        .map(AsRef::as_ref);
+    let policy = Policy::new(mesh, rule, subset, port.number);
+    let mut cluster = base(mesh, &name);
+    policy.apply_pool(&mut cluster, &mut None);
+    policy.apply_outlier_detection(&mut cluster);
+    set_kind(&mut cluster, DiscoveryType::Eds, LbPolicy::LeastRequest);
+    policy.apply_load_balancer(&mut cluster);
+    cluster.eds_cluster_config = Some(EdsClusterConfig {
+        eds_config: ads(),
+        service_name: name.clone(),
+    });
+    let part = endpoint::Part {
+        service,
+        port,
+        subset,
+        rule,
+        mutual_tls_only: true,
+    };
+    let assignment = endpoint::assignment(mesh, node, &name, &part, &policy);
+    resources.endpoints.extend([assignment]);
+    let resource = encode(&cluster, described(&[service]));
+    resources.clusters.insert(name, resource);
 }
 
 /// Makes a cluster ask DNS for its endpoints: as often as answers allow, IPv4 only, as Istio asks where the mesh is not dual-stack.

@@ -9,39 +9,53 @@ use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use envoy_types::pb::envoy::config::endpoint::v3::{
     ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints,
 };
-use mesh_model::{self as model, DestinationRule, Health, Mesh, Node, Service, ServicePort};
+use mesh_model::{
+    self as model, DestinationRule, Health, Mesh, MtlsMode, Node, Service, ServicePort,
+};
 
 use crate::cluster::Policy;
+use crate::metadata;
 use crate::pb::{address, uint32};
 use crate::resources::{ENDPOINT, Resource};
-use crate::{metadata, names};
 
 use locality::Group;
 
 mod locality;
 
-/// The endpoints of a service port, whole (`subset` empty) or in part, with priorities and weights by their distance from the node. Endpoints
+/// Which endpoints a cluster has.
+pub(crate) struct Part<'a> {
+    pub(crate) service: &'a Service,
+    pub(crate) port: &'a ServicePort,
+    /// Empty for all.
+    pub(crate) subset: &'a str,
+    /// Where the subset is defined.
+    pub(crate) rule: Option<&'a DestinationRule>,
+    /// Those alone that take mutual TLS of the mesh.
+    pub(crate) mutual_tls_only: bool,
+}
+
+/// The endpoints of a service port, whole or in part, with priorities and weights by their distance from the node. Endpoints
 /// that are going away are left out: requests that they have in hand end on their connections.
 pub(crate) fn assignment(
     mesh: &Mesh,
     node: &Node,
-    service: &Service,
-    port: &ServicePort,
-    subset: &str,
-    rule: Option<&DestinationRule>,
+    name: &str,
+    part: &Part<'_>,
     policy: &Policy<'_>,
 ) -> (String, Resource) {
-    let name = names::outbound_cluster(port.number, subset, &service.host);
-    let labels = rule
-        .and_then(|rule| rule.subsets.get(subset))
+    let labels = part
+        .rule
+        .and_then(|rule| rule.subsets.get(part.subset))
         .map(|subset| &subset.labels);
     let mut by_locality: BTreeMap<&str, Vec<&model::Endpoint>> = BTreeMap::new();
-    for endpoint in service
-        .endpoints(port.number)
+    for endpoint in part
+        .service
+        .endpoints(part.port.number)
         .iter()
         .filter(|endpoint| endpoint.health == Health::Ready)
     {
-        if labels.is_none_or(|labels| endpoint.has_labels(labels)) {
+        let fits = !part.mutual_tls_only || takes_mutual_tls(mesh, endpoint);
+        if fits && labels.is_none_or(|labels| endpoint.has_labels(labels)) {
             by_locality
                 .entry(&endpoint.locality)
                 .or_default()
@@ -56,14 +70,17 @@ pub(crate) fn assignment(
         locality::apply(&mut groups, setting, policy.fails_over(), mesh, node);
     }
     let message = ClusterLoadAssignment {
-        cluster_name: name.clone(),
-        endpoints: groups.iter().map(|group| encoded(group, node)).collect(),
+        cluster_name: name.to_owned(),
+        endpoints: groups
+            .iter()
+            .map(|group| encoded(mesh, group, node))
+            .collect(),
         ..ClusterLoadAssignment::default()
     };
-    (name, Resource::new(ENDPOINT, &message))
+    (name.to_owned(), Resource::new(ENDPOINT, &message))
 }
 
-fn encoded(group: &Group<'_>, node: &Node) -> LocalityLbEndpoints {
+fn encoded(mesh: &Mesh, group: &Group<'_>, node: &Node) -> LocalityLbEndpoints {
     let [region, zone, sub_zone] = locality::parts(group.locality).map(str::to_owned);
     LocalityLbEndpoints {
         locality: Some(Locality {
@@ -76,7 +93,7 @@ fn encoded(group: &Group<'_>, node: &Node) -> LocalityLbEndpoints {
         lb_endpoints: group
             .endpoints
             .iter()
-            .map(|endpoint| lb_endpoint(endpoint, node))
+            .map(|endpoint| lb_endpoint(mesh, endpoint, node))
             .collect(),
         ..LocalityLbEndpoints::default()
     }
@@ -101,13 +118,20 @@ pub(crate) fn by_name(name: &str, port: u16) -> LbEndpoint {
     }
 }
 
-fn lb_endpoint(endpoint: &model::Endpoint, node: &Node) -> LbEndpoint {
+/// True if the pod behind an endpoint has a proxy that takes mutual TLS on this port.
+pub(crate) fn takes_mutual_tls(mesh: &Mesh, endpoint: &model::Endpoint) -> bool {
+    endpoint.workload.as_ref().is_some_and(|workload| {
+        let mode = mesh.mtls(&workload.namespace, &workload.labels, endpoint.port);
+        workload.offers_mutual_tls() && mode != MtlsMode::Disable
+    })
+}
+
+fn lb_endpoint(mesh: &Mesh, endpoint: &model::Endpoint, node: &Node) -> LbEndpoint {
     LbEndpoint {
         health_status: HealthStatus::Healthy as i32,
-        metadata: endpoint
-            .workload
-            .as_ref()
-            .and_then(|workload| metadata::single("workload", described(workload, node))),
+        metadata: endpoint.workload.as_ref().map(|workload| {
+            metadata::endpoint(described(workload, node), takes_mutual_tls(mesh, endpoint))
+        }),
         load_balancing_weight: uint32(1u32),
         host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
             address: address(endpoint.address, endpoint.port),

@@ -1,9 +1,6 @@
 //! Sidecar, traffic to the application: the listener on port 15006 and its clusters.
-//!
-//! Plain text in this version: the chains are those of Istio's PERMISSIVE mode without the ones that end mutual TLS, which come before them
-//! once workloads have certificates.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use envoy_types::pb::envoy::config::listener::v3::listener_filter_chain_match_predicate::{
     MatchSet, Rule,
@@ -13,11 +10,16 @@ use envoy_types::pb::envoy::config::listener::v3::{
 };
 use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
 use envoy_types::pb::envoy::r#type::v3::Int32Range;
-use mesh_model::{Mesh, Node, Protocol, Service};
+use mesh_model::{Mesh, MtlsMode, Node, Protocol, Service};
+
+use chain::{Declared, Kind};
 
 use crate::listener::{self, Http, Place, Routes, http_chain, named, tcp_chain};
+use crate::policy::Policies;
 use crate::resources::{LISTENER, Resource, Resources};
-use crate::{cluster, names, pb, route};
+use crate::{cluster, names, pb, route, tls};
+
+mod chain;
 
 /// Name of the listener that captured incoming connections reach.
 const VIRTUAL_INBOUND: &str = "virtualInbound";
@@ -52,116 +54,166 @@ pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
             &port.services,
         )]);
     }
-    let listener = virtual_inbound(mesh, node, &ports);
+    let policies = Policies::of(mesh, node, resources);
+    let sidecar = Sidecar {
+        mesh,
+        node,
+        http: Http::inbound(mesh, node, &policies),
+        policies: &policies,
+    };
+    let listener = sidecar.virtual_inbound(&ports);
     resources
         .listeners
         .insert(VIRTUAL_INBOUND.to_owned(), listener);
 }
 
-fn virtual_inbound(mesh: &Mesh, node: &Node, ports: &BTreeMap<u16, Port<'_>>) -> Resource {
-    let own_port = mesh.config().proxy_inbound_listen_port;
-    let mut listener = listener::listener(
-        VIRTUAL_INBOUND.to_owned(),
-        listener::any_address(node),
-        own_port,
-        Place::Inbound,
-    );
-    // A connection to the port itself was not captured; passing it on would loop.
-    let black_hole = tcp_chain(
-        Some(to_port(FilterChainMatch::default(), own_port)),
-        names::BLACK_HOLE,
-    );
-    listener
-        .filter_chains
-        .push(named(black_hole, "virtualInbound-blackhole"));
-    listener.filter_chains.extend(unknown_port(node));
-    for (target, port) in ports {
-        listener
-            .filter_chains
-            .extend(known_port(node, *target, port.protocol));
-    }
-    listener::restore_destination(&mut listener);
-    let declared: Vec<u16> = ports
-        .iter()
-        .filter(|(_, port)| port.protocol != Protocol::Auto)
-        .map(|(target, _)| *target)
-        .collect();
-    listener::inspect(&mut listener, mesh, any_of_ports(&declared).as_ref());
-    Resource::new(LISTENER, &listener)
+/// What all inbound chains of a node have in common.
+struct Sidecar<'a> {
+    mesh: &'a Mesh,
+    node: &'a Node,
+    http: Http,
+    policies: &'a Policies,
 }
 
-/// Ports without a service, by what the first bytes say.
-fn unknown_port(node: &Node) -> [FilterChain; 3] {
-    let http = routes(
-        names::INBOUND_PASSTHROUGH,
-        "inbound|http|0",
-        names::INBOUND_PASSTHROUGH,
-        true,
-    );
-    let settings = Http::of(node);
-    let http = http_chain(
-        &settings,
-        Some(settings.plain()),
-        stat_prefix(node, 0),
-        Routes::Inline(http),
-        Place::Inbound,
-    );
-    let [plain, tls] = NOT_HTTP.map(|transport| {
-        let chain = tcp_chain(Some(of_transport(transport)), names::INBOUND_PASSTHROUGH);
-        named(chain, VIRTUAL_INBOUND)
-    });
-    [named(http, "virtualInbound-catchall-http"), plain, tls]
+/// Where the connections of a chain go.
+struct Target {
+    /// Destination port; `None` is any that no other chain has.
+    port: Option<u16>,
+    cluster: String,
+    virtual_host: String,
+    stat_prefix: String,
+    /// What did not reach the application is tried again.
+    retries: bool,
 }
 
-/// What connections are that are not found to be HTTP. Both are named: Envoy looks at no chain without a transport protocol once there is one for
-/// plain text, which plain HTTP has, and would close other plain connections.
-const NOT_HTTP: [&str; 2] = ["raw_buffer", "tls"];
-
-fn of_transport(name: &str) -> FilterChainMatch {
-    FilterChainMatch {
-        transport_protocol: name.to_owned(),
-        ..FilterChainMatch::default()
-    }
-}
-
-/// A port that services lead to, by what they declare or, where they don't, by what the first bytes say.
-fn known_port(node: &Node, target: u16, protocol: Protocol) -> Vec<FilterChain> {
-    let cluster = names::inbound_cluster(target);
-    let name = listener::name(listener::any_address(node), target);
-    let settings = Http::of(node);
-    let http = |matched| {
-        // The application may answer a repeated gRPC call twice, so those are left to the caller.
-        let retries = !matches!(protocol, Protocol::Grpc | Protocol::GrpcWeb);
-        let routes = routes(
-            &cluster,
-            &format!("inbound|http|{target}"),
-            &cluster,
-            retries,
+impl Sidecar<'_> {
+    fn virtual_inbound(&self, ports: &BTreeMap<u16, Port<'_>>) -> Resource {
+        let own_port = self.mesh.config().proxy_inbound_listen_port;
+        let mut listener = listener::listener(
+            VIRTUAL_INBOUND.to_owned(),
+            listener::any_address(self.node),
+            own_port,
+            Place::Inbound,
         );
-        named(
+        // A connection to the port itself was not captured; passing it on would loop.
+        let black_hole = tcp_chain(
+            Some(to_port(FilterChainMatch::default(), own_port)),
+            names::BLACK_HOLE,
+        );
+        let chains = &mut listener.filter_chains;
+        chains.push(named(black_hole, "virtualInbound-blackhole"));
+        chains.extend(self.unknown_port(None));
+        let labels = self.mesh.labels_of(self.node);
+        let settings: BTreeSet<u16> = self.mesh.mtls_ports(&self.node.namespace, labels);
+        for port in settings.iter().filter(|port| !ports.contains_key(port)) {
+            chains.extend(self.unknown_port(Some(*port)));
+        }
+        for (port, of_port) in ports {
+            chains.extend(self.known_port(*port, of_port.protocol));
+        }
+        listener::restore_destination(&mut listener);
+        let except = |looks: fn(MtlsMode, Declared) -> bool| {
+            let known = ports
+                .iter()
+                .map(|(port, of_port)| (*port, of_port.protocol));
+            let unknown = settings.iter().map(|port| (*port, Protocol::Auto));
+            let quiet = known
+                .chain(unknown.filter(|(port, _)| !ports.contains_key(port)))
+                .filter(|(port, protocol)| !looks(self.mode(Some(*port)), Declared::of(*protocol)));
+            any_of_ports(&quiet.map(|(port, _)| port).collect::<Vec<u16>>())
+        };
+        listener::inspect_tls(
+            &mut listener,
+            self.mesh,
+            except(chain::looks_for_tls).as_ref(),
+        );
+        listener::inspect_http(
+            &mut listener,
+            self.mesh,
+            except(chain::looks_for_http).as_ref(),
+        );
+        Resource::new(LISTENER, &listener)
+    }
+
+    /// The mode of mutual TLS of a port, or of all that no policy names.
+    fn mode(&self, port: Option<u16>) -> MtlsMode {
+        let labels = self.mesh.labels_of(self.node);
+        self.mesh
+            .mtls(&self.node.namespace, labels, port.unwrap_or_default())
+    }
+
+    /// Ports without a service, or one of them for which a policy has a mode of its own: by what the first bytes say.
+    fn unknown_port(&self, port: Option<u16>) -> Vec<FilterChain> {
+        let target = Target {
+            port,
+            cluster: names::INBOUND_PASSTHROUGH.to_owned(),
+            virtual_host: format!("inbound|http|{}", port.unwrap_or_default()),
+            stat_prefix: stat_prefix(self.node, port.unwrap_or_default()),
+            retries: true,
+        };
+        let chain = |kind: &Kind| {
+            let name = if kind.http {
+                "virtualInbound-catchall-http"
+            } else {
+                VIRTUAL_INBOUND
+            };
+            named(self.chain(*kind, &target), name)
+        };
+        chain::kinds(self.mode(port), Declared::Auto)
+            .iter()
+            .map(chain)
+            .collect()
+    }
+
+    /// A port that services lead to, by what they declare or, where they don't, by what the first bytes say.
+    fn known_port(&self, port: u16, protocol: Protocol) -> Vec<FilterChain> {
+        let target = Target {
+            port: Some(port),
+            cluster: names::inbound_cluster(port),
+            virtual_host: format!("inbound|http|{port}"),
+            stat_prefix: stat_prefix(self.node, port),
+            // The application may answer a repeated gRPC call twice, so those are left to the caller.
+            retries: !matches!(protocol, Protocol::Grpc | Protocol::GrpcWeb),
+        };
+        let name = listener::name(listener::any_address(self.node), port);
+        chain::kinds(self.mode(Some(port)), Declared::of(protocol))
+            .iter()
+            .map(|kind| named(self.chain(*kind, &target), name.clone()))
+            .collect()
+    }
+
+    fn chain(&self, kind: Kind, target: &Target) -> FilterChain {
+        let mut condition = kind.condition(&self.http.plain());
+        if let Some(port) = target.port {
+            condition = to_port(condition, port);
+        }
+        let mut chain = if kind.http {
+            let routes = routes(
+                &target.cluster,
+                &target.virtual_host,
+                &target.cluster,
+                target.retries,
+            );
             http_chain(
-                &settings,
-                Some(to_port(matched, target)),
-                stat_prefix(node, target),
+                &self.http,
+                Some(condition),
+                target.stat_prefix.clone(),
                 Routes::Inline(routes),
                 Place::Inbound,
-            ),
-            name.clone(),
-        )
-    };
-    let tcp = |matched| {
-        named(
-            tcp_chain(Some(to_port(matched, target)), &cluster),
-            name.clone(),
-        )
-    };
-    match protocol {
-        Protocol::Auto => {
-            let [plain, tls] = NOT_HTTP.map(|transport| tcp(of_transport(transport)));
-            vec![http(settings.plain()), plain, tls]
+            )
+        } else {
+            self.policies
+                .guard(tcp_chain(Some(condition), &target.cluster))
+        };
+        if kind.mutual {
+            let alpn = if kind.http {
+                tls::ALPN_HTTP
+            } else {
+                tls::ALPN_TCP
+            };
+            chain.transport_socket = Some(tls::inbound(self.mesh, alpn));
         }
-        _ if protocol.is_http() => vec![http(FilterChainMatch::default())],
-        _ => vec![tcp(FilterChainMatch::default())],
+        chain
     }
 }
 

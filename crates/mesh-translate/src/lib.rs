@@ -17,9 +17,11 @@ mod metadata;
 mod names;
 mod outbound;
 mod pb;
+mod policy;
 mod resources;
 mod route;
 mod tcp;
+mod tls;
 mod virtual_host;
 
 pub use resources::{CLUSTER, ENDPOINT, LISTENER, ROUTE, Resource, Resources};

@@ -21,11 +21,21 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{HttpConnectionManager, HttpFilter, Rds};
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::ClusterSpecifier;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
+    ForwardClientCertDetails, PathWithEscapedSlashesAction, SetCurrentClientCertDetails,
+};
+use mesh_api::mesh_config::PathNormalizationKind;
 use mesh_model::{Mesh, Node};
 use prost::{Message, Name};
 
 use crate::names;
 use crate::pb::{address, ads, any, boolean, duration};
+use crate::policy::Policies;
+
+mod alpn;
+
+/// Whether our proxies are sent the filter; stock Envoys don't have it.
+const SEND_ALPN_FILTER: bool = true;
 
 /// Where a listener stands; HTTP is treated a little differently in each place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,12 +90,38 @@ pub(crate) fn listener(name: String, ip: IpAddr, port: u16, place: Place) -> Lis
 pub(crate) struct Http {
     /// HTTP/1.0 is served too.
     http10: bool,
+    /// What is done to paths first.
+    paths: PathNormalizationKind,
+    /// Filters that decide who may do what, in order.
+    policies: Vec<HttpFilter>,
+    /// Requests are sent on: TLS of the mesh says the version of HTTP that is inside.
+    alpn: bool,
 }
 
 impl Http {
-    pub(crate) fn of(node: &Node) -> Self {
+    /// For requests that are sent on to others, without policies.
+    pub(crate) fn outbound(mesh: &Mesh, node: &Node) -> Self {
         Self {
             http10: node.http10(),
+            paths: mesh.config().path_normalization.normalization,
+            policies: Vec::new(),
+            alpn: SEND_ALPN_FILTER && !node.stock_envoy,
+        }
+    }
+
+    /// For requests from outside of the mesh.
+    pub(crate) fn gateway(mesh: &Mesh, node: &Node, policies: &Policies) -> Self {
+        Self {
+            policies: policies.http.clone(),
+            ..Self::outbound(mesh, node)
+        }
+    }
+
+    /// For requests to the application beside the proxy.
+    pub(crate) fn inbound(mesh: &Mesh, node: &Node, policies: &Policies) -> Self {
+        Self {
+            alpn: false,
+            ..Self::gateway(mesh, node, policies)
         }
     }
 
@@ -112,12 +148,7 @@ pub(crate) fn http_chain(
 ) -> FilterChain {
     let manager = HttpConnectionManager {
         stat_prefix,
-        // Fault and cross-origin filters do nothing but where a route has settings for them.
-        http_filters: vec![
-            http_filter(names::FAULT_FILTER, &HttpFault::default()),
-            http_filter(names::CORS_FILTER, &Cors::default()),
-            http_filter("envoy.filters.http.router", &Router::default()),
-        ],
+        http_filters: http_filters(http),
         http_protocol_options: http.http10.then(|| Http1ProtocolOptions {
             accept_http_10: true,
             ..Http1ProtocolOptions::default()
@@ -129,7 +160,21 @@ pub(crate) fn http_chain(
         },
         use_remote_address: boolean(place == Place::Gateway),
         generate_request_id: boolean(true),
-        normalize_path: boolean(true),
+        normalize_path: boolean(http.paths >= PathNormalizationKind::Base),
+        merge_slashes: http.paths >= PathNormalizationKind::MergeSlashes,
+        path_with_escaped_slashes_action: if http.paths
+            >= PathNormalizationKind::DecodeAndMergeSlashes
+        {
+            PathWithEscapedSlashesAction::UnescapeAndForward
+        } else {
+            PathWithEscapedSlashesAction::ImplementationSpecificDefault
+        } as i32,
+        forward_client_cert_details: match place {
+            Place::Outbound => ForwardClientCertDetails::Sanitize,
+            Place::Inbound => ForwardClientCertDetails::AppendForward,
+            Place::Gateway => ForwardClientCertDetails::SanitizeSet,
+        } as i32,
+        set_current_client_cert_details: client_certificate(place),
         stream_idle_timeout: duration(Duration::ZERO),
         upgrade_configs: vec![UpgradeConfig {
             upgrade_type: "websocket".to_owned(),
@@ -151,7 +196,30 @@ pub(crate) fn http_chain(
     )
 }
 
-fn http_filter<M: Message + Name>(name: &str, config: &M) -> HttpFilter {
+/// Policies first; fault and cross-origin filters do nothing but where a route has settings for them.
+fn http_filters(http: &Http) -> Vec<HttpFilter> {
+    let mut filters = http.policies.clone();
+    if http.alpn {
+        filters.push(http_filter(alpn::NAME, &alpn::config()));
+    }
+    filters.push(http_filter(names::FAULT_FILTER, &HttpFault::default()));
+    filters.push(http_filter(names::CORS_FILTER, &Cors::default()));
+    filters.push(http_filter("envoy.filters.http.router", &Router::default()));
+    filters
+}
+
+/// What of the client's certificate the next one is told.
+fn client_certificate(place: Place) -> Option<SetCurrentClientCertDetails> {
+    (place != Place::Outbound).then(|| SetCurrentClientCertDetails {
+        subject: boolean(true),
+        cert: place == Place::Gateway,
+        dns: true,
+        uri: true,
+        ..SetCurrentClientCertDetails::default()
+    })
+}
+
+pub(crate) fn http_filter<M: Message + Name>(name: &str, config: &M) -> HttpFilter {
     HttpFilter {
         name: name.to_owned(),
         config_type: Some(HttpFilterConfig::TypedConfig(any(config))),
@@ -207,11 +275,26 @@ pub(crate) fn inspect(
     except: Option<&ListenerFilterChainMatchPredicate>,
 ) {
     inspect_tls(listener, mesh, except);
+    inspect_http(listener, mesh, except);
+}
+
+/// The same for plain HTTP alone.
+pub(crate) fn inspect_http(
+    listener: &mut Listener,
+    mesh: &Mesh,
+    except: Option<&ListenerFilterChainMatchPredicate>,
+) {
     listener.listener_filters.push(listener_filter(
         "envoy.filters.listener.http_inspector",
         &HttpInspector::default(),
         except,
     ));
+    limit_inspection(listener, mesh);
+}
+
+fn limit_inspection(listener: &mut Listener, mesh: &Mesh) {
+    listener.listener_filters_timeout = duration(mesh.config().protocol_detection_timeout.0);
+    listener.continue_on_listener_filters_timeout = true;
 }
 
 /// The same for the server name of TLS alone.
@@ -225,8 +308,7 @@ pub(crate) fn inspect_tls(
         &TlsInspector::default(),
         except,
     ));
-    listener.listener_filters_timeout = duration(mesh.config().protocol_detection_timeout.0);
-    listener.continue_on_listener_filters_timeout = true;
+    limit_inspection(listener, mesh);
 }
 
 /// The same for a gateway, which closes connections that don't say a server name in time (Envoy's own limit, 15 s).

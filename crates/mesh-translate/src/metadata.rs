@@ -9,21 +9,44 @@ use envoy_types::pb::google::protobuf::{Struct, Value};
 use mesh_model::ObjectKey;
 use prost::Message;
 
+use crate::pb::ordered_map;
+
 /// Istio's key in `filter_metadata`.
 const ISTIO: &str = "istio";
 
 /// Metadata with one text under `istio`; maps of one entry have only one order.
 pub(crate) fn single(key: &str, text: String) -> Option<Metadata> {
+    Some(Metadata {
+        filter_metadata: HashMap::from([(ISTIO.to_owned(), fields(key, text))]),
+        ..Metadata::default()
+    })
+}
+
+/// Key under which Envoy looks for what chooses an endpoint's transport.
+const TRANSPORT: &str = "envoy.transport_socket_match";
+
+/// What endpoints with mutual TLS say, and what chooses it.
+pub(crate) fn tls_mode() -> Struct {
+    fields("tlsMode", "istio".to_owned())
+}
+
+/// Metadata of an endpoint: the workload behind it, and whether it takes mutual TLS.
+pub(crate) fn endpoint(workload: String, mutual_tls: bool) -> Metadata {
+    let istio = (ISTIO.to_owned(), fields("workload", workload));
+    let transport = mutual_tls.then(|| (TRANSPORT.to_owned(), tls_mode()));
+    Metadata {
+        filter_metadata: ordered_map([istio].into_iter().chain(transport)),
+        ..Metadata::default()
+    }
+}
+
+fn fields(key: &str, text: String) -> Struct {
     let value = Value {
         kind: Some(Kind::StringValue(text)),
     };
-    let fields = Struct {
+    Struct {
         fields: HashMap::from([(key.to_owned(), value)]),
-    };
-    Some(Metadata {
-        filter_metadata: HashMap::from([(ISTIO.to_owned(), fields)]),
-        ..Metadata::default()
-    })
+    }
 }
 
 /// The path by which Istio refers to an object in metadata.

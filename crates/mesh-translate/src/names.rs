@@ -20,6 +20,11 @@ pub(crate) fn outbound_cluster(port: u16, subset: &str, host: &str) -> String {
     format!("outbound|{port}|{subset}|{host}")
 }
 
+/// `outbound_.9080_.v1_.reviews.default.svc.cluster.local`: a cluster as a server name.
+pub(crate) fn sni(port: u16, subset: &str, host: &str) -> String {
+    format!("outbound_.{port}_.{subset}_.{host}")
+}
+
 /// `inbound|9080||`.
 pub(crate) fn inbound_cluster(port: u16) -> String {
     format!("inbound|{port}||")

@@ -108,7 +108,7 @@ fn add_http_port(rules: &Rules<'_>, port: u16, resources: &mut Resources) {
     let name = listener::name(any, port);
     let mut listener = handed_to(name.clone(), any, port);
     let routes = port.to_string();
-    let http = Http::of(node);
+    let http = Http::outbound(mesh, node);
     listener.filter_chains = vec![http_chain(
         &http,
         Some(http.plain()),
@@ -143,7 +143,7 @@ fn add_address(
     let mut chains = tcp::outbound(rules, service, port);
     if port.protocol == Protocol::Auto {
         let routes = format!("{}:{}", service.host, port.number);
-        let http = Http::of(rules.node);
+        let http = Http::outbound(rules.mesh, rules.node);
         let chain = http_chain(
             &http,
             Some(http.plain()),

@@ -29,6 +29,8 @@ pub struct Resources {
     pub clusters: BTreeMap<String, Resource>,
     /// `envoy.config.endpoint.v3.ClusterLoadAssignment`.
     pub endpoints: BTreeMap<String, Resource>,
+    /// Names of the secrets that the other resources ask the control plane for (SDS over the aggregated stream).
+    pub secrets: BTreeSet<String>,
     /// What could not be translated for this node, for people; ordered, without repetition.
     pub notes: Vec<String>,
     /// EnvoyFilters that changed a resource, by the resource's type URL and name.

@@ -211,7 +211,10 @@ pub(crate) fn is_catch_all(route: &Route) -> bool {
         Some(PathSpecifier::SafeRegex(pattern)) => pattern.regex == ".*",
         _ => false,
     };
-    any_path && conditions.headers.is_empty() && conditions.query_parameters.is_empty()
+    any_path
+        && conditions.headers.is_empty()
+        && conditions.query_parameters.is_empty()
+        && conditions.dynamic_metadata.is_empty()
 }
 
 /// Conditions on the client, decided here: where gateways are named only they count, else labels and namespace of the proxy; the port always.

@@ -193,7 +193,7 @@ pub(crate) struct Conditions {
 impl Conditions {
     /// The conditions for server names and destinations, without those that were given away before: nothing if all of them were, more than one
     /// where names differ in what is left.
-    fn take(&mut self, names: &[String], subnets: &[String]) -> Vec<FilterChainMatch> {
+    pub(crate) fn take(&mut self, names: &[String], subnets: &[String]) -> Vec<FilterChainMatch> {
         let any = [String::new()];
         let any_name = names.is_empty() || names.iter().any(|name| name == "*");
         let names = if any_name { &any[..] } else { names };

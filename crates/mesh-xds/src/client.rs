@@ -3,11 +3,8 @@
 //! It subscribes to every type with the wildcard: the server knows what the node needs, and sends it in an order in which
 //! nothing refers to what has not arrived. It runs on any tokio runtime, a current-thread one too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,12 +12,11 @@ use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service
 use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse,
 };
-use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::backoff::Backoff;
+use crate::channel::{self, ChannelError, Connector, CredentialSource};
 use crate::nack::{self, Rejection};
 use crate::resources::Resource;
 use crate::{Node, types};
@@ -30,10 +26,8 @@ const MAX_RESPONSE: usize = 256 << 20;
 /// Requests that may wait for the network. More than one per type is never needed for long.
 const REQUEST_QUEUE: usize = 64;
 
-/// Opens a TCP connection to a resolved address. The proxy passes one that marks its sockets, so that capture lets them through.
-pub type Connector = Arc<
-    dyn Fn(SocketAddr) -> Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>> + Send + Sync,
->;
+/// Adds to what the node says of itself, before each stream.
+pub type NodeUpdate = Arc<dyn Fn(&mut Node) + Send + Sync>;
 
 /// Name, then version, of resources.
 pub type Versions = BTreeMap<String, String>;
@@ -45,8 +39,10 @@ pub struct ClientConfig {
     pub addresses: Vec<String>,
     /// Who we are; sent with the first request of each stream.
     pub node: Node,
-    /// Type URLs to subscribe to. Default: [`types::PUSH_ORDER`].
+    /// Type URLs to subscribe to as a whole. Default: clusters, endpoints, listeners, routes.
     pub types: Vec<String>,
+    /// A type of which only what is needed is asked for. Default: none.
+    pub named: Option<Named>,
     /// By type URL, the resources that we hold already (from an earlier run): they are sent again only if they changed.
     pub initial_versions: BTreeMap<String, Versions>,
     /// First wait after a failure (doubles, with jitter). Default: 50 ms.
@@ -57,6 +53,12 @@ pub struct ClientConfig {
     pub connect_timeout: Duration,
     /// Opens connections. Default: a plain TCP connection.
     pub connector: Connector,
+    /// What connections are authenticated with, in TLS. Default: none, plain text.
+    pub credentials: Option<CredentialSource>,
+    /// Changes the node before each stream. Default: none.
+    pub node_update: Option<NodeUpdate>,
+    /// A change here ends the stream and opens another at once: with new credentials, and what else the node says then. Default: none.
+    pub reconnect: Option<watch::Receiver<u64>>,
 }
 
 impl ClientConfig {
@@ -66,14 +68,34 @@ impl ClientConfig {
         Self {
             addresses,
             node,
-            types: types::PUSH_ORDER.map(str::to_owned).to_vec(),
+            types: [
+                types::CLUSTER,
+                types::ENDPOINT,
+                types::LISTENER,
+                types::ROUTE,
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+            named: None,
             initial_versions: BTreeMap::new(),
             backoff_first: Duration::from_millis(50),
             backoff_max: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
-            connector: Arc::new(|address| Box::pin(TcpStream::connect(address))),
+            connector: channel::plain_connector(),
+            credentials: None,
+            node_update: None,
+            reconnect: None,
         }
     }
+}
+
+/// A type that is subscribed to by name.
+#[derive(Clone)]
+pub struct Named {
+    /// The type.
+    pub type_url: String,
+    /// The names that are wanted; a change is sent on at once.
+    pub names: watch::Receiver<Arc<BTreeSet<String>>>,
 }
 
 /// What one response changes. The first update of a type on a stream may be empty: it says that all of the type is there.
@@ -122,18 +144,14 @@ pub struct AdsClient {
 enum StreamError {
     #[error("no address of a control plane is configured")]
     NoAddress,
-    #[error("resolving {0}: {1}")]
-    Resolve(String, io::Error),
-    #[error("resolving {0}: no addresses")]
-    NoSuchHost(String),
-    #[error("connecting to {0}: {1}")]
-    Connect(String, String),
-    #[error("connecting to {0}: no answer within {1:?}")]
-    ConnectTimeout(String, Duration),
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
     #[error("discovery stream to {0}: {1}")]
     Stream(String, String),
     #[error("discovery stream to {0}: ended by the control plane")]
     Ended(String),
+    #[error("discovery stream: opened anew, since what this node is known by has changed")]
+    Renewed,
 }
 
 impl AdsClient {
@@ -167,9 +185,18 @@ impl AdsClient {
             });
         let mut backoff = Backoff::new(self.config.backoff_first, self.config.backoff_max, seed);
         let mut attempt = 0_usize;
+        let mut renewals = self.config.reconnect.take();
         loop {
             let mut was_connected = false;
-            let error = self.stream(attempt, &mut handler, &mut was_connected).await;
+            if let Some(renewals) = &mut renewals {
+                renewals.mark_unchanged();
+            }
+            let error = self
+                .stream(attempt, &mut handler, &mut was_connected, &mut renewals)
+                .await;
+            if matches!(error, StreamError::Renewed) {
+                continue;
+            }
             if was_connected {
                 backoff.reset();
             }
@@ -188,26 +215,32 @@ impl AdsClient {
         attempt: usize,
         handler: &mut H,
         was_connected: &mut bool,
+        renewals: &mut Option<watch::Receiver<u64>>,
     ) -> StreamError {
         let count = self.config.addresses.len();
         if count == 0 {
             return StreamError::NoAddress;
         }
         let address = self.config.addresses[attempt % count].clone();
-        let channel = match self.connect(&address).await {
-            Ok(channel) => channel,
-            Err(error) => return error,
+        let opened = channel::open(
+            &address,
+            &self.config.connector,
+            self.config.credentials.as_ref(),
+            self.config.connect_timeout,
+        );
+        let connection = match opened.await {
+            Ok(connection) => connection,
+            Err(error) => return error.into(),
         };
         let (requests, queue) = mpsc::channel(REQUEST_QUEUE.max(self.config.types.len() + 1));
         for request in self.first_requests() {
             // The queue was made long enough for these.
             let _ = requests.try_send(request);
         }
-        let mut client =
-            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE);
-        let opened = client
-            .delta_aggregated_resources(ReceiverStream::new(queue))
-            .await;
+        let request = connection.request(ReceiverStream::new(queue));
+        let mut client = AggregatedDiscoveryServiceClient::new(connection.channel)
+            .max_decoding_message_size(MAX_RESPONSE);
+        let opened = client.delta_aggregated_resources(request).await;
         let mut responses = match opened {
             Ok(response) => response.into_inner(),
             Err(status) => return StreamError::Stream(address, describe(&status)),
@@ -215,8 +248,24 @@ impl AdsClient {
         self.state.send_replace(ConnectionState::Connected {
             address: address.clone(),
         });
+        let mut named = self.config.named.clone();
+        let mut subscribed = BTreeSet::new();
+        if let Some(named) = &mut named {
+            named.names.mark_changed();
+        }
         loop {
-            match responses.message().await {
+            let message = tokio::select! {
+                message = responses.message() => message,
+                () = renewed(renewals) => return StreamError::Renewed,
+                () = renamed(&mut named) => {
+                    let request = self.subscription(named.as_mut(), &mut subscribed);
+                    if let Some(request) = request && requests.send(request).await.is_err() {
+                        return StreamError::Ended(address);
+                    }
+                    continue;
+                }
+            };
+            match message {
                 Ok(Some(response)) => {
                     *was_connected = true;
                     let answer = self.take(response, handler).await;
@@ -230,53 +279,13 @@ impl AdsClient {
         }
     }
 
-    /// Resolves the address and connects to the first of its addresses that answers.
-    async fn connect(&self, address: &str) -> Result<Channel, StreamError> {
-        let limit = self.config.connect_timeout;
-        let attempt = async {
-            let resolved: Vec<SocketAddr> = tokio::net::lookup_host(address)
-                .await
-                .map_err(|error| StreamError::Resolve(address.to_owned(), error))?
-                .collect();
-            let mut last = StreamError::NoSuchHost(address.to_owned());
-            for candidate in resolved {
-                match self.connect_to(candidate).await {
-                    Ok(channel) => return Ok(channel),
-                    Err(error) => {
-                        last = StreamError::Connect(address.to_owned(), describe_chain(&error));
-                    }
-                }
-            }
-            Err(last)
-        };
-        tokio::time::timeout(limit, attempt)
-            .await
-            .unwrap_or_else(|_| Err(StreamError::ConnectTimeout(address.to_owned(), limit)))
-    }
-
-    async fn connect_to(&self, address: SocketAddr) -> Result<Channel, tonic::transport::Error> {
-        let connector = Arc::clone(&self.config.connector);
-        let service = tower::service_fn(move |_: Uri| {
-            let connecting = connector(address);
-            async move {
-                let stream = connecting.await?;
-                stream.set_nodelay(true)?;
-                Ok::<_, io::Error>(hyper_util::rt::TokioIo::new(stream))
-            }
-        });
-        Endpoint::from_shared(format!("http://{address}"))?
-            .http2_keep_alive_interval(Duration::from_secs(30))
-            .keep_alive_timeout(Duration::from_secs(10))
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20)
-            .connect_with_connector(service)
-            .await
-    }
-
     /// One subscription per type; the node goes with the first.
     fn first_requests(&self) -> Vec<DeltaDiscoveryRequest> {
-        let mut node = Some(self.config.node.clone());
+        let mut node = self.config.node.clone();
+        if let Some(update) = &self.config.node_update {
+            update(&mut node);
+        }
+        let mut node = Some(node);
         self.config
             .types
             .iter()
@@ -292,6 +301,35 @@ impl AdsClient {
                 ..Default::default()
             })
             .collect()
+    }
+
+    /// What has to be said after the names that are wanted have changed; nothing if they are those of before.
+    fn subscription(
+        &mut self,
+        named: Option<&mut Named>,
+        subscribed: &mut BTreeSet<String>,
+    ) -> Option<DeltaDiscoveryRequest> {
+        let named = named?;
+        let wanted = named.names.borrow_and_update().clone();
+        if *subscribed == *wanted {
+            return None;
+        }
+        let first = subscribed.is_empty();
+        let gone: Vec<String> = subscribed.difference(&wanted).cloned().collect();
+        let accepted = self.accepted.entry(named.type_url.clone()).or_default();
+        accepted.retain(|name, _| wanted.contains(name));
+        let request = DeltaDiscoveryRequest {
+            type_url: named.type_url.clone(),
+            resource_names_subscribe: wanted.difference(subscribed).cloned().collect(),
+            resource_names_unsubscribe: gone,
+            initial_resource_versions: match first {
+                true => accepted.clone().into_iter().collect(),
+                false => Default::default(),
+            },
+            ..Default::default()
+        };
+        *subscribed = BTreeSet::clone(&wanted);
+        Some(request)
     }
 
     /// Hands a response to the handler and makes the ACK or NACK.
@@ -376,14 +414,22 @@ fn describe(status: &tonic::Status) -> String {
     format!("{:?}: {}", status.code(), status.message())
 }
 
-/// An error with its causes; tonic's own text ("transport error") says nothing.
-fn describe_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
+/// Waits for a change; for ever where nothing will change.
+async fn renewed(renewals: &mut Option<watch::Receiver<u64>>) {
+    if let Some(renewals) = renewals
+        && renewals.changed().await.is_ok()
+    {
+        return;
     }
-    text
+    std::future::pending().await
+}
+
+/// Waits until other names are wanted; for ever where there are none.
+async fn renamed(named: &mut Option<Named>) {
+    if let Some(named) = named
+        && named.names.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }

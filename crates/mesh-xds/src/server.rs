@@ -18,7 +18,9 @@ use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::metadata::MetadataMap;
+use tonic::transport::server::Router;
+use tonic::{Extensions, Request, Response, Status, Streaming};
 
 use crate::Node;
 use crate::resources::{Resource, ResourceSet};
@@ -33,6 +35,41 @@ pub trait NodeSource: Send + Sync + 'static {
     /// # Errors
     /// The status with which the stream is refused, for instance for a node id that can't be read.
     fn connect(&self, node: Node, peer: Option<SocketAddr>) -> Result<Connection, Status>;
+
+    /// Finds out who opens a stream, from what the request carries: the metadata, and among the extensions the peer of the connection.
+    /// The default asks nobody.
+    ///
+    /// # Errors
+    /// The status with which the stream is refused.
+    fn authenticate(
+        &self,
+        _metadata: &MetadataMap,
+        _extensions: &Extensions,
+    ) -> impl Future<Output = Result<Option<Caller>, Status>> + Send {
+        std::future::ready(Ok(None))
+    }
+
+    /// As [`NodeSource::connect`], for a node behind which somebody was found. The default makes no difference.
+    ///
+    /// # Errors
+    /// As there, and where the node is not the caller's.
+    fn connect_as(
+        &self,
+        node: Node,
+        peer: Option<SocketAddr>,
+        _caller: Caller,
+    ) -> Result<Connection, Status> {
+        self.connect(node, peer)
+    }
+}
+
+/// Who opened a stream, as far as it could be proven.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// The SPIFFE id.
+    pub identity: String,
+    /// By a client certificate; else by a token.
+    pub by_certificate: bool,
 }
 
 /// What a [`NodeSource`] gives for a stream.
@@ -82,6 +119,14 @@ pub struct AdsServer<S> {
     shared: Arc<Shared<S>>,
 }
 
+impl<S> Clone for AdsServer<S> {
+    fn clone(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+        }
+    }
+}
+
 struct Shared<S> {
     source: S,
     limits: Limits,
@@ -117,34 +162,42 @@ impl<S: NodeSource> AdsServer<S> {
         listener: TcpListener,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
-        let shared = Arc::clone(&self.shared);
-        let limits = &shared.limits;
-        let mut server = tonic::transport::Server::builder()
-            .http2_keepalive_interval(Some(Duration::from_secs(30)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20)
-            .max_concurrent_streams(100)
-            .max_connection_age(limits.max_connection_age)
-            .max_connection_age_grace(Duration::from_secs(10));
-        let max_request = limits.max_request_bytes;
         let incoming = TcpListenerStream::new(listener).map(|accepted| {
             accepted.inspect(|stream| {
                 // Without it a small push waits for the acknowledgement of the one before. A socket that refuses is gone.
                 let _ = stream.set_nodelay(true);
             })
         });
-        let service =
-            AggregatedDiscoveryServiceServer::new(self).max_decoding_message_size(max_request);
+        let this = self.clone();
         let closing = async move {
             shutdown.await;
-            // Streams have no end of their own: without this the server would wait for them for ever.
-            shared.closing.send_replace(true);
+            this.close();
         };
-        server
-            .add_service(service)
+        self.router()
             .serve_with_incoming_shutdown(incoming, closing)
             .await
+    }
+
+    /// The service with its settings, for a server that has other services too. Whoever stops that server must [`close`](Self::close) this.
+    #[must_use]
+    pub fn router(&self) -> Router {
+        let limits = &self.shared.limits;
+        let service = AggregatedDiscoveryServiceServer::new(self.clone())
+            .max_decoding_message_size(limits.max_request_bytes);
+        tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(30)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(4 << 20)
+            .max_concurrent_streams(100)
+            .max_connection_age(limits.max_connection_age)
+            .max_connection_age_grace(Duration::from_secs(10))
+            .add_service(service)
+    }
+
+    /// Ends all streams: they have no end of their own, and without this a server would wait for them for ever.
+    pub fn close(&self) {
+        self.shared.closing.send_replace(true);
     }
 
     async fn open<W: Wire>(
@@ -155,12 +208,18 @@ impl<S: NodeSource> AdsServer<S> {
             .try_acquire_owned()
             .map_err(|_| Status::resource_exhausted("too many discovery streams are open"))?;
         let peer = request.remote_addr();
+        let caller = self
+            .shared
+            .source
+            .authenticate(request.metadata(), request.extensions())
+            .await?;
         let requests = request.into_inner();
         let (responses, queue) = mpsc::channel(1);
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
             let number = shared.stream_number.fetch_add(1, Ordering::Relaxed);
-            if let Err(status) = drive::<W, S>(&shared, requests, &responses, peer, number).await {
+            let ended = drive::<W, S>(&shared, requests, &responses, (peer, caller), number);
+            if let Err(status) = ended.await {
                 tracing::debug!(?peer, %status, "discovery stream ended");
                 let _ = tokio::time::timeout(shared.limits.send, responses.send(Err(status))).await;
             }
@@ -196,7 +255,7 @@ async fn drive<W: Wire, S: NodeSource>(
     shared: &Shared<S>,
     mut requests: Streaming<W::Request>,
     responses: &mpsc::Sender<Result<W::Response, Status>>,
-    peer: Option<SocketAddr>,
+    (peer, caller): (Option<SocketAddr>, Option<Caller>),
     number: u64,
 ) -> Result<(), Status> {
     let first = tokio::time::timeout(shared.limits.first_request, requests.message())
@@ -210,7 +269,10 @@ async fn drive<W: Wire, S: NodeSource>(
     let Connection {
         mut sets,
         mut report,
-    } = shared.source.connect(node, peer)?;
+    } = match caller {
+        Some(caller) => shared.source.connect_as(node, peer, caller)?,
+        None => shared.source.connect(node, peer)?,
+    };
     let mut subscription =
         Subscription::new(W::MODE, &format!("{:x}-{number}", std::process::id()));
     let refuse = |error: ProtocolError| Status::invalid_argument(error.to_string());

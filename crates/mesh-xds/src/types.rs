@@ -9,14 +9,17 @@ pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listene
 /// `envoy.config.route.v3.RouteConfiguration` (RDS).
 pub const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
 
+/// `envoy.extensions.transport_sockets.tls.v3.Secret` (SDS).
+pub const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+
 /// The order in which additions and changes are pushed, so that nothing refers to what has not arrived: Istio's order
 /// (`PushOrder` in pilot/pkg/xds). Removals go the other way round, after all additions.
-pub const PUSH_ORDER: [&str; 4] = [CLUSTER, ENDPOINT, LISTENER, ROUTE];
+pub const PUSH_ORDER: [&str; 5] = [CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET];
 
 /// The name that subscribes to everything of a type (xDS protocol, "wildcard").
 pub const WILDCARD: &str = "*";
 
-/// Envoy's short name of a type (`CDS`, `EDS`, `LDS`, `RDS`), or the last part of the type URL.
+/// Envoy's short name of a type (`CDS`, `EDS`, `LDS`, `RDS`, `SDS`), or the last part of the type URL.
 #[must_use]
 pub fn short_name(type_url: &str) -> &str {
     match type_url {
@@ -24,6 +27,7 @@ pub fn short_name(type_url: &str) -> &str {
         ENDPOINT => "EDS",
         LISTENER => "LDS",
         ROUTE => "RDS",
+        SECRET => "SDS",
         other => other.rsplit(['.', '/']).next().unwrap_or(other),
     }
 }

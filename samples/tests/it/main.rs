@@ -7,6 +7,7 @@ mod httpbin;
 mod manifests;
 mod others;
 mod ratelimit;
+mod security;
 
 use std::net::SocketAddr;
 use std::time::Duration;

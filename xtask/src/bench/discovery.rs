@@ -17,11 +17,30 @@ const MANAGER: &str = "type.googleapis.com/envoy.extensions.filters.network.http
 pub(super) struct Resources {
     port: u16,
     backend: u16,
+    /// `DownstreamTlsContext` of the listener.
+    server: Option<Value>,
+    /// `UpstreamTlsContext` of the cluster.
+    client: Option<Value>,
 }
 
 impl Resources {
     pub(super) fn new(port: u16, backend: u16) -> Self {
-        Self { port, backend }
+        Self {
+            port,
+            backend,
+            server: None,
+            client: None,
+        }
+    }
+
+    pub(super) fn with_server(mut self, context: Value) -> Self {
+        self.server = Some(context);
+        self
+    }
+
+    pub(super) fn with_client(mut self, context: Value) -> Self {
+        self.client = Some(context);
+        self
     }
 
     fn route(&self) -> Value {
@@ -38,10 +57,13 @@ impl Resources {
                 {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}],
         });
         manager[source.0] = source.1;
+        let filter = json!({"name": "envoy.filters.network.http_connection_manager", "typed_config": manager});
+        let mut chain = json!({"filters": [filter]});
+        protect(&mut chain, "Downstream", self.server.as_ref());
         json!({
             "name": "bench",
             "address": {"socket_address": {"address": "127.0.0.1", "port_value": self.port}},
-            "filter_chains": [{"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}],
+            "filter_chains": [chain],
         })
     }
 
@@ -55,13 +77,16 @@ impl Resources {
     }
 
     pub(super) fn static_cluster(&self) -> Value {
-        json!({"name": "backend", "type": "STATIC", "connect_timeout": "5s", "load_assignment": self.assignment()})
+        let mut cluster = json!({"name": "backend", "type": "STATIC", "connect_timeout": "5s", "load_assignment": self.assignment()});
+        protect(&mut cluster, "Upstream", self.client.as_ref());
+        cluster
     }
 
     fn set(&self) -> anyhow::Result<ResourceSet> {
         let ads = json!({"ads": {}, "resource_api_version": "V3"});
         let eds = json!({"eds_config": ads.clone(), "service_name": "backend"});
-        let cluster = json!({"name": "backend", "type": "EDS", "connect_timeout": "5s", "eds_cluster_config": eds});
+        let mut cluster = json!({"name": "backend", "type": "EDS", "connect_timeout": "5s", "eds_cluster_config": eds});
+        protect(&mut cluster, "Upstream", self.client.as_ref());
         let rds = json!({"config_source": ads, "route_config_name": "http.bench"});
         let mut set = ResourceSet::new();
         for (kind, name, value) in [
@@ -87,6 +112,15 @@ impl Resources {
         }
         Ok(set)
     }
+}
+
+/// Adds a transport socket.
+fn protect(to: &mut Value, side: &str, context: Option<&Value>) {
+    let Some(context) = context else { return };
+    let kind = format!("envoy.extensions.transport_sockets.tls.v3.{side}TlsContext");
+    let mut typed = context.clone();
+    typed["@type"] = json!(format!("type.googleapis.com/{kind}"));
+    to["transport_socket"] = json!({"name": "envoy.transport_sockets.tls", "typed_config": typed});
 }
 
 /// Gives every node the same set.

@@ -36,26 +36,42 @@ pub(super) fn nginx(place: &Path, port: u16) -> anyhow::Result<Child> {
 
 /// A stock Envoy with the same listener, route and cluster that our proxy gets.
 pub(super) fn envoy(place: &Path, port: u16, backend: u16) -> anyhow::Result<Peer> {
+    let child = envoy_with(place, discovery::Resources::new(port, backend), 77)?;
+    Ok(Peer {
+        name: "envoy",
+        port,
+        children: vec![child],
+    })
+}
+
+/// An Envoy with these resources; `base` tells those of one machine apart.
+pub(super) fn envoy_with(
+    place: &Path,
+    resources: discovery::Resources,
+    base: u16,
+) -> anyhow::Result<Child> {
     let program = install::envoy()?;
-    let resources = discovery::Resources::new(port, backend);
     let config = json!({
-        "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 18092}}},
+        "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 18015 + base}}},
         "static_resources": {"listeners": [resources.listener_with_route()], "clusters": [resources.static_cluster()]},
     });
-    let file = place.join("envoy.json");
+    let file = place.join(format!("envoy-{base}.json"));
     std::fs::write(&file, config.to_string())?;
-    let child = pinned(1, &program)
-        .args(["--concurrency", "1", "-l", "error", "--base-id", "77", "-c"])
+    pinned(1, &program)
+        .args([
+            "--concurrency",
+            "1",
+            "-l",
+            "error",
+            "--base-id",
+            &base.to_string(),
+            "-c",
+        ])
         .arg(&file)
         .stdout(Stdio::null())
         .stderr(Stdio::inherit())
         .spawn()
-        .context("starting Envoy")?;
-    Ok(Peer {
-        name: "envoy",
-        port,
-        child,
-    })
+        .context("starting Envoy")
 }
 
 pub(super) fn haproxy(place: &Path, port: u16, backend: u16) -> anyhow::Result<Peer> {
@@ -76,28 +92,45 @@ pub(super) fn haproxy(place: &Path, port: u16, backend: u16) -> anyhow::Result<P
     Ok(Peer {
         name: "haproxy",
         port,
-        child,
+        children: vec![child],
     })
 }
 
 /// Our proxy as a gateway of a discovery server that this process is.
 pub(super) fn mesh(binary: &Path, place: &Path, port: u16, backend: u16) -> anyhow::Result<Peer> {
-    let address = discovery::serve(discovery::Resources::new(port, backend))?;
-    let config = json!({"discoveryAddress": address.to_string(), "concurrency": 1, "proxyAdminPort": 18093, "statusPort": 18094});
-    let child = pinned(1, binary)
+    let child = mesh_with(
+        binary,
+        place,
+        discovery::Resources::new(port, backend),
+        HEALTH,
+    )?;
+    Ok(Peer {
+        name: "mesh",
+        port,
+        children: vec![child],
+    })
+}
+
+/// Our proxy with these resources, which a discovery server in this process sends; its own ports lie around `health`.
+pub(super) fn mesh_with(
+    binary: &Path,
+    place: &Path,
+    resources: discovery::Resources,
+    health: u16,
+) -> anyhow::Result<Child> {
+    let address = discovery::serve(resources)?;
+    // Plain discovery: certificates and tokens of a mesh are not what is measured.
+    let config = json!({"discoveryAddress": address.to_string(), "concurrency": 1, "proxyAdminPort": health - 2,
+        "statusPort": health - 1, "controlPlaneAuthPolicy": "NONE"});
+    pinned(1, binary)
         .args(["proxy", "router"])
         .env("PROXY_CONFIG", config.to_string())
         .env("POD_NAME", "bench")
         .env("POD_NAMESPACE", "default")
         .env("INSTANCE_IP", "127.0.0.1")
-        .env("ENVOY_STATUS_PORT", HEALTH.to_string())
-        .env("ENVOY_PROMETHEUS_PORT", "18096")
-        .env("MESH_STATE_DIR", place.join("proxy"))
+        .env("ENVOY_STATUS_PORT", health.to_string())
+        .env("ENVOY_PROMETHEUS_PORT", (health + 1).to_string())
+        .env("MESH_STATE_DIR", place.join(format!("proxy-{health}")))
         .spawn()
-        .with_context(|| format!("starting {}", binary.display()))?;
-    Ok(Peer {
-        name: "mesh",
-        port,
-        child,
-    })
+        .with_context(|| format!("starting {}", binary.display()))
 }

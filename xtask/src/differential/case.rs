@@ -14,6 +14,9 @@ struct File {
     /// What the cases have in common; for people.
     #[serde(rename = "about")]
     _about: String,
+    /// Texts that stand for themselves wherever the file has `${NAME}`.
+    #[serde(default)]
+    words: BTreeMap<String, String>,
     cases: Vec<Case>,
 }
 
@@ -189,8 +192,17 @@ pub(super) fn load(folder: &Path) -> anyhow::Result<Vec<Case>> {
             continue;
         }
         let text = std::fs::read_to_string(&path)?;
-        let file: File =
-            serde_yaml::from_str(&text).with_context(|| format!("reading {}", path.display()))?;
+        let read = |text: &str| {
+            serde_yaml::from_str::<File>(text)
+                .with_context(|| format!("reading {}", path.display()))
+        };
+        let mut file = read(&text)?;
+        if !file.words.is_empty() {
+            let put = |text: String, (name, word): (&String, &String)| {
+                text.replace(&format!("${{{name}}}"), word)
+            };
+            file = read(&file.words.iter().fold(text, put))?;
+        }
         for mut case in file.cases {
             case.name = format!("{stem}/{}", case.name);
             ensure!(

@@ -21,6 +21,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use super::authorizer;
+
 /// Names a request and says who passed it on; the first letter is the proxy's.
 pub(super) const ID: &str = "x-case-id";
 /// Says what the endpoint does.
@@ -169,6 +171,10 @@ async fn answer(
     };
     let (id, script) = (text(ID), text(SCRIPT));
     let upgrade = parts.headers.contains_key("upgrade");
+    if parts.uri.path() == authorizer::PATH {
+        let body = body.collect().await.map_err(|_| Broken)?.to_bytes();
+        return authorize(&body, &endpoint, &log).await;
+    }
     let (body, trailers) = if upgrade {
         (String::new(), Vec::new())
     } else {
@@ -197,13 +203,34 @@ async fn answer(
         trailers,
     };
     let number = log.note(&id, received);
-    let step = script
-        .split('|')
-        .map(str::trim)
-        .nth(number)
-        .or_else(|| script.split('|').next_back())
-        .unwrap_or_default();
-    follow(step.trim(), upgrade).await
+    follow(step(&script, number), upgrade).await
+}
+
+/// What a script says of a try, by its number.
+fn step(script: &str, number: usize) -> &str {
+    let step = script.split('|').nth(number);
+    let step = step.or_else(|| script.split('|').next_back());
+    step.unwrap_or_default().trim()
+}
+
+/// Answers as an external authorization service.
+async fn authorize(
+    body: &[u8],
+    endpoint: &str,
+    log: &Log,
+) -> Result<hyper::Response<Body>, Broken> {
+    let question = authorizer::read(body, endpoint).ok_or(Broken)?;
+    let number = log.note(&question.id, question.received);
+    let answer = authorizer::answer(step(&question.script, number));
+    let answer = answer.await.ok_or(Broken)?;
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from_static("0"));
+    let frames = [Ok(Frame::data(answer)), Ok(Frame::trailers(trailers))];
+    let body = BodyExt::boxed_unsync(StreamBody::new(stream::iter(frames)));
+    let mut response = hyper::Response::new(body);
+    let kind = HeaderValue::from_static("application/grpc");
+    response.headers_mut().insert("content-type", kind);
+    Ok(response)
 }
 
 /// HTTP/2 has the authority in the target.

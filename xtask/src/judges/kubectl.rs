@@ -46,6 +46,20 @@ metadata: {name: wrong, namespace: kubectl}
 spec: {hosts: [web], http: [{rout: []}]}
 ";
 
+/// Roles for `auth reconcile`: the writer may make roles and nothing else.
+const ROLES: &str = r#"
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: writer, namespace: kubectl}
+rules: [{verbs: [create], apiGroups: [rbac.authorization.k8s.io], resources: [roles]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: writer, namespace: kubectl}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: writer}
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: writer}]
+"#;
+
 /// Commands, and a text that the output must hold; they follow each other. Nothing in them depends on the version of kubectl.
 const STEPS: &[(&str, &str)] = &[
     ("apply -f MANIFEST", "deployment.apps/web created"),
@@ -136,6 +150,45 @@ const STEPS: &[(&str, &str)] = &[
     ("cluster-info", "running at"),
     ("auth can-i create pods", "yes"),
     ("auth can-i --list", "*.*"),
+    ("create serviceaccount viewer", "serviceaccount/viewer"),
+    (
+        "create role reader --verb=get,list,watch --resource=pods,pods/log",
+        "reader created",
+    ),
+    (
+        "create rolebinding reader --role=reader --serviceaccount=kubectl:viewer",
+        "reader created",
+    ),
+    (
+        "create clusterrole nodes --verb=get --resource=nodes",
+        "nodes created",
+    ),
+    (
+        "create clusterrolebinding nodes --clusterrole=nodes --user=jane --group=ops",
+        "nodes created",
+    ),
+    ("get rolebindings -o wide", "Role/reader"),
+    ("describe clusterrole view", "pods/log"),
+    ("auth reconcile -f ROLES", "reconciled"),
+    (
+        "auth can-i list pods --as=system:serviceaccount:kubectl:viewer",
+        "yes",
+    ),
+    (
+        "auth can-i get pods --subresource=log --as=system:serviceaccount:kubectl:viewer",
+        "yes",
+    ),
+    (
+        "auth can-i --list --as=system:serviceaccount:kubectl:viewer",
+        "pods/log",
+    ),
+    ("get pods --as=system:serviceaccount:kubectl:viewer", "web-"),
+    (
+        "get node mesh-node --as=somebody --as-group=ops",
+        "mesh-node",
+    ),
+    ("delete clusterrole nodes", "deleted"),
+    ("delete clusterrolebinding nodes", "deleted"),
     (
         "run brief --image=curlimages/curl --restart=Never --rm -i --command -- sh -c sleep${IFS}1;echo${IFS}done",
         "done",
@@ -153,6 +206,18 @@ const REFUSED: &[(&str, &str)] = &[
     ("create namespace kubectl", "already exists"),
     ("top pods", "etrics"),
     ("logs deployment/web --previous", "not found"),
+    (
+        "auth can-i delete pods --as=system:serviceaccount:kubectl:viewer",
+        "no",
+    ),
+    (
+        "get secrets --as=system:serviceaccount:kubectl:viewer",
+        "secrets is forbidden: User \"system:serviceaccount:kubectl:viewer\" cannot list resource \"secrets\" in API group \"\" in the namespace \"kubectl\"",
+    ),
+    (
+        "create role more --verb=get --resource=secrets --as=writer",
+        "attempting to grant RBAC permissions not currently held",
+    ),
 ];
 
 /// Runs every command with a cluster that was started with this kubectl.
@@ -168,6 +233,7 @@ pub fn commands(kubectl: &Path, cluster: &Cluster) -> anyhow::Result<()> {
         ("MANIFEST", file("manifest.yaml", MANIFEST)?),
         ("CHANGED", file("changed.yaml", &changed)?),
         ("UNKNOWN", file("unknown.yaml", UNKNOWN_FIELD)?),
+        ("ROLES", file("roles.yaml", ROLES)?),
         (
             "TYPO",
             file("typo.yaml", &MANIFEST.replace("replicas:", "replicaz:"))?,

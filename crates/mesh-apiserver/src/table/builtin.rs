@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{Column, age, duration};
+use crate::rbac::{CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES, ROLE_BINDINGS, ROLES};
 use crate::scale::selector_text;
 
 const NAME: Column = ("Name", "string", 0);
@@ -93,6 +94,17 @@ pub fn columns(storage: &str) -> Vec<Column> {
                 ("Selector", "string", 1),
             ];
         }
+        ROLE_BINDINGS | CLUSTER_ROLE_BINDINGS => {
+            return vec![
+                NAME,
+                ("Role", "string", 0),
+                AGE,
+                ("Users", "string", 1),
+                ("Groups", "string", 1),
+                ("ServiceAccounts", "string", 1),
+            ];
+        }
+        ROLES | CLUSTER_ROLES => return vec![NAME, ("Created At", "date", 0)],
         "core/namespaces" => &[("Status", "string", 0)],
         "core/configmaps" => &[("Data", "integer", 0)],
         "core/secrets" => &[("Type", "string", 0), ("Data", "integer", 0)],
@@ -150,7 +162,8 @@ pub fn cells(storage: &str, object: &Value, now: Timestamp) -> Vec<Value> {
         "coordination.k8s.io/leases" => {
             vec![name, object["spec"]["holderIdentity"].clone(), created]
         }
-        "apiextensions.k8s.io/customresourcedefinitions" => {
+        ROLE_BINDINGS | CLUSTER_ROLE_BINDINGS => role_binding(object, name, created),
+        "apiextensions.k8s.io/customresourcedefinitions" | ROLES | CLUSTER_ROLES => {
             vec![name, object["metadata"]["creationTimestamp"].clone()]
         }
         _ if storage.starts_with("admissionregistration.k8s.io/") => {
@@ -158,6 +171,28 @@ pub fn cells(storage: &str, object: &Value, now: Timestamp) -> Vec<Value> {
         }
         _ => vec![name, created],
     }
+}
+
+fn role_binding(binding: &Value, name: Value, created: Value) -> Vec<Value> {
+    let reference = &binding["roleRef"];
+    let role = format!("{}/{}", text(&reference["kind"]), text(&reference["name"]));
+    let of = |kind: &str| -> Value {
+        let subjects = list(&binding["subjects"]).filter(|subject| subject["kind"] == kind);
+        let names = subjects.map(|subject| match text(&subject["namespace"]) {
+            "" => text(&subject["name"]).to_owned(),
+            namespace => format!("{namespace}/{}", text(&subject["name"])),
+        });
+        names.collect::<Vec<_>>().join(", ").into()
+    };
+    let (users, groups) = (of("User"), of("Group"));
+    vec![
+        name,
+        role.into(),
+        created,
+        users,
+        groups,
+        of("ServiceAccount"),
+    ]
 }
 
 fn or_unknown(value: &Value) -> Value {

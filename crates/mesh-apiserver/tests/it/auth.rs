@@ -31,16 +31,16 @@ async fn only_tokens_open_the_door() {
     let api = real();
     assert_eq!(api.get("/livez").await.ok(), "ok");
     api.get("/version").await.ok();
-    let refused = api.get(CONFIG_MAPS).await.fails(401);
+    api.get(CONFIG_MAPS).await.fails(403);
+    api.get("/api").await.fails(403);
+    let refused = with_token(&api, "wrong", CONFIG_MAPS).await.fails(401);
     assert_eq!(refused["reason"], "Unauthorized");
-    api.get("/api").await.fails(401);
-    with_token(&api, "wrong", CONFIG_MAPS).await.fails(401);
     with_token(&api, ADMIN_TOKEN, CONFIG_MAPS).await.ok();
     let admin = format!("Bearer {ADMIN_TOKEN}");
     for (name, value) in [
         ("host", "evil.example"),
         ("origin", "https://evil.example"),
-        ("impersonate-user", "root"),
+        ("impersonate-user", "nobody"),
     ] {
         api.send(
             "GET",
@@ -89,6 +89,12 @@ async fn service_account_tokens() {
         token_for(json!(["istio-ca"])).await,
     );
 
+    let mut secret = ask(json!([]));
+    secret["spec"]["boundObjectRef"] = json!({ "kind": "Secret", "name": "s" });
+    let refused = api.post(&format!("{accounts}/web/token"), &secret).await;
+    let refused = refused.fails(400);
+    assert!(refused["message"].as_str().unwrap().contains("\"Secret\""));
+
     let review = async |token: &str, audiences: Value| {
         let body = json!({ "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": { "token": token, "audiences": audiences } });
         api.post("/apis/authentication.k8s.io/v1/tokenreviews", &body)
@@ -120,7 +126,8 @@ async fn service_account_tokens() {
         server: api.server.clone(),
         router: api.server.router(),
     };
-    with_token(&door, &general, CONFIG_MAPS).await.ok();
+    with_token(&door, &general, "/api").await.ok();
+    with_token(&door, &general, CONFIG_MAPS).await.fails(403);
     with_token(&door, &istio, CONFIG_MAPS).await.fails(401);
     api.delete(&format!("{PODS}/p")).await.ok();
     with_token(&door, &general, CONFIG_MAPS).await.fails(401);

@@ -1,6 +1,7 @@
 //! The API server through its router: raw requests and the `kube` client, hermetic and without namespaces.
 #![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
 
+mod access;
 mod auth;
 mod crds;
 mod kinds;

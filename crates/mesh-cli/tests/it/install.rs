@@ -59,7 +59,7 @@ fn the_gateway_is_a_router_with_its_ports() {
     };
     assert_eq!(
         env("PROXY_CONFIG"),
-        "{\"discoveryAddress\":\"istiod.istio-system.svc:15010\",\"concurrency\":1}"
+        "{\"discoveryAddress\":\"istiod.istio-system.svc:15012\",\"concurrency\":1}"
     );
     assert_eq!(
         env("ISTIO_META_OWNER"),

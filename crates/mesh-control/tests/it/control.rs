@@ -14,17 +14,18 @@ use crate::api::Api;
 use crate::discovery::{self, ID};
 use crate::world;
 
-struct Plane {
-    addresses: Addresses,
+pub struct Plane {
+    pub addresses: Addresses,
     stop: Option<oneshot::Sender<()>>,
     task: tokio::task::JoinHandle<()>,
 }
 
 /// Options with ports of the system's choice.
-fn options(api: &Api) -> Options {
+pub fn options(api: &Api) -> Options {
     let mut options = Options::new(api.client(), "0.1.0");
+    options.grpc = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
     for address in [
-        &mut options.grpc,
+        &mut options.secure_grpc,
         &mut options.webhook,
         &mut options.monitoring,
         &mut options.http,
@@ -34,11 +35,11 @@ fn options(api: &Api) -> Options {
     options
 }
 
-async fn start(api: &Api) -> Plane {
+pub async fn start(api: &Api) -> Plane {
     start_with(options(api)).await
 }
 
-async fn start_with(options: Options) -> Plane {
+pub async fn start_with(options: Options) -> Plane {
     let control = Control::bind(options).await.unwrap();
     let addresses = control.addresses();
     let (stop, stopped) = oneshot::channel::<()>();
@@ -58,7 +59,7 @@ async fn start_with(options: Options) -> Plane {
 }
 
 impl Plane {
-    async fn stop(mut self) {
+    pub async fn stop(mut self) {
         drop(self.stop.take());
         let ended = tokio::time::timeout(Duration::from_secs(20), &mut self.task).await;
         ended.expect("the control plane stops").unwrap();
@@ -66,7 +67,7 @@ impl Plane {
 }
 
 /// Status code and body of a GET over plain HTTP.
-async fn get(address: SocketAddr, path: &str, host: &str) -> (u16, String) {
+pub async fn get(address: SocketAddr, path: &str, host: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
     exchange(&mut stream, &request).await
@@ -107,7 +108,7 @@ async fn a_sidecar_gets_everything_and_then_each_change() {
     let api = Api::new();
     world::bookinfo(&api);
     let plane = start(&api).await;
-    let mut proxy = discovery::connect(plane.addresses.grpc, ID);
+    let mut proxy = discovery::connect(plane.addresses.grpc.unwrap(), ID);
     let first = proxy.complete().await;
     let reviews = "outbound|9080||reviews.default.svc.cluster.local";
     assert!(
@@ -155,7 +156,7 @@ async fn a_broken_object_is_reported_and_stops_nothing() {
     api.apply("virtualservices", world::broken());
     api.apply("virtualservices", world::virtual_service("jason"));
     let plane = start(&api).await;
-    let mut proxy = discovery::connect(plane.addresses.grpc, ID);
+    let mut proxy = discovery::connect(plane.addresses.grpc.unwrap(), ID);
     proxy
         .until("the good one", |view| view.mentions(ROUTE, "jason"))
         .await;
@@ -195,7 +196,7 @@ async fn a_missing_kind_is_waited_for() {
     let api = Api::new().without("virtualservices");
     world::bookinfo(&api);
     let plane = start(&api).await;
-    let mut proxy = discovery::connect(plane.addresses.grpc, ID);
+    let mut proxy = discovery::connect(plane.addresses.grpc.unwrap(), ID);
     proxy.complete().await;
     api.add_kind("virtualservices");
     api.apply("virtualservices", world::virtual_service("jason"));
@@ -210,13 +211,13 @@ async fn a_restarted_control_plane_sends_only_the_difference() {
     let api = Api::new();
     world::bookinfo(&api);
     let first = start(&api).await;
-    let mut proxy = discovery::connect(first.addresses.grpc, ID);
+    let mut proxy = discovery::connect(first.addresses.grpc.unwrap(), ID);
     let held = proxy.complete().await;
     drop(proxy);
     first.stop().await;
     api.apply("virtualservices", world::virtual_service("jason"));
     let second = start(&api).await;
-    let mut proxy = discovery::run(second.addresses.grpc, ID, None, held.versions());
+    let mut proxy = discovery::run(second.addresses.grpc.unwrap(), ID, None, held.versions());
     let view = proxy
         .until("the route", |view| view.mentions(ROUTE, "jason"))
         .await;
@@ -231,7 +232,12 @@ async fn debug_pages_show_who_took_what() {
     world::bookinfo(&api);
     let plane = start(&api).await;
     let refused = "outbound|9080||reviews.default.svc.cluster.local";
-    let mut proxy = discovery::run(plane.addresses.grpc, ID, Some(refused), Default::default());
+    let mut proxy = discovery::run(
+        plane.addresses.grpc.unwrap(),
+        ID,
+        Some(refused),
+        Default::default(),
+    );
     proxy.complete().await;
     let row = eventually("the acknowledgements", async || {
         let row = debug(&plane, "/debug/syncz").await[0].clone();
@@ -452,7 +458,12 @@ async fn what_a_proxy_refuses_stands_on_all_objects_that_made_it() {
     }));
     let plane = start(&api).await;
     let refused = "outbound|9080||reviews.default.svc.cluster.local";
-    let mut proxy = discovery::run(plane.addresses.grpc, ID, Some(refused), Default::default());
+    let mut proxy = discovery::run(
+        plane.addresses.grpc.unwrap(),
+        ID,
+        Some(refused),
+        Default::default(),
+    );
     proxy.complete().await;
     for (plural, name) in [("destinationrules", "rule"), ("envoyfilters", "patch")] {
         let (status, message) = eventually("the refusal", async || {
@@ -557,7 +568,7 @@ async fn a_port_in_use_is_named() {
     ] {
         *address = SocketAddr::from(([127, 0, 0, 1], 0));
     }
-    options.grpc = taken.local_addr().unwrap();
+    options.grpc = Some(taken.local_addr().unwrap());
     let error = Control::bind(options).await.err().unwrap().to_string();
     assert!(
         error.contains(&taken.local_addr().unwrap().to_string()),

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod api;
+mod authority;
 mod control;
 mod discovery;
 mod real;

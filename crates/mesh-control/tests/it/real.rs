@@ -56,8 +56,9 @@ async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
     )
     .await;
     let mut options = Options::new(client.clone(), "0.1.0");
+    options.grpc = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
     for address in [
-        &mut options.grpc,
+        &mut options.secure_grpc,
         &mut options.webhook,
         &mut options.monitoring,
         &mut options.http,
@@ -65,7 +66,7 @@ async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
         *address = SocketAddr::from(([127, 0, 0, 1], 0));
     }
     let control = Control::bind(options).await.unwrap();
-    let address = control.addresses().grpc;
+    let address = control.addresses().grpc.unwrap();
     let running = tokio::spawn(control.run(std::future::pending()));
     let mut proxy = discovery::connect(address, ID);
     proxy.complete().await;

@@ -3,6 +3,9 @@
 // A panic is how a test fails, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
+mod authority;
+mod jwt;
+
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 

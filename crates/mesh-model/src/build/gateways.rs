@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh_api::networking::gateway::{Gateway as Spec, Server, ServerTlsMode};
+use mesh_api::networking::gateway::{Gateway as Spec, Server, ServerTlsMode, ServerTlsSettings};
 use mesh_api::{AnyObject, Object};
 
 use super::created;
@@ -11,6 +11,10 @@ use crate::problem::Reporter;
 use crate::rules::{Gateway, GatewayServer, ServerMode};
 use crate::service::contains_labels;
 use crate::{ObjectKey, Objects, Problem, Protocol, Severity, hostname};
+
+mod tls;
+
+pub(crate) use tls::mesh_limits;
 
 pub(crate) fn build(objects: &Objects, problems: &mut Vec<Problem>) -> Vec<Arc<Gateway>> {
     let mut gateways = Vec::new();
@@ -93,6 +97,12 @@ fn server(
         return None;
     };
     let mode = mode(server, field, report)?;
+    let tls = match (&server.tls, mode) {
+        (Some(tls), ServerMode::Https | ServerMode::TlsTermination) => {
+            Some(tls::applied(tls, &format!("{field}.tls"), report)?)
+        }
+        _ => None,
+    };
     let bind = bind(server, field, report)?;
     if !server.default_endpoint.is_empty() {
         report.not_applied(format!("{field}.defaultEndpoint"));
@@ -119,6 +129,7 @@ fn server(
         name: server.port.name.clone(),
         bind,
         mode,
+        tls,
         hosts,
     })
 }
@@ -137,25 +148,15 @@ fn mode(server: &Server, field: &str, report: &mut Reporter<'_>) -> Option<Serve
         Some(protocol) if protocol.is_http() => Some(ServerMode::Http {
             https_redirect: tls.is_some_and(|tls| tls.https_redirect),
         }),
-        Some(Protocol::Https | Protocol::Tls) => match tls.map(|tls| tls.mode) {
-            Some(ServerTlsMode::Passthrough) => Some(ServerMode::TlsPassthrough),
-            Some(_) => refuse(
-                "tls.mode",
-                Severity::Warning,
-                "only PASSTHROUGH is applied by this version of mesh".to_owned(),
-            ),
+        Some(protocol @ (Protocol::Https | Protocol::Tls | Protocol::Tcp)) => match tls {
+            Some(tls) => Some(tls_mode(tls, protocol)),
+            None if protocol == Protocol::Tcp => Some(ServerMode::Tcp),
             None => refuse(
                 "tls",
                 Severity::Error,
                 format!("protocol {name} needs TLS settings"),
             ),
         },
-        Some(Protocol::Tcp) if tls.is_some() => refuse(
-            "tls",
-            Severity::Warning,
-            "TLS is not ended on TCP ports by this version of mesh".to_owned(),
-        ),
-        Some(Protocol::Tcp) => Some(ServerMode::Tcp),
         _ => refuse(
             "port.protocol",
             Severity::Warning,
@@ -163,6 +164,16 @@ fn mode(server: &Server, field: &str, report: &mut Reporter<'_>) -> Option<Serve
                 "servers of protocol {name} are not applied; HTTP, HTTP2, GRPC, TCP, TLS and HTTPS are"
             ),
         ),
+    }
+}
+
+/// What is done with connections that begin with TLS.
+fn tls_mode(tls: &ServerTlsSettings, protocol: Protocol) -> ServerMode {
+    match tls.mode {
+        ServerTlsMode::Passthrough => ServerMode::TlsPassthrough,
+        ServerTlsMode::AutoPassthrough => ServerMode::AutoPassthrough,
+        _ if protocol == Protocol::Https => ServerMode::Https,
+        _ => ServerMode::TlsTermination,
     }
 }
 

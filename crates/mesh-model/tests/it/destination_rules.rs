@@ -1,5 +1,6 @@
 //! Which rule holds for whom, and what of it.
 
+use mesh_api::networking::destination_rule::ClientTlsMode;
 use mesh_model::{DestinationRule, Mesh, Node, Severity};
 use serde_json::json;
 
@@ -163,7 +164,7 @@ fn settings_of_ports_replace_and_those_of_subsets_override_part_by_part() {
 fn what_is_not_applied_is_named() {
     let spec = "trafficPolicy: { tunnel: { targetHost: a, targetPort: 1 }, proxyProtocol: { version: V2 }, tls: { mode: SIMPLE }, \
                 loadBalancer: { backendUtilization: {} }, outlierDetection: { outlierDetectionHttpErrorCodes: [429] }, \
-                portLevelSettings: [{ port: { number: 81 }, tls: { mode: ISTIO_MUTUAL } }, { loadBalancer: { simple: RANDOM } }] }, \
+                portLevelSettings: [{ port: { number: 81 }, tls: { mode: ISTIO_MUTUAL, credentialName: x } }, { loadBalancer: { simple: RANDOM } }] }, \
                 subsets: [{ name: s, trafficPolicy: { tls: { mode: DISABLE } } }]";
     let mesh = mesh(&[SERVICE, &rule("r", "prod", spec)].concat());
     let problems: Vec<_> = mesh
@@ -183,17 +184,21 @@ fn what_is_not_applied_is_named() {
                 "spec.trafficPolicy.outlierDetection.outlierDetectionHttpErrorCodes",
                 warning
             ),
-            ("spec.trafficPolicy.portLevelSettings[0].tls", warning),
+            (
+                "spec.trafficPolicy.portLevelSettings[0].tls.credentialName",
+                warning
+            ),
             (
                 "spec.trafficPolicy.portLevelSettings[1].port",
                 Severity::Error
             ),
             ("spec.trafficPolicy.proxyProtocol", warning),
-            ("spec.trafficPolicy.tls", warning),
             ("spec.trafficPolicy.tunnel", warning),
         ]
     );
     let rule = mesh.destination_rule(HOST, "prod").unwrap();
-    assert!(rule.policy("", 80).tls.is_none());
-    assert!(rule.policy("s", 80).tls.is_some(), "DISABLE is honoured");
+    let mode = |subset: &str, port: u16| rule.policy(subset, port).tls.unwrap().mode;
+    assert_eq!(mode("", 80), ClientTlsMode::Simple);
+    assert_eq!(mode("s", 80), ClientTlsMode::Disable);
+    assert_eq!(mode("", 81), ClientTlsMode::IstioMutual);
 }

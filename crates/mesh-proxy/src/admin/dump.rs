@@ -39,6 +39,10 @@ pub fn config(shared: &Shared, with_endpoints: bool) -> Result<Value, JsonError>
         section("Clusters", json!({ "dynamic_active_clusters": clusters })),
         section("Listeners", json!({ "dynamic_listeners": listeners })),
         section("Routes", json!({ "dynamic_route_configs": routes })),
+        section(
+            "Secrets",
+            json!({ "dynamic_active_secrets": super::secrets::dump(shared) }),
+        ),
     ];
     if with_endpoints {
         let endpoints = each(

@@ -27,9 +27,11 @@ pub(super) fn answer(
         Err(error) => return Answer::status(StatusCode::BAD_REQUEST, format!("filter: {error}\n")),
     };
     let mut values = process(shared);
+    values.extend(shared.listeners.values());
     for cluster in shared.snapshot().clusters() {
         of_cluster(shared, cluster, &mut values);
     }
+    values.extend(shared.counters.stats.values());
     values.retain(|(name, value)| {
         pattern.as_ref().is_none_or(|p| p.is_match(name)) && (!used_only || *value != 0)
     });

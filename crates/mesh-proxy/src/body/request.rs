@@ -8,9 +8,8 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 
-use super::BodyError;
+use super::{BodyError, Input};
 use crate::mirror::Feed;
 use crate::report::Flow;
 
@@ -26,7 +25,7 @@ enum Source {
     /// No body.
     Empty,
     /// Straight from the client.
-    Stream(Incoming),
+    Stream(Input),
     /// From the client, through memory.
     Kept(Reading),
     /// Made here.
@@ -47,7 +46,7 @@ struct Reading {
 /// A body that is remembered while it is sent, so that another try can send it again.
 #[derive(Debug)]
 pub struct Kept {
-    inner: RefCell<Incoming>,
+    inner: RefCell<Input>,
     read: RefCell<Vec<Bytes>>,
     trailers: RefCell<Option<HeaderMap>>,
     ended: Cell<bool>,
@@ -88,7 +87,7 @@ impl Kept {
 
 impl RequestBody {
     /// The body of a request.
-    pub fn new(inner: Incoming, flow: Rc<Flow>) -> Self {
+    pub fn new(inner: Input, flow: Rc<Flow>) -> Self {
         let source = if inner.is_end_stream() {
             flow.finish_request();
             flow.request_sent.set(true);

@@ -5,10 +5,18 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
+use mesh_routing::filter::ext_authz::{ConnectionExtAuthz, ExtAuthz};
+use mesh_routing::filter::jwt_authn::JwtAuthn;
 use mesh_routing::filter::local_rate_limit::{
     BucketId, ConnectionLimit, LocalRateLimit, TokenBucket,
 };
+use mesh_routing::filter::rbac::{ConnectionRbac, Rbac};
 use mesh_routing::hcm::HttpManager;
+
+use super::check::CheckStats;
+use super::jwt::{JwtStats, keys};
+use super::rbac::RbacStats;
+use super::stats::Stats;
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
@@ -108,12 +116,58 @@ pub struct Counters {
     connections: Kept<ConnectionLimit, Bucket>,
     shared: ArcSwap<Map<ShareKey, Weak<Bucket>>>,
     faults: Kept<HttpManager, AtomicU32>,
+    rbac: Kept<Rbac, RbacStats>,
+    connection_rbac: Kept<ConnectionRbac, RbacStats>,
+    jwt: Kept<JwtAuthn, JwtStats>,
+    checks: Kept<ExtAuthz, CheckStats>,
+    connection_checks: Kept<ConnectionExtAuthz, CheckStats>,
+    /// Statistics by name.
+    pub stats: Stats,
+    /// Keys of token providers.
+    pub keys: keys::Store,
 }
 
 /// Filters for connections with the same key and settings count together.
 type ShareKey = (Box<str>, u64, u64);
 
 impl Counters {
+    /// What an access control filter counts.
+    pub fn rbac(&self, filter: &Arc<Rbac>, make: impl FnOnce() -> RbacStats) -> Arc<RbacStats> {
+        self.rbac.of(filter, make)
+    }
+
+    /// The same for one of connections.
+    pub fn connection_rbac(
+        &self,
+        filter: &Arc<ConnectionRbac>,
+        make: impl FnOnce() -> RbacStats,
+    ) -> Arc<RbacStats> {
+        self.connection_rbac.of(filter, make)
+    }
+
+    /// What a token filter counts.
+    pub fn jwt(&self, filter: &Arc<JwtAuthn>, make: impl FnOnce() -> JwtStats) -> Arc<JwtStats> {
+        self.jwt.of(filter, make)
+    }
+
+    /// What an external authorization filter counts.
+    pub fn checks(
+        &self,
+        filter: &Arc<ExtAuthz>,
+        make: impl FnOnce() -> CheckStats,
+    ) -> Arc<CheckStats> {
+        self.checks.of(filter, make)
+    }
+
+    /// The same for one of connections.
+    pub fn connection_checks(
+        &self,
+        filter: &Arc<ConnectionExtAuthz>,
+        make: impl FnOnce() -> CheckStats,
+    ) -> Arc<CheckStats> {
+        self.connection_checks.of(filter, make)
+    }
+
     /// The buckets of a limit.
     pub fn buckets(&self, rule: &Arc<LocalRateLimit>, now: f64) -> Arc<Buckets> {
         self.limits.of(rule, || Buckets::full(rule, now))
@@ -179,7 +233,7 @@ impl Drop for ActiveFault {
 
 /// Something kept for each rule, found by the rule's identity.
 #[derive(Debug)]
-struct Kept<R, T>(ArcSwap<Map<usize, Entry<R, T>>>);
+pub struct Kept<R, T>(ArcSwap<Map<usize, Entry<R, T>>>);
 
 /// The weak reference keeps the rule's address from being given to another one while it serves as the key.
 #[derive(Debug)]
@@ -204,7 +258,8 @@ impl<R, T> Default for Kept<R, T> {
 }
 
 impl<R, T> Kept<R, T> {
-    fn of(&self, rule: &Arc<R>, make: impl FnOnce() -> T) -> Arc<T> {
+    /// What is kept for a rule, made where there is nothing yet.
+    pub fn of(&self, rule: &Arc<R>, make: impl FnOnce() -> T) -> Arc<T> {
         self.of_arc(rule, || Arc::new(make()))
     }
 

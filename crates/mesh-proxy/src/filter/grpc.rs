@@ -1,4 +1,4 @@
-//! One gRPC call to a service of the mesh, over the clusters and connections of the worker.
+//! One gRPC call to a service of the mesh.
 
 use std::rc::Rc;
 
@@ -11,43 +11,15 @@ use mesh_routing::Snapshot;
 use mesh_routing::filter::rate_limit::Service;
 use prost::Message;
 
-use crate::attempt::judge;
+use super::call::{self, CallError};
 use crate::body::{RequestBody, grpc_status};
-use crate::http::address_head;
-use crate::pool::{ConnectError, Sent, Version};
-use crate::upstream::{Observation, Wish};
+use crate::pool::Version;
 use crate::worker::Worker;
 
 /// Longer answers are not read.
 const LONGEST_ANSWER: usize = 64 * 1024;
 /// Compression flag and length (gRPC over HTTP/2, "Length-Prefixed-Message").
 const PREFIX: usize = 5;
-
-/// Why there is no answer.
-#[derive(Debug, thiserror::Error)]
-pub enum CallError {
-    /// The configuration names a cluster that is not there.
-    #[error("there is no cluster {0:?}")]
-    NoCluster(String),
-    /// The cluster has no usable endpoint.
-    #[error("no healthy endpoint")]
-    NoHealthy,
-    /// No connection.
-    #[error("connecting: {0}")]
-    Connect(#[from] ConnectError),
-    /// The connection or the stream broke.
-    #[error("{0}")]
-    Http(#[from] hyper::Error),
-    /// Not the status of a gRPC answer.
-    #[error("HTTP status {0}")]
-    Status(StatusCode),
-    /// The service said no.
-    #[error("gRPC status {0}")]
-    Grpc(u16),
-    /// The message is broken, compressed or too long.
-    #[error("not a message: {0}")]
-    Message(&'static str),
-}
 
 /// Calls a method and waits for its answer, as long as the caller does.
 pub async fn call<Q: Message, A: Message + Default>(
@@ -57,37 +29,12 @@ pub async fn call<Q: Message, A: Message + Default>(
     path: &'static str,
     question: &Q,
 ) -> Result<A, CallError> {
-    let cluster = snapshot
-        .cluster(&service.cluster)
-        .ok_or_else(|| CallError::NoCluster(service.cluster.to_string()))?;
-    let state = worker.cluster_state(cluster);
-    let mut request = request(service, path, question);
-    let mut fresh = false;
-    loop {
-        let host = state
-            .pick(&Wish::default(), &worker.peers, || worker.random())
-            .ok_or(CallError::NoHealthy)?;
-        let mut lease = host
-            .lease(&worker.shared, &cluster.config, Version::Http2, fresh)
-            .await?;
-        match lease.send(request).await {
-            Some(Sent::Response(response)) => {
-                host.observe(judge(&response));
-                let answer = read(response).await?;
-                lease.give_back(true);
-                return Ok(answer);
-            }
-            // A connection from the pool that was closed meanwhile: the service has seen nothing.
-            Some(Sent::Unsent(unsent, _)) if lease.reused || !fresh => {
-                (request, fresh) = (*unsent, true);
-            }
-            Some(Sent::Unsent(_, error) | Sent::Lost(error)) => {
-                host.observe(Observation::Reset);
-                return Err(error.into());
-            }
-            None => return Err(CallError::NoHealthy),
-        }
-    }
+    let request = request(service, path, question);
+    let http2 = Some(Version::Http2);
+    let (response, lease) = call::send(worker, snapshot, &service.cluster, http2, request).await?;
+    let answer = read(response).await?;
+    lease.give_back(true);
+    Ok(answer)
 }
 
 fn request(service: &Service, path: &'static str, question: &impl Message) -> Request<RequestBody> {
@@ -107,7 +54,6 @@ fn request(service: &Service, path: &'static str, question: &impl Message) -> Re
     for (name, value) in &service.headers {
         headers.append(name, value.clone());
     }
-    address_head(&mut request, Version::Http2);
     request
 }
 

@@ -7,7 +7,7 @@ use mesh_routing::action::{Action, ClusterTarget, Forward};
 use mesh_routing::cluster::Cluster;
 use mesh_routing::hash::RequestHash;
 use mesh_routing::mirror::Mirror;
-use mesh_routing::route::Matched;
+use mesh_routing::route::{Decision, Matched};
 
 use super::Exchange;
 use super::facts::{Origin, facts, path};
@@ -16,6 +16,14 @@ use super::respond::decorate;
 use crate::body::{RequestBody, ResponseBody};
 use crate::filter::Pass;
 use crate::mirror;
+
+/// The request's route, if it has one.
+pub(super) fn matched<'d, 'a>(decision: &'d Decision<'a>) -> Option<&'d Matched<'a>> {
+    match decision {
+        Decision::Matched(matched) => Some(matched),
+        _ => None,
+    }
+}
 
 /// Does to the response what filters have left to do.
 pub(super) fn leave(

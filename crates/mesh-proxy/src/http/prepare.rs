@@ -12,12 +12,12 @@ use mesh_routing::listener::Direction;
 use mesh_routing::route::{RequestView, RouteTable};
 
 use super::Exchange;
+use super::client_cert::forward_client_cert;
 use crate::listener::Downstream;
 use crate::message;
 use crate::node::{PEER_ID, PEER_METADATA};
 use crate::report::{Flags, Flow, Report};
 
-const FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
@@ -30,6 +30,10 @@ pub(super) fn begin_report(connection: &Downstream, parts: &request::Parts) -> B
         reports: connection.worker.unrouted.clone(),
         direction: connection.direction,
         peer: connection.worker.peers.unknown().clone(),
+        principals: match connection.direction {
+            Direction::Inbound => connection.principals.clone(),
+            Direction::Outbound => None,
+        },
         started: Instant::now(),
         code: 0,
         grpc: None,
@@ -92,8 +96,7 @@ pub(super) fn prepare_headers(
 ) {
     let headers = &mut parts.headers;
     message::remove_hop_by_hop(headers);
-    // Without a verified client certificate nobody may say what one holds (Envoy's forward_client_cert_details).
-    headers.remove(FORWARDED_CLIENT_CERT);
+    forward_client_cert(connection, manager, headers);
     if parts.version >= Version::HTTP_2 {
         message::join_cookies(headers);
     }
@@ -107,7 +110,7 @@ pub(super) fn prepare_headers(
             message::append_forwarded_for(headers, connection.remote.ip());
         }
         if manager.trusted_hops == 0 || !headers.contains_key(FORWARDED_PROTO) {
-            headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+            headers.insert(FORWARDED_PROTO, connection_scheme(connection));
         }
         if !manager.preserve_request_id {
             headers.remove(REQUEST_ID);
@@ -121,12 +124,20 @@ pub(super) fn prepare_headers(
             message::remove_controls(headers);
         }
         if !headers.contains_key(FORWARDED_PROTO) {
-            headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+            headers.insert(FORWARDED_PROTO, connection_scheme(connection));
         }
     }
     if manager.generate_request_id && !headers.contains_key(REQUEST_ID) {
         headers.insert(REQUEST_ID, request_id(connection));
     }
+}
+
+/// What the client sees, where no proxy before us has noted it.
+fn connection_scheme(connection: &Downstream) -> HeaderValue {
+    HeaderValue::from_static(match connection.tls {
+        Some(_) => "https",
+        None => "http",
+    })
 }
 
 /// A random UUID (RFC 9562, version 4).

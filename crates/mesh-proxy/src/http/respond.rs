@@ -135,6 +135,8 @@ pub(super) struct Failed<'a> {
     pub attempts: u32,
     /// The limits that it had.
     pub timeouts: &'a Timeouts,
+    /// Why a TLS handshake failed, where one did.
+    pub transport: Option<&'a str>,
 }
 
 impl Failed<'_> {
@@ -147,6 +149,12 @@ impl Failed<'_> {
                 return reply::local(unavailable, reply::NO_HEALTHY, Flag::NoHealthy, report);
             }
             Failure::Overflow => return self.overflow(report),
+            Failure::Connect if self.transport.is_some() => {
+                let reason = self.transport.unwrap_or_default();
+                let text = reply::disconnect("remote connection failure", self.attempts > 1);
+                let text = format!("{text}, transport failure reason: {reason}");
+                return reply::local(unavailable, text, Flag::ConnectFailure, report);
+            }
             Failure::Connect => (
                 unavailable,
                 "remote connection failure",

@@ -6,8 +6,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
+
+use crate::tls::wire::Wire;
 
 /// The longest silence before the connection is closed although the client has not closed it (Envoy's `delayed_close_timeout`).
 const SILENCE: Duration = Duration::from_secs(1);
@@ -30,7 +31,7 @@ impl Linger {
     }
 
     /// Ready when the client has closed, too, or has had its time.
-    pub(super) fn poll(&mut self, stream: &mut TcpStream, cx: &mut Context<'_>) -> Poll<()> {
+    pub(super) fn poll(&mut self, stream: &mut Wire, cx: &mut Context<'_>) -> Poll<()> {
         let mut room = [MaybeUninit::uninit(); 4096];
         loop {
             let mut buf = ReadBuf::uninit(&mut room);

@@ -8,11 +8,16 @@ use std::time::Duration;
 
 use mesh_net::sockets::{ConnectOptions, connect};
 use mesh_routing::cluster::{ClusterConfig, Keepalive};
+use rustls::CertificateError;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 
 use crate::pool::Host;
+use crate::report::principals::Principals;
 use crate::shared::Shared;
+use crate::tls::HandshakeError;
+use crate::tls::connect::{Connected, Target, Wish as TlsWish};
+use crate::tls::wire::Wire;
 use crate::upstream::breaker::Held;
 use crate::upstream::counters::{Counter, HostCounter, HostShard};
 use crate::upstream::{ConnectOutcome, Core};
@@ -32,6 +37,9 @@ pub enum ConnectError {
     /// The HTTP handshake failed.
     #[error("{0}")]
     Http(#[from] hyper::Error),
+    /// The TLS handshake failed.
+    #[error("TLS handshake: {0}")]
+    Tls(HandshakeError),
     /// A circuit breaker is open.
     #[error("a limit of the cluster (circuit breaker) is reached")]
     Overflow,
@@ -76,7 +84,9 @@ impl Drop for Open {
 /// A TCP connection for one client.
 pub struct TcpUpstream {
     /// The connection.
-    pub stream: TcpStream,
+    pub stream: Wire,
+    /// What both sides have proved, in mutual TLS.
+    pub principals: Option<Arc<Principals>>,
     _open: Open,
 }
 
@@ -91,10 +101,11 @@ impl Host {
             .core
             .begin_connection(false)
             .ok_or(ConnectError::Overflow)?;
-        let (stream, open) = self.dial(shared, config, held).await?;
+        let (dialled, open) = self.dial(shared, config, held, &TlsWish::default()).await?;
         self.observe_connect(ConnectOutcome::ConnectedFinal);
         Ok(TcpUpstream {
-            stream,
+            stream: dialled.wire,
+            principals: dialled.principals,
             _open: open,
         })
     }
@@ -105,13 +116,14 @@ impl Host {
         shared: &Shared,
         config: &ClusterConfig,
         held: Held,
-    ) -> Result<(TcpStream, Open), ConnectError> {
+        wish: &TlsWish,
+    ) -> Result<(Connected, Open), ConnectError> {
         let open = Open::new(self, held);
         let totals = &shared.totals;
         totals.upstream_connections.fetch_add(1, Ordering::Relaxed);
-        let connecting = open_socket(shared, config, self.address);
+        let connecting = self.open(shared, config, wish);
         let done = match tokio::time::timeout(config.connect_timeout, connecting).await {
-            Ok(done) => done.map_err(ConnectError::Io),
+            Ok(done) => done,
             Err(_) => Err(ConnectError::Timeout),
         };
         let outcome = match &done {
@@ -132,6 +144,52 @@ impl Host {
         };
         self.observe_connect(outcome);
         done.map(|stream| (stream, open))
+    }
+
+    /// A socket, and the handshake where the endpoint wants one.
+    async fn open(
+        &self,
+        shared: &Shared,
+        config: &ClusterConfig,
+        wish: &TlsWish,
+    ) -> Result<Connected, ConnectError> {
+        let stream = open_socket(shared, config, self.address).await?;
+        let Some(settings) = self.transport() else {
+            return Ok(Connected {
+                wire: Wire::Plain(stream),
+                principals: None,
+                resumed: false,
+            });
+        };
+        let hostname = self.hostname();
+        let target = Target {
+            settings: &settings,
+            config,
+            hostname: &hostname,
+            address: self.address.ip(),
+        };
+        // Boxed, since it is large and rare.
+        match Box::pin(target.connect(shared, stream, wish)).await {
+            Ok(connected) => {
+                self.core.counters.inc(Counter::SslHandshake);
+                if connected.resumed {
+                    self.core.counters.inc(Counter::SslSessionReused);
+                }
+                Ok(connected)
+            }
+            Err(error) => {
+                self.core.counters.inc(match error.tls() {
+                    Some(rustls::Error::InvalidCertificate(
+                        CertificateError::NotValidForName
+                        | CertificateError::NotValidForNameContext { .. },
+                    )) => Counter::SslFailName,
+                    Some(rustls::Error::InvalidCertificate(_)) => Counter::SslFailVerify,
+                    _ if matches!(error, HandshakeError::NotReady(_)) => Counter::SslNotReady,
+                    _ => Counter::SslError,
+                });
+                Err(ConnectError::Tls(error))
+            }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! A connection lent to one request.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -10,6 +11,7 @@ use crate::body::RequestBody;
 use crate::clock;
 use crate::pool::connect::ConnectError;
 use crate::pool::{History, Host, Http1, Idle, MOST_IDLE, Multiplexed};
+use crate::report::principals::Principals;
 use crate::upstream::breaker::Held;
 use crate::upstream::counters::{Counter, HostCounter};
 
@@ -68,7 +70,7 @@ impl Lease {
         history.requests += 1;
         if let Sender::Http2(shared) = &sender {
             shared.streams.set(shared.streams.get() + 1);
-            shared.history.set(history);
+            shared.history.replace(history.clone());
         }
         host.active.set(host.active.get() + 1);
         host.core.counters.inc(Counter::RqTotal);
@@ -93,6 +95,11 @@ impl Lease {
         self.reused = true;
         self.suspect = suspect;
         self
+    }
+
+    /// What both sides of the connection have proved, in mutual TLS.
+    pub fn principals(&self) -> Option<Arc<Principals>> {
+        self.history.principals.clone()
     }
 
     /// The endpoint.
@@ -123,7 +130,7 @@ impl Lease {
         if let Some(Sender::Http1(_)) = self.sender
             && let Some(Sender::Http1(sender)) = self.sender.take()
         {
-            keep(&self.host, sender, self.history);
+            keep(&self.host, sender, self.history.clone());
         }
     }
 

@@ -111,6 +111,18 @@ counters! {
         DetectedLocalPercentage = "outlier_detection.ejections_detected_failure_percentage_local_origin",
         /// Of them taken out.
         EnforcedLocalPercentage = "outlier_detection.ejections_enforced_failure_percentage_local_origin",
+        /// TLS handshakes finished.
+        SslHandshake = "ssl.handshake",
+        /// Of them on an earlier session.
+        SslSessionReused = "ssl.session_reused",
+        /// TLS handshakes that failed for another reason than the certificate.
+        SslError = "ssl.connection_error",
+        /// Certificates that lead to no authority that is trusted.
+        SslFailVerify = "ssl.fail_verify_error",
+        /// Certificates for another name.
+        SslFailName = "ssl.fail_verify_san",
+        /// Connections not made since a secret was not there.
+        SslNotReady = "client_ssl_socket_factory.upstream_context_secrets_not_ready",
         /// Lookups made.
         DnsAttempt = "update_attempt",
         /// Lookups answered.

@@ -3,6 +3,7 @@
 // Control planes still send some of Envoy's deprecated fields.
 #![allow(deprecated)]
 
+mod access;
 mod balancing;
 mod config;
 mod control;
@@ -12,9 +13,11 @@ mod filters;
 mod floods;
 mod http;
 mod http2;
+mod pki;
 mod process;
 mod retries;
 mod smuggling;
 mod stage;
 mod tcp;
+mod tls;
 mod upgrades;

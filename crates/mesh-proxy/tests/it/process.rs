@@ -104,7 +104,7 @@ async fn a_process_serves_its_ports_and_ends_when_asked() {
         .iter()
         .map(|c| c["@type"].as_str().expect("a type"))
         .collect();
-    assert_eq!(kinds.len(), 5, "{kinds:?}");
+    assert_eq!(kinds.len(), 6, "{kinds:?}");
     assert_eq!(
         dump["configs"][1]["dynamic_active_clusters"][0]["cluster"]["name"],
         "a"

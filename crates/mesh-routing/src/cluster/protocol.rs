@@ -9,7 +9,7 @@ use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_optio
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message;
 
-use crate::cluster::ClusterConfig;
+use crate::cluster::{ClusterConfig, NamesFromRequests};
 use crate::error::{CompileError, Result, Within, every_field, nonzero_duration, timeout};
 
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
@@ -107,9 +107,8 @@ impl ClusterConfig {
         let m = http_options::HttpProtocolOptions::decode(any.value.as_slice())
             .map_err(|error| CompileError::new("value", error.to_string()))?;
         every_field!(&m, http_options::HttpProtocolOptions,
-            used { common_http_protocol_options, upstream_protocol_options, http_filters }
-            // upstream_http_protocol_options: names for TLS, which is refused as a transport socket.
-            irrelevant { upstream_http_protocol_options }
+            used { common_http_protocol_options, upstream_protocol_options, http_filters, upstream_http_protocol_options }
+            irrelevant {}
             refused { header_validation_config, outlier_detection, request_mirror_policies, hash_policy, retry_policy });
         if m.http_filters
             .iter()
@@ -120,6 +119,10 @@ impl ClusterConfig {
         if let Some(common) = &m.common_http_protocol_options {
             self.apply_common(common)
                 .within("common_http_protocol_options")?;
+        }
+        if let Some(names) = &m.upstream_http_protocol_options {
+            self.transports.names =
+                NamesFromRequests::compile(names).within("upstream_http_protocol_options")?;
         }
         match &m.upstream_protocol_options {
             Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => {

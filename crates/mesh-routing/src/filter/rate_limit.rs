@@ -221,7 +221,7 @@ impl RateLimit {
 }
 
 impl Service {
-    fn compile(m: &GrpcService) -> Result<Self> {
+    pub(super) fn compile(m: &GrpcService) -> Result<Self> {
         every_field!(m, GrpcService,
             used { initial_metadata, target_specifier }
             // The filter's own timeout counts.

@@ -240,6 +240,9 @@ fn active(filters: &HttpFilters, route: Option<&RouteFilters>) -> Vec<&'static s
             Active::Cors(_) => "cors",
             Active::LocalRateLimit(..) => "local",
             Active::RateLimit(..) => "global",
+            Active::Rbac(..) => "rbac",
+            Active::Jwt(..) => "jwt",
+            Active::ExtAuthz(..) => "ext_authz",
         })
         .collect()
 }

@@ -3,6 +3,7 @@
 // Control planes still send some of Envoy's deprecated fields.
 #![allow(deprecated)]
 
+mod access;
 mod balancing;
 mod chains;
 mod clusters;

@@ -45,7 +45,7 @@ const RETRY_CONCURRENCY: u32 = 3;
 
 /// What holds for one cluster: the rule's policy with the mesh's defaults.
 pub(crate) struct Policy<'a> {
-    rule: mesh_model::Policy<'a>,
+    pub(super) rule: mesh_model::Policy<'a>,
     mesh: &'a Mesh,
 }
 

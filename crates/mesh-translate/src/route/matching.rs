@@ -5,24 +5,36 @@ use envoy_types::pb::envoy::config::route::v3::query_parameter_matcher::QueryPar
 use envoy_types::pb::envoy::config::route::v3::route_match::PathSpecifier;
 use envoy_types::pb::envoy::config::route::v3::{HeaderMatcher, QueryParameterMatcher, RouteMatch};
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
-use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
+use envoy_types::pb::envoy::r#type::matcher::v3::{MetadataMatcher, RegexMatcher, StringMatcher};
 use mesh_api::StringMatch;
 use mesh_api::networking::virtual_service::HttpMatchRequest;
 
 use crate::pb::boolean;
+use crate::policy;
 
 pub(super) fn of(condition: &HttpMatchRequest) -> RouteMatch {
+    let is_claim = |name: &String| claim_names(name).is_some();
     let mut headers: Vec<HeaderMatcher> = condition
         .headers
         .iter()
+        .filter(|(name, _)| !is_claim(name))
         .map(|(name, value)| header(name, value))
         .collect();
     headers.extend(
         condition
             .without_headers
             .iter()
+            .filter(|(name, _)| !is_claim(name))
             .map(|(name, value)| without_header(name, value)),
     );
+    let claims = condition
+        .headers
+        .iter()
+        .filter_map(|(name, value)| claim(name, value, false));
+    let without = condition
+        .without_headers
+        .iter()
+        .filter_map(|(name, value)| claim(name, value, true));
     headers.sort_by(|a, b| a.name.cmp(&b.name));
     let pseudo = [
         (":method", &condition.method),
@@ -43,8 +55,41 @@ pub(super) fn of(condition: &HttpMatchRequest) -> RouteMatch {
             .iter()
             .map(|(name, value)| query_parameter(name, value))
             .collect(),
+        dynamic_metadata: claims.chain(without).collect(),
         ..RouteMatch::default()
     }
+}
+
+/// Names that begin so are claims of the request's token.
+const CLAIMS: &str = "@request.auth.claims";
+
+/// The way to a claim: `@request.auth.claims.a.b`, or `@request.auth.claims[a][b]` for names with dots.
+fn claim_names(name: &str) -> Option<Vec<&str>> {
+    let (prefix, rest) = name.split_at_checked(CLAIMS.len())?;
+    if !prefix.eq_ignore_ascii_case(CLAIMS) {
+        return None;
+    }
+    let names: Vec<&str> = match rest.strip_prefix('.') {
+        Some(dotted) => dotted.split('.').collect(),
+        None => {
+            let inner = rest.strip_prefix('[')?.strip_suffix(']')?;
+            inner.split("][").collect()
+        }
+    };
+    names.iter().all(|name| !name.is_empty()).then_some(names)
+}
+
+/// A condition on a claim.
+fn claim(name: &str, value: &StringMatch, invert: bool) -> Option<MetadataMatcher> {
+    let names = claim_names(name)?;
+    let matcher = pattern(value).unwrap_or_else(|| StringMatcher {
+        match_pattern: Some(MatchPattern::SafeRegex(regex(".+"))),
+        ignore_case: false,
+    });
+    Some(MetadataMatcher {
+        invert,
+        ..policy::claim(&names, vec![matcher])
+    })
 }
 
 fn path(uri: Option<&StringMatch>) -> PathSpecifier {

@@ -55,24 +55,31 @@ fn http_filter(operation: &str, name: &str, sub_filter: &str) -> Value {
 #[test]
 fn http_filters_go_where_the_operation_says() {
     let before = filters(&patched(&json!([])));
-    let [fault, cors, router] = [
+    let [alpn, fault, cors, router] = [
+        "istio.alpn",
         "envoy.filters.http.fault",
         "envoy.filters.http.cors",
         "envoy.filters.http.router",
     ];
-    assert_eq!(before, [fault, cors, router]);
+    let all = vec![alpn, fault, cors, router];
+    assert_eq!(before, all);
+    let with = |index: usize| {
+        let mut all = all.clone();
+        all.insert(index, "new");
+        all
+    };
     for (operation, sub_filter, expected) in [
-        ("ADD", "", vec![fault, cors, "new", router]),
-        ("INSERT_FIRST", "", vec!["new", fault, cors, router]),
-        ("INSERT_BEFORE", "", vec!["new", fault, cors, router]),
-        ("INSERT_BEFORE", router, vec![fault, cors, "new", router]),
-        ("INSERT_BEFORE", "absent", vec![fault, cors, router]),
-        ("INSERT_AFTER", fault, vec![fault, "new", cors, router]),
-        ("INSERT_AFTER", "", vec![fault, cors, "new", router]),
-        ("REPLACE", cors, vec![fault, "new", router]),
-        ("REPLACE", "", vec![fault, cors, router]),
-        ("REMOVE", cors, vec![fault, router]),
-        ("REMOVE", "", vec![fault, cors, router]),
+        ("ADD", "", with(3)),
+        ("INSERT_FIRST", "", with(0)),
+        ("INSERT_BEFORE", "", with(0)),
+        ("INSERT_BEFORE", router, with(3)),
+        ("INSERT_BEFORE", "absent", all.clone()),
+        ("INSERT_AFTER", fault, with(2)),
+        ("INSERT_AFTER", "", with(3)),
+        ("REPLACE", cors, vec![alpn, fault, "new", router]),
+        ("REPLACE", "", all.clone()),
+        ("REMOVE", cors, vec![alpn, fault, router]),
+        ("REMOVE", "", all.clone()),
     ] {
         let resources = patched(&json!([http_filter(operation, "new", sub_filter)]));
         assert_eq!(filters(&resources), expected, "{operation} {sub_filter}");
@@ -142,7 +149,8 @@ fn chains_and_listeners_are_added_and_removed() {
     };
     let before = chains(&patched(&json!([])));
     assert_eq!(chains(&patched(&json!([chain("ADD")]))), before + 1);
-    assert_eq!(chains(&patched(&json!([chain("REMOVE")]))), before - 1);
+    // A port has a chain for mutual TLS and one for plain text.
+    assert_eq!(chains(&patched(&json!([chain("REMOVE")]))), before - 2);
     let listener = json!([
         { "applyTo": "LISTENER", "patch": { "operation": "ADD", "value": { "name": "mine", "address": { "socket_address": { "address": "127.0.0.1", "port_value": 1 } } } } },
         { "applyTo": "LISTENER", "match": { "listener": { "portNumber": 9080 } }, "patch": { "operation": "REMOVE" } },

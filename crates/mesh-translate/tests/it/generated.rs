@@ -1,7 +1,7 @@
 //! Rules as nobody would write them: whatever passes the schema, the proxy has to take what comes out, since one refused route takes its whole table
 //! with it.
 
-use mesh_model::Mesh;
+use mesh_model::{Mesh, Node};
 use mesh_translate::translate;
 use proptest::prelude::*;
 use proptest::strategy::{BoxedStrategy, ValueTree};
@@ -410,7 +410,12 @@ fn whatever_the_rules_say_the_proxy_takes_it() {
                 .count();
             if let Some(folder) = &folder {
                 let path = folder.join(format!("generated-{number}.json"));
-                std::fs::write(path, bootstrap(&resources).to_string()).unwrap();
+                let stock = Node {
+                    stock_envoy: true,
+                    ..node.clone()
+                };
+                let text = bootstrap(&translate(&mesh, &stock)).to_string();
+                std::fs::write(path, text).unwrap();
                 number += 1;
             }
         }

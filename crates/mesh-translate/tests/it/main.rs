@@ -7,5 +7,6 @@ mod case;
 mod envoy_filters;
 mod generated;
 mod golden;
+mod policies;
 mod properties;
 mod requests;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use mesh_model::{Mesh, ObjectKey};
 use mesh_translate::{Resources, translate};
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::case::{Case, by_type, item, objects};
 
@@ -56,13 +56,35 @@ fn a_change_touches_only_what_it_is_about() {
     let case = Case::named("bookinfo-sidecar");
     let before = translate(&case.mesh(), &case.node);
 
-    // One endpoint less: one resource, no other.
+    // One endpoint less: the service's endpoints, whole and by subset, no other.
+    let mut objects = case.objects.clone();
+    let is_slice = |raw: &&Value| raw["metadata"]["name"] == "reviews-1";
+    let mut slice = case.raw.iter().find(is_slice).unwrap().clone();
+    slice["endpoints"].as_array_mut().unwrap().pop();
+    assert!(objects.upsert(item(&slice)));
+    let after = translate(&Mesh::build(&objects), &case.node);
+    let names = changed(&before, &after);
+    let of_service = |name: &String| {
+        name.starts_with("endpoints/outbound|9080|")
+            && name.ends_with("|reviews.default.svc.cluster.local")
+    };
+    assert!(
+        !names.is_empty() && names.iter().all(of_service),
+        "{names:?}"
+    );
+
+    // The last endpoint of a service: with it goes the identity that its clients expect.
     let mut objects = case.objects.clone();
     assert!(objects.remove(&ObjectKey::new("EndpointSlice", "default", "ratings-1")));
     let after = translate(&Mesh::build(&objects), &case.node);
+    let ratings = "outbound|9080||ratings.default.svc.cluster.local";
     assert_eq!(
         changed(&before, &after),
-        ["endpoints/outbound|9080||ratings.default.svc.cluster.local".to_owned()].into()
+        [
+            format!("clusters/{ratings}"),
+            format!("endpoints/{ratings}")
+        ]
+        .into()
     );
 
     // A rule: one route table.

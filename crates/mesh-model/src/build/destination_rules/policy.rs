@@ -72,13 +72,38 @@ impl Parts<'_> {
         if let Some(outlier) = self.outlier_detection {
             outlier_detection(outlier, &format!("{field}.outlierDetection"), report);
         }
-        if self
-            .tls
-            .as_ref()
-            .is_some_and(|tls| tls.mode != ClientTlsMode::Disable)
-        {
-            report.not_applied(format!("{field}.tls"));
-            *self.tls = None;
+        if let Some(tls) = self.tls {
+            client_tls(tls, &format!("{field}.tls"), report);
+        }
+    }
+}
+
+/// Settings that Istio does not apply either are said to have no effect.
+fn client_tls(tls: &mut ClientTlsSettings, field: &str, report: &mut Reporter<'_>) {
+    let files = !tls.client_certificate.is_empty() && !tls.private_key.is_empty();
+    if tls.mode == ClientTlsMode::Mutual && tls.credential_name.is_empty() && !files {
+        report.report(
+            Severity::Error,
+            Some("IST0106"),
+            field,
+            "mode MUTUAL needs credentialName, or clientCertificate and privateKey; connections are refused",
+        );
+    }
+    if tls.mode == ClientTlsMode::IstioMutual {
+        for (name, given) in [
+            ("clientCertificate", &tls.client_certificate),
+            ("privateKey", &tls.private_key),
+            ("caCertificates", &tls.ca_certificates),
+            ("credentialName", &tls.credential_name),
+        ] {
+            if !given.is_empty() {
+                report.report(
+                    Severity::Warning,
+                    None,
+                    format!("{field}.{name}"),
+                    "mode ISTIO_MUTUAL uses the mesh's own certificates; this has no effect",
+                );
+            }
         }
     }
 }

@@ -1,0 +1,117 @@
+//! What the parts of an installation may do with the Kubernetes API: roles and bindings with the names of Istio's charts.
+//!
+//! No more than the code does: a call that it learns needs its rule here. Applications get nothing.
+
+use serde_json::{Value, json};
+
+use super::{InstallOptions, NAMESPACE, metadata, revisioned};
+
+const GROUP: &str = "rbac.authorization.k8s.io";
+const READ: &[&str] = &["get", "list", "watch"];
+
+/// The rights of the control plane, whose service account is `account`.
+pub(super) fn control_plane(options: &InstallOptions, account: &str, labels: &Value) -> [Value; 4] {
+    let everywhere = format!("{}-{NAMESPACE}", revisioned("istiod-clusterrole", options));
+    let cluster_wide = json!({ "name": everywhere, "labels": labels });
+    let own = metadata(account, labels.clone());
+    [
+        role("ClusterRole", &cluster_wide, &cluster_rules()),
+        binding("ClusterRoleBinding", &cluster_wide, "ClusterRole", account),
+        role("Role", &own, &own_rules()),
+        binding("RoleBinding", &own, "Role", account),
+    ]
+}
+
+/// A gateway may read the Secrets of its namespace: the control plane asks for this before it hands one out as a credential.
+pub(super) fn gateway(name: &str, account: &str, labels: &Value) -> [Value; 2] {
+    let own = metadata(&format!("{name}-sds"), labels.clone());
+    [
+        role("Role", &own, &[rule(&[""], &["secrets"], READ)]),
+        binding("RoleBinding", &own, "Role", account),
+    ]
+}
+
+/// In all namespaces.
+fn cluster_rules() -> Vec<Value> {
+    let mut groups: Vec<&str> = mesh_api::KINDS.iter().map(|info| info.group).collect();
+    groups.sort_unstable();
+    groups.dedup();
+    let mut rules = vec![
+        rule(&[""], &["namespaces", "nodes", "pods", "services"], READ),
+        rule(&["discovery.k8s.io"], &["endpointslices"], READ),
+        rule(&groups, &["*"], READ),
+        // Certificates of gateways and of what they call.
+        rule(&[""], &["secrets"], READ),
+        // Whether the account in a caller's certificate still exists.
+        rule(&[""], &["serviceaccounts"], &["get"]),
+        // The mesh's root certificate, in every namespace.
+        rule(
+            &[""],
+            &["configmaps"],
+            &["create", "get", "list", "patch", "update", "watch"],
+        ),
+        // The root certificate of the webhooks, and from when on they must answer.
+        rule(
+            &["admissionregistration.k8s.io"],
+            &[
+                "mutatingwebhookconfigurations",
+                "validatingwebhookconfigurations",
+            ],
+            &["get", "list", "patch", "update", "watch"],
+        ),
+        // Whose token it is that a proxy comes with.
+        rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
+        // Whether a gateway may read Secrets.
+        rule(
+            &["authorization.k8s.io"],
+            &["subjectaccessreviews"],
+            &["create"],
+        ),
+    ];
+    for group in groups {
+        let statuses: Vec<String> = mesh_api::KINDS
+            .iter()
+            .filter(|info| info.group == group)
+            .map(|info| format!("{}/status", info.plural))
+            .collect();
+        let statuses: Vec<&str> = statuses.iter().map(String::as_str).collect();
+        rules.push(rule(&[group], &statuses, &["patch", "update"]));
+    }
+    rules
+}
+
+/// In the namespace of the control plane.
+fn own_rules() -> [Value; 3] {
+    let all = [
+        "create", "delete", "get", "list", "patch", "update", "watch",
+    ];
+    [
+        // The certificate authority.
+        rule(&[""], &["secrets"], &all),
+        // Reports of replicas that are gone.
+        rule(&[""], &["configmaps"], &["delete"]),
+        // Who of several replicas leads.
+        rule(
+            &["coordination.k8s.io"],
+            &["leases"],
+            &["create", "get", "patch", "update"],
+        ),
+    ]
+}
+
+fn rule(groups: &[&str], resources: &[&str], verbs: &[&str]) -> Value {
+    json!({ "apiGroups": groups, "resources": resources, "verbs": verbs })
+}
+
+fn role(kind: &str, metadata: &Value, rules: &[Value]) -> Value {
+    json!({ "apiVersion": format!("{GROUP}/v1"), "kind": kind, "metadata": metadata, "rules": rules })
+}
+
+/// Gives the role of the same name to a service account of the control plane's namespace.
+fn binding(kind: &str, metadata: &Value, role: &str, account: &str) -> Value {
+    json!({
+        "apiVersion": format!("{GROUP}/v1"), "kind": kind, "metadata": metadata,
+        "roleRef": { "apiGroup": GROUP, "kind": role, "name": metadata["name"] },
+        "subjects": [{ "kind": "ServiceAccount", "name": account, "namespace": NAMESPACE }],
+    })
+}

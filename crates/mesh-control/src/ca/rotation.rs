@@ -1,0 +1,345 @@
+//! Changing the root while everybody goes on talking: first everybody trusts the next root beside the present one, then everybody gets a
+//! certificate of it, then nobody trusts the old one any more. The Secret says how far that is, so it goes on wherever it was interrupted.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use kube::Api;
+use kube::api::{ListParams, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use mesh_identity::ca::Authority;
+use mesh_identity::trust::TrustBundle;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::Options;
+use crate::ca::secret::{
+    CERTIFICATE, COMMON_NAME, KEY, ORGANIZATION, ROOT_LIFETIME, ROOTS, SELF_SIGNED, SecretError,
+    part, secrets,
+};
+use crate::ca::{Held, Issuing, Origin};
+use crate::leader::Leader;
+use crate::nodes::Nodes;
+use crate::serving::now;
+
+/// Who wants a new root sets this annotation on the Secret, to anything.
+pub(crate) const REQUEST: &str = "security.mesh/rotate-root";
+/// The next root and its key, while they are only trusted.
+pub(crate) const NEXT_CERTIFICATE: &str = "next-cert.pem";
+const NEXT_KEY: &str = "next-key.pem";
+/// Where each control plane says how far its proxies are.
+const PROGRESS: &str = "istio-ca-rotation";
+/// Time from one look to the next while the root changes.
+const LOOK: Duration = Duration::from_secs(1);
+/// Time from one look to the next otherwise: for a root that grows old.
+const REST: Duration = Duration::from_secs(3600);
+/// What another control plane said longer ago does not count: it is gone, and its proxies are with us.
+const FRESH_SECONDS: u64 = 30;
+/// A root is changed when this share of its validity is left (Istio: the last 20 %).
+const OLD_AGE: f64 = 0.2;
+/// Names of proxies that are shown at most.
+const SHOWN: usize = 10;
+
+/// How far a rotation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Phase {
+    /// There is none.
+    Idle,
+    /// The next root is to be trusted by all.
+    Trust,
+    /// All are to have a certificate of the next root, which signs now.
+    Renew,
+}
+
+/// What a control plane sees of its proxies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Progress {
+    pub(crate) phase: Phase,
+    /// Fingerprint of the root that signs.
+    pub(crate) root: String,
+    /// Authenticated proxies.
+    pub(crate) connected: usize,
+    /// Those that are so far.
+    pub(crate) done: usize,
+    /// Some of the others.
+    pub(crate) waiting: Vec<String>,
+    /// When this was seen, seconds since 1970.
+    pub(crate) time: u64,
+}
+
+/// The parts of the Secret, or the API, that stand in the way; it is tried again.
+type Step = Result<(), SecretError>;
+
+/// Takes part in rotations, for ever. Everybody reports, the leader acts.
+pub(crate) async fn run(
+    options: Arc<Options>,
+    replica: String,
+    nodes: Nodes,
+    leader: Leader,
+    mut issuing: Issuing,
+) {
+    let mut said = None;
+    loop {
+        let held = issuing.borrow_and_update().clone();
+        let mut wait = REST;
+        if let Some(held) = held.filter(|held| held.origin == Origin::SelfSigned) {
+            let active = held.phase != Phase::Idle || held.requested;
+            if active {
+                wait = LOOK;
+            }
+            let leads = *leader.borrow();
+            if let Err(error) = step(&options, &replica, &nodes, leads, &held, &mut said).await {
+                tracing::warn!(%error, "rotating the root; trying again");
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            changed = issuing.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+async fn step(
+    options: &Options,
+    replica: &str,
+    nodes: &Nodes,
+    leads: bool,
+    held: &Held,
+    said: &mut Option<Progress>,
+) -> Step {
+    if held.phase == Phase::Idle {
+        let old = is_old(held, now());
+        if leads && (held.requested || old) {
+            tracing::info!(
+                old,
+                "a new root is made, and trusted beside the present one"
+            );
+            return edit(options, begin).await;
+        }
+        if said.take().is_some() {
+            report(options, replica, None).await?;
+        }
+        return Ok(());
+    }
+    let progress = nodes.trust_progress(held);
+    let same = |said: &Progress| {
+        let renewed = progress.time.saturating_sub(said.time) > FRESH_SECONDS / 3;
+        !renewed
+            && Progress {
+                time: said.time,
+                ..progress.clone()
+            } == *said
+    };
+    if !said.as_ref().is_some_and(same) {
+        report(options, replica, Some(&progress)).await?;
+        *said = Some(progress.clone());
+    }
+    if !leads || !all_done(options, &progress).await? {
+        return Ok(());
+    }
+    tracing::info!(phase = ?held.phase, root = progress.root, "all proxies are so far; the rotation of the root goes on");
+    match held.phase {
+        Phase::Trust => edit(options, switch).await,
+        _ => edit(options, retire).await,
+    }
+}
+
+/// Whether little is left of the validity of the root that signs.
+fn is_old(held: &Held, now: u64) -> bool {
+    let described = mesh_identity::trust::describe(held.authority.certificate_pem());
+    let described = described.unwrap_or_default();
+    described.first().is_some_and(|root| {
+        let left = root.not_after.saturating_sub(now) as f64;
+        left < (root.not_after - root.not_before) as f64 * OLD_AGE
+    })
+}
+
+/// Whether everybody is so far: all proxies of all control planes, and no fewer of them than there are pods with a proxy.
+async fn all_done(options: &Options, own: &Progress) -> Result<bool, SecretError> {
+    let map = config_maps(options).get_opt(PROGRESS).await?;
+    let data = map.map(|map| map.data["data"].clone()).unwrap_or_default();
+    let texts: BTreeMap<String, String> = serde_json::from_value(data).unwrap_or_default();
+    let fresh = |text: &String| {
+        let said: Progress = serde_json::from_str(text).ok()?;
+        (own.time.saturating_sub(said.time) <= FRESH_SECONDS).then_some(said)
+    };
+    let all: Vec<Progress> = texts.values().filter_map(fresh).collect();
+    let agree = |said: &Progress| {
+        said.phase == own.phase && said.root == own.root && said.done == said.connected
+    };
+    if all.is_empty() || !all.iter().all(agree) {
+        return Ok(false);
+    }
+    let connected: usize = all.iter().map(|said| said.connected).sum();
+    Ok(connected >= meshed_pods(options).await?)
+}
+
+/// Running pods that say they have a proxy with an identity.
+async fn meshed_pods(options: &Options) -> Result<usize, SecretError> {
+    let gvk = GroupVersionKind::gvk("", "v1", "Pod");
+    let resource = ApiResource::from_gvk_with_plural(&gvk, "pods");
+    let api: Api<DynamicObject> = Api::all_with(options.client.clone(), &resource);
+    let with_proxy = ListParams::default().labels("security.istio.io/tlsMode=istio");
+    let running = |pod: &&DynamicObject| {
+        pod.data["status"]["phase"] == "Running"
+            && pod.metadata.deletion_timestamp.is_none()
+            && pod.metadata.labels.as_ref().is_some_and(|labels| {
+                labels
+                    .get("security.istio.io/tlsMode")
+                    .is_some_and(|mode| mode == "istio")
+            })
+    };
+    Ok(api
+        .list(&with_proxy)
+        .await?
+        .items
+        .iter()
+        .filter(running)
+        .count())
+}
+
+/// Changes the Secret, if nobody else did meanwhile.
+async fn edit(
+    options: &Options,
+    change: fn(&mut DynamicObject) -> Result<(), SecretError>,
+) -> Step {
+    let api = secrets(options);
+    let mut secret = api.get(SELF_SIGNED).await?;
+    change(&mut secret)?;
+    api.replace(SELF_SIGNED, &PostParams::default(), &secret)
+        .await?;
+    Ok(())
+}
+
+fn get(secret: &DynamicObject, name: &str) -> Result<String, SecretError> {
+    let text = part(&secret.data["data"], name)?;
+    match text.is_empty() {
+        true => Err(SecretError::Content(format!("it has no {name}"))),
+        false => Ok(text),
+    }
+}
+
+fn put(secret: &mut DynamicObject, name: &str, text: &str) {
+    secret.data["data"][name] = json!(BASE64.encode(text));
+}
+
+/// A next root, trusted after the present one.
+fn begin(secret: &mut DynamicObject) -> Result<(), SecretError> {
+    if let Some(annotations) = &mut secret.metadata.annotations {
+        annotations.remove(REQUEST);
+    }
+    let next = Authority::generate(ORGANIZATION, COMMON_NAME, now(), ROOT_LIFETIME)?;
+    let present = get(secret, CERTIFICATE)?;
+    let both = format!("{present}{}", next.certificate_pem());
+    put(secret, NEXT_CERTIFICATE, next.certificate_pem());
+    put(secret, NEXT_KEY, next.key_pem());
+    put(secret, ROOTS, &both);
+    Ok(())
+}
+
+/// The next root signs; the old one is still trusted. Its key is gone from here on.
+fn switch(secret: &mut DynamicObject) -> Result<(), SecretError> {
+    let (old, next) = (get(secret, CERTIFICATE)?, get(secret, NEXT_CERTIFICATE)?);
+    let key = get(secret, NEXT_KEY)?;
+    put(secret, CERTIFICATE, &next);
+    put(secret, KEY, &key);
+    put(secret, ROOTS, &format!("{next}{old}"));
+    if let Some(data) = secret.data["data"].as_object_mut() {
+        data.remove(NEXT_CERTIFICATE);
+        data.remove(NEXT_KEY);
+    }
+    Ok(())
+}
+
+/// The old root is trusted no more.
+fn retire(secret: &mut DynamicObject) -> Result<(), SecretError> {
+    let present = get(secret, CERTIFICATE)?;
+    put(secret, ROOTS, &present);
+    Ok(())
+}
+
+/// How far a Secret's rotation is.
+pub(crate) fn phase(data: &Value, trusted: &TrustBundle) -> Phase {
+    if data.get(NEXT_CERTIFICATE).is_some() {
+        Phase::Trust
+    } else if trusted.fingerprints().len() > 1 {
+        Phase::Renew
+    } else {
+        Phase::Idle
+    }
+}
+
+/// Writes what this control plane sees, or takes it away.
+async fn report(options: &Options, replica: &str, progress: Option<&Progress>) -> Step {
+    let text = progress.and_then(|progress| serde_json::to_string(progress).ok());
+    let api = config_maps(options);
+    let patch = json!({ "data": { replica: text } });
+    let patched = api
+        .patch(PROGRESS, &PatchParams::default(), &Patch::Merge(patch))
+        .await;
+    match patched {
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            let data: BTreeMap<&str, String> =
+                text.map(|text| (replica, text)).into_iter().collect();
+            let map = json!({
+                "apiVersion": "v1", "kind": "ConfigMap",
+                "metadata": { "name": PROGRESS, "namespace": options.namespace },
+                "data": data,
+            });
+            let map: DynamicObject =
+                serde_json::from_value(map).map_err(kube::Error::SerdeError)?;
+            api.create(&PostParams::default(), &map).await?;
+        }
+        patched => drop(patched?),
+    }
+    Ok(())
+}
+
+fn config_maps(options: &Options) -> Api<DynamicObject> {
+    let gvk = GroupVersionKind::gvk("", "v1", "ConfigMap");
+    let resource = ApiResource::from_gvk_with_plural(&gvk, "configmaps");
+    Api::namespaced_with(options.client.clone(), &options.namespace, &resource)
+}
+
+/// What a node says of itself, against what it should be.
+pub(crate) fn is_done(phase: Phase, said: &Value, held: &Held) -> bool {
+    let roots: Vec<&str> = said["roots"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    match phase {
+        Phase::Renew => said["root"] == held.authority.root(),
+        _ => held
+            .trusted
+            .fingerprints()
+            .iter()
+            .all(|root| roots.contains(&root.as_str())),
+    }
+}
+
+/// A view of many nodes: done or not, by name.
+pub(crate) fn progress(held: &Held, nodes: impl Iterator<Item = (String, bool)>) -> Progress {
+    let mut progress = Progress {
+        phase: held.phase,
+        root: held.authority.root().to_owned(),
+        connected: 0,
+        done: 0,
+        waiting: Vec::new(),
+        time: now(),
+    };
+    for (name, done) in nodes {
+        progress.connected += 1;
+        if done {
+            progress.done += 1;
+        } else if progress.waiting.len() < SHOWN {
+            progress.waiting.push(name);
+        }
+    }
+    progress
+}

@@ -1,0 +1,275 @@
+//! The Secret of the authority: `cacerts`, brought by an operator, wins over `istio-ca-secret`, which is made where neither is there.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use futures::StreamExt;
+use kube::Api;
+use kube::api::PostParams;
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::runtime::watcher::{self, Event, watcher};
+use mesh_identity::ca::{Authority, CaError, Parts};
+use mesh_xds::backoff::Backoff;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use crate::Options;
+use crate::ca::{Held, Origin, rotation};
+use crate::metrics::Metrics;
+use crate::serving::now;
+
+/// Istio's names of the Secrets, and of the keys in them.
+pub(crate) const SELF_SIGNED: &str = "istio-ca-secret";
+const PLUGGED_IN: &str = "cacerts";
+pub(crate) const CERTIFICATE: &str = "ca-cert.pem";
+pub(crate) const KEY: &str = "ca-key.pem";
+pub(crate) const ROOTS: &str = "root-cert.pem";
+const CHAIN: &str = "cert-chain.pem";
+const REVOKED: &str = "ca-crl.pem";
+/// The other form of `cacerts`, that of cert-manager: certificate, key, root.
+const TLS_FORM: [&str; 3] = ["tls.crt", "tls.key", "ca.crt"];
+/// Ten years, as Istio's self-signed root.
+pub(crate) const ROOT_LIFETIME: u64 = 3650 * 86_400;
+pub(crate) const ORGANIZATION: &str = "cluster.local";
+pub(crate) const COMMON_NAME: &str = "Root CA";
+
+/// What is wrong with a Secret, or with reaching it; it is tried again.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SecretError {
+    #[error("reading or writing it: {0}")]
+    Api(#[from] Box<kube::Error>),
+    #[error("{0}; correct it (what was in force before stays)")]
+    Content(String),
+    #[error(transparent)]
+    Authority(#[from] CaError),
+}
+
+impl From<kube::Error> for SecretError {
+    fn from(error: kube::Error) -> Self {
+        Self::Api(Box::new(error))
+    }
+}
+
+/// Keeps the authority that the Secrets hold in force, for ever. A broken one never replaces a good one, and `cacerts` that can't be used is
+/// never passed over: the mesh would get a root that nobody chose.
+pub(crate) async fn keep(
+    options: Arc<Options>,
+    metrics: Arc<Metrics>,
+    issuing: watch::Sender<Option<Arc<Held>>>,
+) {
+    let api = secrets(&options);
+    let watched = |name: &'static str| {
+        let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
+        watcher(api.clone(), config).map(move |event| (name, event))
+    };
+    let mut events = std::pin::pin!(futures::stream::select(
+        watched(PLUGGED_IN),
+        watched(SELF_SIGNED)
+    ));
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 1);
+    let mut plugged_in = Seen::default();
+    let mut own = Seen::default();
+    while let Some((name, event)) = events.next().await {
+        let seen = if name == PLUGGED_IN {
+            &mut plugged_in
+        } else {
+            &mut own
+        };
+        match event {
+            Ok(event) => seen.take(name, event),
+            Err(error) => {
+                tracing::warn!(secret = name, %error, "watching the authority's Secret; trying again");
+                tokio::time::sleep(backoff.wait()).await;
+                continue;
+            }
+        }
+        while plugged_in.listed && own.listed {
+            match settle(&api, &options, &plugged_in, &own).await {
+                Ok(held) => {
+                    backoff.reset();
+                    put(&issuing, &metrics, held);
+                }
+                Err((secret, error)) => {
+                    metrics.citadel.load_failures.inc();
+                    tracing::error!(secret, %error, "the certificate authority can't be used");
+                    let is_content = !matches!(error, SecretError::Api(_));
+                    if is_content {
+                        break;
+                    }
+                    tokio::time::sleep(backoff.wait()).await;
+                    continue;
+                }
+            }
+            break;
+        }
+    }
+}
+
+/// A Secret as the watch shows it.
+#[derive(Default)]
+struct Seen {
+    listed: bool,
+    secret: Option<DynamicObject>,
+    listing: Option<DynamicObject>,
+}
+
+impl Seen {
+    fn take(&mut self, name: &str, event: Event<DynamicObject>) {
+        let this = |object: &DynamicObject| object.metadata.name.as_deref() == Some(name);
+        match event {
+            Event::Init => self.listing = None,
+            Event::InitApply(object) if this(&object) => self.listing = Some(object),
+            Event::InitDone => {
+                self.listed = true;
+                self.secret = self.listing.take();
+            }
+            Event::Apply(object) if this(&object) => self.secret = Some(object),
+            Event::Delete(object) if this(&object) => self.secret = None,
+            _ => {}
+        }
+    }
+}
+
+/// The authority that the Secrets say; makes one where they say nothing.
+async fn settle(
+    api: &Api<DynamicObject>,
+    options: &Options,
+    plugged_in: &Seen,
+    own: &Seen,
+) -> Result<Held, (&'static str, SecretError)> {
+    if let Some(secret) = &plugged_in.secret {
+        return load(secret, Origin::PluggedIn).map_err(|error| (PLUGGED_IN, error));
+    }
+    let loaded = match &own.secret {
+        Some(secret) => load(secret, Origin::SelfSigned),
+        None => make(api, options).await,
+    };
+    loaded.map_err(|error| (SELF_SIGNED, error))
+}
+
+/// Makes an authority and keeps it. When two control planes start at once, one of them creates the Secret and the other loads it.
+async fn make(api: &Api<DynamicObject>, options: &Options) -> Result<Held, SecretError> {
+    let authority = Authority::generate(ORGANIZATION, COMMON_NAME, now(), ROOT_LIFETIME)?;
+    let secret = json!({
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": { "name": SELF_SIGNED, "namespace": options.namespace },
+        "type": "istio.io/ca-root",
+        "data": {
+            CERTIFICATE: BASE64.encode(authority.certificate_pem()),
+            KEY: BASE64.encode(authority.key_pem()),
+            CHAIN: "",
+            ROOTS: BASE64.encode(authority.certificate_pem()),
+        },
+    });
+    let secret: DynamicObject =
+        serde_json::from_value(secret).map_err(|error| SecretError::Content(error.to_string()))?;
+    match api.create(&PostParams::default(), &secret).await {
+        Ok(_) => {
+            tracing::info!(
+                root = authority.root(),
+                "a new certificate authority was made"
+            );
+            Ok(Held::new(authority, Origin::SelfSigned)?)
+        }
+        Err(kube::Error::Api(status)) if status.code == 409 => {
+            load(&api.get(SELF_SIGNED).await?, Origin::SelfSigned)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Reads the authority from a Secret.
+pub(crate) fn load(secret: &DynamicObject, origin: Origin) -> Result<Held, SecretError> {
+    let data = &secret.data["data"];
+    let [certificate, key, root] = TLS_FORM;
+    let names = match origin {
+        Origin::PluggedIn if data.get(CERTIFICATE).is_none() && data.get(certificate).is_some() => {
+            [certificate, key, certificate, root]
+        }
+        _ => [CERTIFICATE, KEY, CHAIN, ROOTS],
+    };
+    if !part(data, REVOKED)?.trim().is_empty() {
+        tracing::warn!(
+            "the Secret has {REVOKED}: revocation lists of the authority are not supported, revoked certificates stay valid"
+        );
+    }
+    let needed = |name: &str| match part(data, name)? {
+        text if text.trim().is_empty() => Err(SecretError::Content(format!("it has no {name}"))),
+        text => Ok(text),
+    };
+    let (issuing, key) = (needed(names[0])?, needed(names[1])?);
+    // In the form of cert-manager the certificate is followed by those above it.
+    let issuing = first(&issuing);
+    let authority = Authority::load(Parts {
+        certificate: &issuing,
+        key: &key,
+        chain: &part(data, names[2])?,
+        roots: &part(data, names[3])?,
+    })?;
+    let mut held = Held::new(authority, origin)?;
+    if origin == Origin::SelfSigned {
+        held.phase = rotation::phase(data, &held.trusted);
+        let annotations = secret.metadata.annotations.as_ref();
+        held.requested = annotations.is_some_and(|all| all.contains_key(rotation::REQUEST));
+    }
+    Ok(held)
+}
+
+fn first(pem: &str) -> String {
+    const END: &str = "-----END CERTIFICATE-----";
+    match pem.find(END) {
+        Some(end) => format!("{}\n", &pem[..end + END.len()]),
+        None => pem.to_owned(),
+    }
+}
+
+/// A key of a Secret's data; empty where there is none.
+pub(crate) fn part(data: &Value, key: &str) -> Result<String, SecretError> {
+    let Some(text) = data.get(key).and_then(Value::as_str) else {
+        return Ok(String::new());
+    };
+    BASE64
+        .decode(text)
+        .ok()
+        .and_then(|bytes| String::from_utf8(bytes).ok())
+        .ok_or_else(|| SecretError::Content(format!("{key} is not text in base64")))
+}
+
+fn put(issuing: &watch::Sender<Option<Arc<Held>>>, metrics: &Metrics, held: Held) {
+    let seconds = |time: u64| i64::try_from(time).unwrap_or(i64::MAX);
+    let roots = mesh_identity::trust::describe(held.authority.roots().pem()).unwrap_or_default();
+    let root_end = roots.iter().map(|root| root.not_after).min().unwrap_or(0);
+    metrics.citadel.root_expiry.set(seconds(root_end));
+    metrics
+        .citadel
+        .chain_expiry
+        .set(seconds(held.authority.not_after()));
+    issuing.send_if_modified(|present| {
+        let same = present.as_ref().is_some_and(|present| {
+            present.authority.certificate_pem() == held.authority.certificate_pem()
+                && present.trusted == held.trusted
+                && present.origin == held.origin
+                && present.phase == held.phase
+                && present.requested == held.requested
+        });
+        if !same {
+            tracing::info!(
+                origin = ?held.origin,
+                root = held.authority.root(),
+                trusted = held.trusted.fingerprints().len(),
+                "certificate authority in force"
+            );
+            *present = Some(Arc::new(held));
+        }
+        !same
+    });
+}
+
+pub(crate) fn secrets(options: &Options) -> Api<DynamicObject> {
+    let gvk = GroupVersionKind::gvk("", "v1", "Secret");
+    let resource = ApiResource::from_gvk_with_plural(&gvk, "secrets");
+    Api::namespaced_with(options.client.clone(), &options.namespace, &resource)
+}
