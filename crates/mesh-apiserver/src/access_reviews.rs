@@ -7,7 +7,6 @@ use crate::access::{Action, Object, On};
 use crate::auth::Identity;
 use crate::errors::{ApiError, FieldError};
 use crate::rbac::Rule;
-use crate::rbac::policy::MASTERS;
 use crate::request::Request;
 
 /// The status of a SubjectAccessReview, LocalSubjectAccessReview, SelfSubjectAccessReview or SelfSubjectRulesReview.
@@ -144,7 +143,7 @@ fn rules(api: &ApiServer, request: &Request, spec: &Value) -> Result<Value, ApiE
     }
     let identity = &request.identity;
     let mut rules = api.policy().rules(identity, namespace);
-    if identity.groups.iter().any(|group| group == MASTERS) && rules.is_empty() {
+    if identity.is_master() && rules.is_empty() {
         // Somebody took the binding away; the group has its rights all the same.
         let all = || vec!["*".to_owned()];
         rules.push(Rule {

@@ -5,6 +5,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use mesh_identity::token::{Claims, TokenError, TokenKeys};
 
+/// The group whose members may do everything.
+const MASTERS: &str = "system:masters";
+
 /// Credentials that the server accepts.
 #[derive(Clone)]
 pub struct Auth {
@@ -57,6 +60,18 @@ impl Identity {
         }
     }
 
+    /// A user of the outside; `groups` beside `system:authenticated`, `uid` may be empty.
+    pub fn user(username: &str, uid: &str, groups: &[String]) -> Identity {
+        let mut identity = Identity::named(username, &[]);
+        uid.clone_into(&mut identity.uid);
+        identity.groups = groups.to_vec();
+        let authenticated = "system:authenticated".to_owned();
+        if !identity.groups.contains(&authenticated) {
+            identity.groups.push(authenticated);
+        }
+        identity
+    }
+
     /// A service account.
     pub fn service_account(namespace: &str, name: &str, uid: &str) -> Identity {
         let group = format!("system:serviceaccounts:{namespace}");
@@ -66,6 +81,11 @@ impl Identity {
         );
         identity.uid = uid.to_owned();
         identity
+    }
+
+    /// Whether it may do everything, whatever the roles say (as in Kubernetes).
+    pub(crate) fn is_master(&self) -> bool {
+        self.groups.iter().any(|group| group == MASTERS)
     }
 
     pub(crate) fn anonymous() -> Identity {
@@ -124,6 +144,17 @@ impl Auth {
         let claims = self.tokens.check(token, audiences, now_seconds())?;
         Ok((Identity::from_claims(&claims), Some(claims)))
     }
+}
+
+/// The one whose token this is. Every token is compared, and each over its full length, so that the time tells nothing.
+pub(crate) fn holder<'a>(known: &'a [(String, Identity)], token: &str) -> Option<&'a Identity> {
+    let mut found = None;
+    for (secret, identity) in known {
+        if same_bytes(secret.as_bytes(), token.as_bytes()) {
+            found = Some(identity);
+        }
+    }
+    found
 }
 
 /// Seconds since 1970.

@@ -77,6 +77,8 @@ pub struct Options {
     pub store: mesh_store::Store,
     /// Who may come in.
     pub auth: Auth,
+    /// Users that are known by a bearer token of their own, beside the administrator; as Kubernetes' static token file has them.
+    pub users: Vec<(String, Identity)>,
     /// Answers logs, exec and port-forward.
     pub node: Arc<dyn node::NodeBackend>,
     /// Network and prefix length from which cluster addresses are given; the first address is the `kubernetes` Service's.
@@ -96,6 +98,7 @@ impl Options {
         Options {
             store,
             auth,
+            users: Vec::new(),
             node,
             service_cidr: (Ipv4Addr::new(10, 96, 0, 0), 16),
             service_dialer: Arc::new(|address| {
@@ -150,6 +153,7 @@ struct Inner {
     /// Held from the choice of an address to the write that takes it.
     allocation: tokio::sync::Mutex<()>,
     closing: CancellationToken,
+    refusals: Mutex<access::Refusals>,
     /// Uids of the definitions whose objects are being deleted.
     cleaning: Mutex<HashSet<String>>,
 }
@@ -179,6 +183,7 @@ impl ApiServer {
                 policy: RwLock::default(),
                 allocation: tokio::sync::Mutex::new(()),
                 closing: CancellationToken::new(),
+                refusals: Mutex::default(),
                 cleaning: Mutex::default(),
             }),
         };
@@ -257,6 +262,11 @@ impl ApiServer {
         new
     }
 
+    pub(crate) fn refusals(&self) -> MutexGuard<'_, access::Refusals> {
+        let refusals = self.inner.refusals.lock();
+        refusals.unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn cleaning(&self) -> MutexGuard<'_, HashSet<String>> {
         let cleaning = self.inner.cleaning.lock();
         cleaning.unwrap_or_else(PoisonError::into_inner)
@@ -284,14 +294,19 @@ impl ApiServer {
         token: &str,
         audiences: &[String],
     ) -> Result<(Identity, Option<Vec<String>>), String> {
-        let (identity, claims) = self
-            .inner
-            .options
-            .auth
-            .identify(token, audiences)
-            .map_err(|e| e.to_string())?;
+        let options = self.options();
+        let known = match auth::holder(&options.users, token) {
+            Some(identity) => Ok((identity.clone(), None)),
+            None => options.auth.identify(token, audiences),
+        };
+        let (identity, claims) = known.map_err(|e| e.to_string())?;
         let Some(claims) = claims else {
-            return Ok((identity, None));
+            // Such a token is for this server and nobody else.
+            let own = options.auth.tokens.issuer();
+            if !audiences.is_empty() && !audiences.iter().any(|audience| audience == own) {
+                return Err("the token is for the Kubernetes API only".to_owned());
+            }
+            return Ok((identity, Some(vec![own.to_owned()])));
         };
         let bound = &claims.kubernetes;
         let alive = |storage: &str, object: &mesh_identity::token::ObjectRef| {

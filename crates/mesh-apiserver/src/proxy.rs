@@ -98,6 +98,11 @@ pub async fn proxy(
     for name in [AUTHORIZATION, COOKIE] {
         headers.remove(name);
     }
+    let acting = |name: &&HeaderName| name.as_str().starts_with("impersonate-");
+    let acting: Vec<HeaderName> = headers.keys().filter(acting).cloned().collect();
+    for name in acting {
+        headers.remove(name);
+    }
     remove_hop_by_hop(headers);
     let host = HeaderValue::from_str(&host).map_err(ApiError::internal)?;
     headers.insert(HOST, host);

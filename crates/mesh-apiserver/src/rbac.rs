@@ -26,12 +26,15 @@ pub const CLUSTER_ROLE_BINDINGS: &str = "rbac.authorization.k8s.io/clusterrolebi
 /// A `PolicyRule`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rule {
+    /// `get`, `list`, ..., `*`.
     pub verbs: Vec<String>,
+    /// API groups; `""` is the core group.
     pub groups: Vec<String>,
     /// `pods`, `pods/log`, `*/log`, `*`.
     pub resources: Vec<String>,
     /// Empty for all names.
     pub names: Vec<String>,
+    /// Paths that are no resources; those with a `*` at the end stand for all below.
     pub urls: Vec<String>,
 }
 

@@ -109,6 +109,7 @@ impl<'a> Writer<'a> {
         }
         strategy::admit_create(self.api, resource, &mut object)?;
         object = self.admit(Operation::Create, object, None).await?;
+        escalation::check(self.api, self.request, None, &object)?;
         let metadata = &mut object["metadata"];
         metadata["uid"] = uuid::Uuid::new_v4().to_string().into();
         metadata["creationTimestamp"] = now().into();
@@ -118,7 +119,6 @@ impl<'a> Writer<'a> {
         let _allocating = self.allocating().await;
         strategy::prepare_create(self.api, resource, &mut object)?;
         self.validate(&object, None).await?;
-        escalation::check(self.api, self.request, None, &object)?;
         self.review(Operation::Create, &object, None).await?;
         if !self.applied {
             managed::track(resource, None, &mut object, &self.manager());
@@ -238,6 +238,7 @@ impl<'a> Writer<'a> {
         strategy::defaults(&resource.storage, &mut new);
         new = self.admit(Operation::Update, new, Some(old)).await?;
         keep_system_fields(old, &mut new);
+        escalation::check(self.api, self.request, Some(old), &new)?;
         let allocating = self.allocating().await;
         strategy::prepare_update(self.api, resource, old, &mut new)?;
         if strategy::has_generation(resource) && desired(resource, old) != desired(resource, &new) {
@@ -245,7 +246,6 @@ impl<'a> Writer<'a> {
             new["metadata"]["generation"] = generation.into();
         }
         self.validate(&new, Some(old)).await?;
-        escalation::check(self.api, self.request, Some(old), &new)?;
         self.review(Operation::Update, &new, Some(old)).await?;
         if self.applied {
             new["metadata"]["managedFields"] = user_managed;

@@ -1,10 +1,13 @@
 //! Keys of token issuers: fetched here, so that proxies need no way to the outside, and kept up to date. What can't be fetched is tried again; the last
 //! good keys stay, and before there are any, proxies refuse every token of the issuer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use mesh_model::KeySource;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use mesh_api::AnyObject;
+use mesh_model::{KeySource, Objects};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -12,18 +15,53 @@ use crate::publish::Newest;
 use crate::watch::Change;
 
 mod fetch;
+mod range;
+
+pub(crate) use fetch::Fetcher;
+pub use range::{Range, RangeError};
 
 /// How often keys are looked at again (Istio's `PILOT_JWT_PUB_KEY_REFRESH_INTERVAL`).
 const REFRESH: Duration = Duration::from_secs(20 * 60);
 /// Longest time for one fetch where no rule says (Istio's).
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the first mesh may wait for keys.
+const PREFETCH: Duration = Duration::from_secs(2);
 /// Pauses after failures: before the first success, and after it.
 const FIRST_RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 const LATER_RETRY: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(3600));
 
+/// Fetches all keys that objects refer to, before the first mesh is published: proxies must not lose the keys that they have only because the control
+/// plane was started anew. What takes longer than a moment is left to [`keep`].
+pub(crate) async fn prefetch(fetcher: &Fetcher, objects: &mut Objects) {
+    let mut sources = BTreeSet::new();
+    for (_, object) in objects.istio_objects() {
+        if let AnyObject::RequestAuthentication(policy) = object.as_ref() {
+            sources.extend(policy.spec.jwt_rules.iter().filter_map(KeySource::of));
+        }
+    }
+    let fetch = |source: KeySource| async move {
+        let keys = fetcher.keys(&source).await;
+        (source, keys)
+    };
+    let mut running: FuturesUnordered<_> = sources.into_iter().map(fetch).collect();
+    let mut limit = std::pin::pin!(tokio::time::sleep(PREFETCH));
+    loop {
+        tokio::select! {
+            fetched = running.next() => match fetched {
+                Some((source, Ok(keys))) => {
+                    objects.set_jwks(source, &keys);
+                }
+                // It is told when it is tried again.
+                Some((_, Err(_))) => {}
+                None => return,
+            },
+            () = &mut limit => return,
+        }
+    }
+}
+
 /// Fetches what the newest mesh refers to, for ever.
-pub(crate) async fn keep(mut newest: Newest, changes: mpsc::Sender<Change>) {
-    let fetcher = fetch::Fetcher::new();
+pub(crate) async fn keep(mut newest: Newest, changes: mpsc::Sender<Change>, fetcher: Fetcher) {
     let mut tasks = JoinSet::new();
     let mut running: BTreeMap<KeySource, (Option<Duration>, tokio::task::AbortHandle)> =
         BTreeMap::new();
@@ -63,7 +101,7 @@ pub(crate) async fn keep(mut newest: Newest, changes: mpsc::Sender<Change>) {
 
 /// Keeps the keys of one source up to date.
 async fn one(
-    fetcher: fetch::Fetcher,
+    fetcher: Fetcher,
     source: KeySource,
     limit: Option<Duration>,
     changes: mpsc::Sender<Change>,

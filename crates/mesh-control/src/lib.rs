@@ -34,6 +34,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 pub use ca::service::Lifetimes;
+pub use jwks::{Range, RangeError};
 
 /// What a control plane is made of.
 #[derive(Clone)]
@@ -62,6 +63,9 @@ pub struct Options {
     pub lifetimes: Lifetimes,
     /// Audiences of service account tokens that are accepted (`TOKEN_AUDIENCES`). Default: `istio-ca`.
     pub token_audiences: Vec<String>,
+    /// Where keys of token issuers are never fetched from (`BLOCKED_CIDRS_IN_JWKS_URIS`), beside loopback, link-local and clouds' metadata addresses.
+    /// Default: nowhere else.
+    pub blocked_key_ranges: Vec<Range>,
     /// Whether proxies on the secure port must authenticate for discovery (`XDS_AUTH`). Default: yes.
     pub xds_auth: bool,
     /// Whether a proxy must be in the namespace, and of the service account, that its credentials name (`PILOT_ENABLE_XDS_IDENTITY_CHECK`).
@@ -100,6 +104,7 @@ impl Options {
             http: any(8080),
             lifetimes: Lifetimes::default(),
             token_audiences: vec!["istio-ca".to_owned()],
+            blocked_key_ranges: Vec::new(),
             xds_auth: true,
             xds_identity_check: true,
         }
@@ -277,11 +282,12 @@ impl Control {
                 watch::run(options.client.clone(), kind, changes.clone()),
             ));
         }
+        let keys = jwks::Fetcher::new(&options.blocked_key_ranges);
         tasks.spawn(ended(
             "the keys of token issuers",
-            jwks::keep(published.clone(), changes),
+            jwks::keep(published.clone(), changes, keys.clone()),
         ));
-        tasks.spawn(ended("publishing", publisher.run(kinds.len())));
+        tasks.spawn(ended("publishing", publisher.run(kinds.len(), keys)));
         let identity = leader::identity();
         let (leading, leader) = leader::new();
         tasks.spawn(ended(

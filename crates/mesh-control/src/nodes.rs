@@ -33,6 +33,8 @@ use crate::secrets::Secrets;
 
 /// What a node's failed patches stand under, beside the types that it refused.
 const PATCHES: &str = "patches";
+/// What secrets that it can't have stand under.
+const SECRETS: &str = "secrets";
 /// Where a node says what it trusts, and under which root its certificate is.
 pub(crate) const TRUST: &str = "TRUST";
 /// Depth of a node's metadata; deeper is cut off.
@@ -503,7 +505,14 @@ async fn push(
     };
     let number = entry.number;
     refusals.set(number, PATCHES, failed);
-    for secret in secrets.of(number, entry.identity.as_ref(), &names).await {
+    let given = secrets.of(number, entry.identity.as_ref(), names.keys());
+    let given = given.await;
+    refusals.set(
+        number,
+        SECRETS,
+        without(&entry.node, &names, &given.refused),
+    );
+    for secret in given.resources {
         set.insert(secret);
     }
     let mut state = lock(&entry.state);
@@ -520,6 +529,25 @@ async fn push(
     }
     drop(state);
     sets.send_replace(Some(set));
+}
+
+/// Secrets that a node does not get, by the objects that name them.
+fn without(
+    node: &mesh_model::Node,
+    names: &BTreeMap<String, BTreeSet<ObjectKey>>,
+    refused: &[(String, &str)],
+) -> Vec<(ObjectKey, refusals::Refusal)> {
+    let node = described(node);
+    let mut found = Vec::new();
+    for (name, reason) in refused {
+        tracing::warn!(node, secret = name, reason, "a proxy does not get a secret");
+        let objects = names.get(name).into_iter().flatten();
+        found.extend(objects.map(|object| {
+            let refusal = refusals::of_secret(&node, name, reason);
+            (object.clone(), refusal)
+        }));
+    }
+    found
 }
 
 fn to_set(resources: Resources) -> (ResourceSet, PatchedBy) {

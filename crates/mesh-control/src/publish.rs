@@ -8,6 +8,7 @@ use mesh_model::{Mesh, ObjectKey, Problem};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use crate::jwks;
 use crate::metrics::Metrics;
 use crate::status::Wish;
 use crate::table::Table;
@@ -124,7 +125,7 @@ impl Publisher {
 
     /// Publishes until all watches are gone. Nothing is published before `kinds` kinds have been listed: a mesh without its
     /// rules would send traffic where nobody wants it.
-    pub(crate) async fn run(self, kinds: usize) {
+    pub(crate) async fn run(self, kinds: usize, keys: jwks::Fetcher) {
         let Self {
             mut table,
             sender,
@@ -155,6 +156,9 @@ impl Publisher {
                     Ok(Some(change)) => dirty |= table.apply(change),
                     Ok(None) => return,
                     Err(_) => {}
+                }
+                if !state.borrow().ready {
+                    jwks::prefetch(&keys, &mut table.objects).await;
                 }
                 let started = Instant::now();
                 table = build(table, since, &published, &wishes, &metrics).await;

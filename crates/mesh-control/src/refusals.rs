@@ -108,6 +108,14 @@ pub(crate) fn of_patch(node: &str, problem: &Problem) -> (ObjectKey, Refusal) {
     (problem.object.clone(), refusal)
 }
 
+/// A secret that a proxy does not get.
+pub(crate) fn of_secret(node: &str, name: &str, reason: &str) -> Refusal {
+    Refusal {
+        node: node.to_owned(),
+        message: shortened(&format!("secret {name}: {reason}")),
+    }
+}
+
 /// A resource that a proxy refused, for each object that it was made from: those named in its metadata, and the EnvoyFilters that changed it.
 pub(crate) fn of_resource(
     node: &str,

@@ -61,7 +61,23 @@ struct State {
 struct Watched {
     by: BTreeSet<u64>,
     task: AbortHandle,
+    /// The API has said whether there is one.
+    listed: bool,
     secret: Option<Arc<Secret>>,
+}
+
+/// What a proxy gets.
+#[derive(Default)]
+pub(crate) struct Given {
+    pub(crate) resources: Vec<Resource>,
+    /// What it does not get, and why.
+    pub(crate) refused: Vec<(String, &'static str)>,
+}
+
+impl Given {
+    fn refuse(&mut self, name: &str, reason: &'static str) {
+        self.refused.push((name.to_owned(), reason));
+    }
 }
 
 /// A name that a proxy asks for.
@@ -84,6 +100,15 @@ enum ReviewError {
 }
 
 impl Wanted {
+    /// What a Secret lacks that has not what is wanted.
+    fn needs(&self) -> &'static str {
+        if self.roots {
+            "the Secret has no ca.crt (or cacert)"
+        } else {
+            "the Secret has not both of tls.crt and tls.key (or cert and key)"
+        }
+    }
+
     /// `kubernetes://NAME`, `kubernetes://NAMESPACE/NAME` or `kubernetes-gateway://NAMESPACE/NAME`, for roots with `-cacert` at the end: of the
     /// Secret of that very name, or of the one without the end.
     fn parse(resource: &str, own_namespace: &str) -> Option<Self> {
@@ -120,55 +145,66 @@ impl Secrets {
     }
 
     /// The secrets that a proxy gets of those that its configuration names; `node` is a number for the proxy's stream. What it may not have or what
-    /// does not exist is left out, so that the proxy refuses connections which need it.
-    pub(crate) async fn of(
+    /// does not exist is left out, so that the proxy refuses connections which need it, and named with the reason.
+    pub(crate) async fn of<'a>(
         &self,
         node: u64,
         identity: Option<&SpiffeId>,
-        names: &BTreeSet<String>,
-    ) -> Vec<Resource> {
-        let Some(identity) = identity else {
-            if !names.is_empty() {
-                tracing::warn!(
-                    ?names,
-                    "a proxy without proven identity (plain-text discovery) gets no secrets"
-                );
-            }
-            return Vec::new();
-        };
-        let wanted: Vec<Wanted> = names
-            .iter()
-            .filter_map(|name| Wanted::parse(name, &identity.namespace))
-            .filter(|wanted| {
-                let own = wanted.candidates[0].0 == identity.namespace;
-                if !own {
-                    tracing::warn!(%identity, secret = wanted.resource, "secrets of other namespaces are not given to a gateway");
+        names: impl Iterator<Item = &'a String>,
+    ) -> Given {
+        let mut given = Given::default();
+        let mut wanted = Vec::new();
+        for name in names {
+            let Some(identity) = identity else {
+                given.refuse(name, "discovery in plain text proves no identity, and secrets are for proven ones alone");
+                continue;
+            };
+            match Wanted::parse(name, &identity.namespace) {
+                None => given.refuse(name, "not the name of a Secret of Kubernetes"),
+                Some(one) if one.candidates[0].0 != identity.namespace => {
+                    given.refuse(name, "a gateway gets secrets of its own namespace alone");
                 }
-                own
-            })
-            .collect();
-        let allowed = !wanted.is_empty() && self.may_read(identity).await;
+                Some(one) => wanted.push(one),
+            }
+        }
+        let allowed = match identity {
+            Some(identity) if !wanted.is_empty() => self.may_read(identity).await,
+            _ => false,
+        };
         let names: BTreeSet<Name> = wanted
             .iter()
             .filter(|_| allowed)
             .flat_map(|wanted| wanted.candidates.iter().cloned())
             .collect();
         self.want(node, &names);
-        if !allowed {
-            return Vec::new();
-        }
         let state = self.lock();
-        let known = |name: &Name| state.watched.get(name)?.secret.clone();
-        wanted
-            .iter()
-            .filter_map(|wanted| {
-                wanted
-                    .candidates
+        for one in &wanted {
+            if !allowed {
+                given.refuse(&one.resource, "the gateway's service account may not list secrets of its namespace (a Role for that is missing)");
+                continue;
+            }
+            let watched = || {
+                one.candidates
                     .iter()
-                    .filter_map(known)
-                    .find_map(|secret| encoded(wanted, &secret))
-            })
-            .collect()
+                    .filter_map(|name| state.watched.get(name))
+            };
+            let found = watched().filter_map(|watched| watched.secret.as_ref());
+            let exists = found.clone().next().is_some();
+            let mut usable = found.filter_map(|secret| encoded(one, secret));
+            match usable.next() {
+                Some(resource) => given.resources.push(resource),
+                None if exists => given.refuse(&one.resource, one.needs()),
+                None if watched().all(|watched| watched.listed) => {
+                    given.refuse(
+                        &one.resource,
+                        "there is no such Secret in the gateway's namespace",
+                    );
+                }
+                // It is being looked up.
+                None => {}
+            }
+        }
+        given
     }
 
     /// A proxy is gone: what nobody else wants is not watched any more.
@@ -193,6 +229,7 @@ impl Secrets {
                 Watched {
                     by: BTreeSet::new(),
                     task: task.abort_handle(),
+                    listed: false,
                     secret: None,
                 }
             });
@@ -205,7 +242,8 @@ impl Secrets {
         let Some(watched) = state.watched.get_mut(name) else {
             return;
         };
-        if watched.secret.as_deref() != secret.as_ref() {
+        let first = !std::mem::replace(&mut watched.listed, true);
+        if first || watched.secret.as_deref() != secret.as_ref() {
             watched.secret = secret.map(Arc::new);
             drop(state);
             self.version.send_modify(|version| *version += 1);
@@ -299,10 +337,14 @@ async fn observe(secrets: Secrets, name: Name) {
     let only = watcher::Config::default().fields(&format!("metadata.name={}", name.1));
     let mut events = std::pin::pin!(watcher::watcher(api, only));
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 7);
+    // Not every API honours the selector.
+    let is_it = |object: &DynamicObject| object.metadata.name.as_deref() == Some(name.1.as_str());
     let mut seen = None;
     while let Some(event) = events.next().await {
         match event {
             Ok(Event::Init) => seen = None,
+            Ok(Event::InitApply(object) | Event::Apply(object) | Event::Delete(object))
+                if !is_it(&object) => {}
             Ok(Event::InitApply(object)) => seen = Some(object),
             Ok(Event::InitDone) => secrets.put(&name, seen.take().and_then(|object| read(&object))),
             Ok(Event::Apply(object)) => secrets.put(&name, read(&object)),

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use rustls::client::Resumption;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::server::WebPkiClientVerifier;
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
@@ -47,35 +45,10 @@ pub fn provider() -> Arc<CryptoProvider> {
 
 /// A server configuration that presents `leaf` and asks no certificate of clients; TLS 1.2 and 1.3. `alpn` in order of preference.
 pub fn server_config(leaf: &Leaf, alpn: &[&str]) -> Result<Arc<ServerConfig>, TlsError> {
-    let config =
-        ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
-    finish_server(config.with_no_client_auth(), leaf, alpn)
-}
-
-/// The same, but clients may present a certificate; one that does not lead to `roots_pem` ends the handshake.
-pub fn server_config_asking(
-    leaf: &Leaf,
-    roots_pem: &str,
-    alpn: &[&str],
-) -> Result<Arc<ServerConfig>, TlsError> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(roots_pem)?, provider())
-        .allow_unauthenticated()
-        .build()
-        .map_err(|error| TlsError::Trust {
-            reason: error.to_string(),
-        })?;
-    let config =
-        ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
-    finish_server(config.with_client_cert_verifier(verifier), leaf, alpn)
-}
-
-fn finish_server(
-    builder: rustls::ConfigBuilder<ServerConfig, rustls::server::WantsServerCert>,
-    leaf: &Leaf,
-    alpn: &[&str],
-) -> Result<Arc<ServerConfig>, TlsError> {
-    let mut config =
-        builder.with_single_cert(split_certificates(&leaf.chain_pem)?, key(&leaf.key_pem)?)?;
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(split_certificates(&leaf.chain_pem)?, key(&leaf.key_pem)?)?;
     config.alpn_protocols = owned(alpn);
     Ok(Arc::new(config))
 }
@@ -87,22 +60,6 @@ pub fn client_config(roots_pem: &str, alpn: &[&str]) -> Result<Arc<ClientConfig>
         .with_root_certificates(roots(roots_pem)?)
         .with_no_client_auth();
     config.alpn_protocols = owned(alpn);
-    Ok(Arc::new(config))
-}
-
-/// The same, presenting a certificate of its own where the server asks for one. Sessions are not resumed, so that a server always sees
-/// the present certificate.
-pub fn client_config_presenting(
-    roots_pem: &str,
-    leaf: &Leaf,
-    alpn: &[&str],
-) -> Result<Arc<ClientConfig>, TlsError> {
-    let mut config = ClientConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots(roots_pem)?)
-        .with_client_auth_cert(split_certificates(&leaf.chain_pem)?, key(&leaf.key_pem)?)?;
-    config.alpn_protocols = owned(alpn);
-    config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }
 

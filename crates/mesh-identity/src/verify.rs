@@ -118,17 +118,21 @@ fn rfc2253(name: &X509Name<'_>) -> String {
     parts.join(",")
 }
 
+/// Also control characters and what is not ASCII, as OpenSSL does it (`XN_FLAG_RFC2253`).
 fn escaped(value: &str) -> String {
+    use fmt::Write as _;
     let mut out = String::with_capacity(value.len());
-    let last = value.chars().count().saturating_sub(1);
-    for (i, c) in value.chars().enumerate() {
-        let special = matches!(c, ',' | '+' | '"' | '\\' | '<' | '>' | ';')
-            || (i == 0 && matches!(c, '#' | ' '))
-            || (i == last && c == ' ');
-        if special {
-            out.push('\\');
-        }
-        out.push(c);
+    let last = value.len().saturating_sub(1);
+    for (i, byte) in value.bytes().enumerate() {
+        let special = b",+\"\\<>;".contains(&byte)
+            || (i == 0 && matches!(byte, b'#' | b' '))
+            || (i == last && byte == b' ');
+        // Writing to a String cannot fail.
+        let _ = match byte {
+            0x20..0x7f if special => write!(out, "\\{}", char::from(byte)),
+            0x20..0x7f => write!(out, "{}", char::from(byte)),
+            _ => write!(out, "\\{byte:02X}"),
+        };
     }
     out
 }
@@ -414,5 +418,17 @@ impl ServerCertVerifier for Anyone {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subjects_are_escaped_as_openssl_does_it() {
+        assert_eq!(escaped("a,b\"c"), "a\\,b\\\"c");
+        assert_eq!(escaped(" x "), "\\ x\\ ");
+        assert_eq!(escaped("M\u{fc}ller\n"), "M\\C3\\BCller\\0A");
     }
 }

@@ -20,7 +20,9 @@ mod parent;
 mod pass;
 pub mod services;
 mod stage;
+mod users;
 
 pub use options::{BootWave, ClusterOptions, HostPort, StateDir, WaitFor};
 pub use parent::all_in_one;
 pub use stage::stage_main;
+pub use users::{ClusterUser, UserFileError};

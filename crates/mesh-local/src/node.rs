@@ -102,7 +102,8 @@ async fn start(
         let (api, tls, shutdown) = (api.clone(), tls.clone(), shutdown.clone());
         tokio::spawn(async move { api.serve(listener, tls, shutdown).await });
     }
-    write_private(&setup.state.join("kubeconfig"), &pki.kubeconfig(setup.api)?)?;
+    let kubeconfig = pki.kubeconfig(setup.api, &setup.options.users)?;
+    write_private(&setup.state.join("kubeconfig"), &kubeconfig)?;
     let client = |name: &str| kube::Client::new(api.router_as(Identity::system(name)), "default");
     let kubelet = client("system:node:mesh-node");
     object::register(&kubelet)
@@ -239,6 +240,13 @@ fn open_api(
     };
     let backend = Arc::new(Backend::new(registry.clone()));
     let mut options = mesh_apiserver::Options::new(store, auth, backend);
+    let users = setup.options.users.iter();
+    options.users = users
+        .map(|user| {
+            let identity = Identity::user(&user.name, &user.uid, &user.groups);
+            (user.token.clone(), identity)
+        })
+        .collect();
     let tables = tables.clone();
     options.service_dialer = Arc::new(move |address| Box::pin(dial(tables.clone(), address)));
     Ok(ApiServer::open(options)?)

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::users::ClusterUser;
+
 /// Where the cluster keeps what must outlive it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StateDir {
@@ -60,6 +62,8 @@ pub struct ClusterOptions {
     pub state_dir: StateDir,
     /// The host address of the Kubernetes API (default `127.0.0.1:6443`; port 0 takes a free one).
     pub api_address: SocketAddr,
+    /// Who may use the API beside the administrator and service accounts; what they may do is up to roles (default none).
+    pub users: Vec<ClusterUser>,
     /// Ports of Services on the host.
     pub host_ports: Vec<HostPort>,
     /// Applied in order when the cluster starts; empty for `--profile empty`.
@@ -77,6 +81,7 @@ impl Default for ClusterOptions {
         Self {
             state_dir: StateDir::Default,
             api_address: SocketAddr::from(([127, 0, 0, 1], 6443)),
+            users: Vec::new(),
             host_ports: Vec::new(),
             boot: Vec::new(),
             boot_timeout_seconds: 120,

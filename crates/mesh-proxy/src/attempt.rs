@@ -319,7 +319,7 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
 }
 
 /// What the request wants of the TLS handshake of a connection that it goes out on.
-fn tls_wish(
+pub(crate) fn tls_wish(
     exchange: &Exchange,
     cluster: &Cluster,
     version: Upstream,

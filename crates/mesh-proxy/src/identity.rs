@@ -328,9 +328,13 @@ impl Agent {
         let answer = |error: &dyn std::fmt::Display| IdentityError::Answer(error.to_string());
         // What the answer trusts beyond the file counts until the file changes: the file may come later to this node.
         let roots = TrustBundle::from_pem(&roots.unwrap_or_default()).map_err(|e| answer(&e))?;
+        let described = trust::describe(roots.pem()).map_err(|e| answer(&e))?;
+        if chain.is_empty() || !described.iter().all(|root| root.is_ca) {
+            return Err(answer(&"it does not end with the mesh's roots"));
+        }
         let both = trusted.and(&roots).map_err(|e| answer(&e))?;
         let leaf = Leaf {
-            chain_pem: chain.concat(),
+            chain_pem: chain.join("\n"),
             key_pem: key.as_str().to_owned(),
         };
         self.trust(both)?;
@@ -408,7 +412,8 @@ impl Agent {
             renew_at,
             root: root.clone(),
         })));
-        if before.is_none_or(|before| before.root != root) {
+        // The first one is no reason to connect anew: the stream that was opened with a token is as good.
+        if before.is_some_and(|before| before.root != root) {
             self.renewed.send_modify(|number| *number += 1);
         }
         Ok(())

@@ -217,7 +217,7 @@ async fn serve_inner(
         false => None,
     };
     let Some(chain) = choose(&listener, destination, remote, protocol.as_ref()) else {
-        let counters = worker.shared.listeners.listener(&accepted.name);
+        let counters = worker.shared.listeners.listener(&accepted.stat_name);
         counters
             .no_filter_chain_match
             .fetch_add(1, Ordering::Relaxed);
@@ -230,7 +230,7 @@ async fn serve_inner(
     }
     let place = Place::of(&listener, &chain);
     let arrived = Arrived::plain(stream, prefix, protocol);
-    let counters = || worker.shared.listeners.listener(&accepted.name);
+    let counters = || worker.shared.listeners.listener(&accepted.stat_name);
     let Some(mut arrived) = arrived.through(&worker, &chain, counters).await else {
         return Ok(());
     };

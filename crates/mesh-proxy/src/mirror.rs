@@ -19,11 +19,12 @@ use mesh_routing::Snapshot;
 use mesh_routing::format::Facts;
 use mesh_routing::mirror::Mirror;
 
-use crate::attempt::judge;
+use crate::attempt::{judge, tls_wish};
 use crate::body::{BodyError, RequestBody};
 use crate::http::{Exchange, address_head, upstream_version};
 use crate::message::append_forwarded_for;
 use crate::pool::Sent;
+use crate::tls::connect::Wish as TlsWish;
 use crate::upstream::{Observation, Wish};
 use crate::worker::Worker;
 
@@ -166,9 +167,14 @@ pub fn start(
     let own_address = worker.shared.options.ip;
     let mut tap = Tap::default();
     for (mirror, cluster) in mirrors {
-        if snapshot.cluster(cluster).is_none() || COPIES.get() >= MOST_COPIES {
+        let Some(target) = snapshot
+            .cluster(cluster)
+            .filter(|_| COPIES.get() < MOST_COPIES)
+        else {
             continue;
-        }
+        };
+        let version = upstream_version(target, request.version());
+        let wish = tls_wish(exchange, target, version, request.headers());
         let feed = Rc::new(Feed::new(request.body().size_hint()));
         if whole {
             feed.end(End::Whole);
@@ -178,6 +184,7 @@ pub fn start(
         let copy = (
             copy(mirror, facts, own_address, request, feed.clone()),
             feed,
+            wish,
         );
         let sending = send(worker.clone(), snapshot.clone(), cluster.clone(), copy);
         let limit = timeout.unwrap_or(LONGEST).min(LONGEST);
@@ -236,7 +243,7 @@ async fn send(
     worker: Rc<Worker>,
     snapshot: Arc<Snapshot>,
     cluster: Arc<str>,
-    (mut request, feed): (Request<RequestBody>, Rc<Feed>),
+    (mut request, feed, wish): (Request<RequestBody>, Rc<Feed>, TlsWish),
 ) {
     let Some(cluster) = snapshot.cluster(&cluster) else {
         return;
@@ -247,7 +254,8 @@ async fn send(
     for fresh in [false, true] {
         let picked = state.pick(&Wish::default(), &worker.peers, || worker.random());
         let Some(host) = picked else { return };
-        let lease = host.lease(&worker.shared, &cluster.config, version, fresh);
+        let how = (version, &wish);
+        let lease = host.lease_for(&worker.shared, &cluster.config, how, fresh);
         let Ok(mut lease) = lease.await else { return };
         match lease.send(request).await {
             Some(Sent::Response(response)) => {

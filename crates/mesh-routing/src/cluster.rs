@@ -172,7 +172,7 @@ fn refuse_others(m: &pb::Cluster) -> Result<()> {
         max_requests_per_connection, http2_protocol_options, typed_extension_protocol_options, upstream_bind_config, common_lb_config,
         metadata, lb_config, load_balancing_policy, circuit_breakers, transport_socket, transport_socket_matches, outlier_detection, upstream_connection_options,
         dns_refresh_rate, dns_jitter, dns_failure_refresh_rate, respect_dns_ttl,
-        dns_lookup_family, dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
+        filters, dns_lookup_family, dns_resolvers, use_tcp_for_dns_lookups, dns_resolution_config, typed_dns_resolver_config,
     }
     // Statistics, buffer sizes (bodies are streamed), cleaning intervals and hints: no effect on what is sent where.
     // http_protocol_options: casing and 1.0, both unchanged here. ignore_health_on_host_removal: there is no active health checking.
@@ -184,9 +184,19 @@ fn refuse_others(m: &pb::Cluster) -> Result<()> {
     }
     refused {
         transport_socket_matcher, health_checks, common_http_protocol_options,
-        lb_subset_config, protocol_selection, filters, close_connections_on_host_health_failure, upstream_config,
+        lb_subset_config, protocol_selection, close_connections_on_host_health_failure, upstream_config,
         connection_pool_per_downstream_connection,
     });
+    // Metadata exchange is only spoken where both sides agree on it by ALPN, which this proxy does not offer.
+    let foreign = |filter: &&pb::Filter| {
+        let any = filter.typed_config.as_ref();
+        let kind = any.map_or("", |any| any.type_url.as_str());
+        !kind.ends_with("/envoy.tcp.metadataexchange.config.MetadataExchange")
+    };
+    if let Some(filter) = m.filters.iter().find(foreign) {
+        let at = format!("filters {}", filter.name);
+        return Err(CompileError::unsupported(at));
+    }
     Ok(())
 }
 

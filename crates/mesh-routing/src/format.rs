@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use http::{HeaderMap, HeaderName};
 
 use crate::error::{CompileError, Result};
+use crate::peer::PeerTls;
 
 /// What is known of an exchange when a text is made. What is not known (yet) stays unset.
 #[derive(Debug, Clone, Copy, Default)]
@@ -45,6 +46,8 @@ pub struct Facts<'a> {
     pub route: &'a str,
     /// SNI.
     pub server_name: &'a str,
+    /// The client's connection in TLS.
+    pub tls: Option<&'a PeerTls>,
     /// The proxy's host name.
     pub hostname: &'a str,
     /// When the request began.
@@ -81,12 +84,50 @@ enum Operator {
     ResponseFlags,
     RouteName,
     ServerName,
+    Tls(TlsFact),
     Hostname,
     StartTime,
     Duration,
     BytesReceived,
     BytesSent,
     Attempts,
+}
+
+/// What is known of the client's connection in TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TlsFact {
+    PeerUris,
+    PeerDns,
+    PeerSubject,
+    PeerIssuer,
+    PeerSerial,
+    PeerHash,
+    PeerCertificate,
+    LocalUris,
+    LocalDns,
+    LocalSubject,
+    Version,
+    Cipher,
+}
+
+impl TlsFact {
+    fn value(self, tls: &PeerTls) -> Cow<'_, str> {
+        let joined = |names: &[Box<str>]| Cow::Owned(names.join(","));
+        match self {
+            Self::PeerUris => joined(&tls.uri_sans),
+            Self::PeerDns => joined(&tls.dns_sans),
+            Self::PeerSubject => (&*tls.subject).into(),
+            Self::PeerIssuer => (&*tls.issuer).into(),
+            Self::PeerSerial => (&*tls.serial).into(),
+            Self::PeerHash => (&*tls.sha256).into(),
+            Self::PeerCertificate => tls.certificate_encoded().unwrap_or_default().into(),
+            Self::LocalUris => joined(&tls.local_uri_sans),
+            Self::LocalDns => joined(&tls.local_dns_sans),
+            Self::LocalSubject => (&*tls.local_subject).into(),
+            Self::Version => tls.version.into(),
+            Self::Cipher => tls.cipher.into(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -272,6 +313,18 @@ impl Operator {
             "RESPONSE_FLAGS" => Self::ResponseFlags,
             "ROUTE_NAME" => Self::RouteName,
             "REQUESTED_SERVER_NAME" => Self::ServerName,
+            "DOWNSTREAM_PEER_URI_SAN" => Self::Tls(TlsFact::PeerUris),
+            "DOWNSTREAM_PEER_DNS_SAN" => Self::Tls(TlsFact::PeerDns),
+            "DOWNSTREAM_PEER_SUBJECT" => Self::Tls(TlsFact::PeerSubject),
+            "DOWNSTREAM_PEER_ISSUER" => Self::Tls(TlsFact::PeerIssuer),
+            "DOWNSTREAM_PEER_SERIAL" => Self::Tls(TlsFact::PeerSerial),
+            "DOWNSTREAM_PEER_FINGERPRINT_256" => Self::Tls(TlsFact::PeerHash),
+            "DOWNSTREAM_PEER_CERT" => Self::Tls(TlsFact::PeerCertificate),
+            "DOWNSTREAM_LOCAL_URI_SAN" => Self::Tls(TlsFact::LocalUris),
+            "DOWNSTREAM_LOCAL_DNS_SAN" => Self::Tls(TlsFact::LocalDns),
+            "DOWNSTREAM_LOCAL_SUBJECT" => Self::Tls(TlsFact::LocalSubject),
+            "DOWNSTREAM_TLS_VERSION" => Self::Tls(TlsFact::Version),
+            "DOWNSTREAM_TLS_CIPHER" => Self::Tls(TlsFact::Cipher),
             "HOSTNAME" => Self::Hostname,
             "START_TIME" => Self::StartTime,
             "DURATION" => Self::Duration,
@@ -311,6 +364,7 @@ impl Operator {
             Self::ResponseFlags => Some(facts.flags.into()),
             Self::RouteName => Some(facts.route.into()),
             Self::ServerName => Some(facts.server_name.into()),
+            Self::Tls(fact) => Some(fact.value(facts.tls?)),
             Self::Hostname => Some(facts.hostname.into()),
             Self::StartTime => Some(Cow::Owned(timestamp(facts.started?))),
             Self::Duration => number(u64::try_from(facts.duration?.as_millis()).ok()?),
@@ -396,6 +450,23 @@ mod tests {
 
     fn render(text: &str, facts: &Facts<'_>) -> String {
         Format::compile(text).expect(text).render(facts, "-")
+    }
+
+    #[test]
+    fn certificates_have_operators() {
+        let tls = PeerTls {
+            uri_sans: vec!["spiffe://a".into(), "spiffe://b".into()],
+            subject: "CN=x".into(),
+            version: "TLSv1.3",
+            ..PeerTls::default()
+        };
+        let facts = Facts {
+            tls: Some(&tls),
+            ..Facts::default()
+        };
+        let text = "%DOWNSTREAM_PEER_URI_SAN% %DOWNSTREAM_PEER_SUBJECT% %DOWNSTREAM_TLS_VERSION% %DOWNSTREAM_PEER_DNS_SAN%";
+        assert_eq!(render(text, &facts), "spiffe://a,spiffe://b CN=x TLSv1.3 -");
+        assert_eq!(render(text, &Facts::default()), "- - - -");
     }
 
     #[test]

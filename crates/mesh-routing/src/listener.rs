@@ -22,6 +22,8 @@ const DEFAULT_FILTERS_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct Listener {
     /// Its name.
     pub name: Arc<str>,
+    /// Its name in statistics: what is configured, else the address with underscores for colons, as Envoy has it.
+    pub stat_name: Arc<str>,
     /// Its address.
     pub address: SocketAddr,
     /// Open a socket for it? (Otherwise it only takes what a listener with [`Listener::use_original_dst`] hands over.)
@@ -55,9 +57,14 @@ impl Listener {
     /// Compiles the message.
     pub fn compile(m: &pb::Listener) -> Result<Self> {
         refuse_others(m)?;
+        let address = socket_address(m.address.as_ref()).within("address")?;
         let mut listener = Self {
             name: m.name.as_str().into(),
-            address: socket_address(m.address.as_ref()).within("address")?,
+            stat_name: match m.stat_prefix.as_str() {
+                "" => address.to_string().replace(':', "_").into(),
+                name => name.into(),
+            },
+            address,
             bind: flag(m.bind_to_port.as_ref(), true)
                 && m.deprecated_v1
                     .as_ref()
@@ -183,12 +190,12 @@ fn enabled(inspector: &Option<Option<Predicate>>, destination: SocketAddr) -> bo
 fn refuse_others(m: &pb::Listener) -> Result<()> {
     every_field!(m, pb::Listener,
     used {
-        name, address, filter_chains, use_original_dst, default_filter_chain, deprecated_v1, listener_filters,
+        name, address, stat_prefix, filter_chains, use_original_dst, default_filter_chain, deprecated_v1, listener_filters,
         listener_filters_timeout, continue_on_listener_filters_timeout, traffic_direction, bind_to_port,
     }
     // Buffers, backlogs and balancing between workers are the proxy's own; keep-alive is always on; overload handling is not here.
     irrelevant {
-        stat_prefix, stats_matcher, per_connection_buffer_limit_bytes, per_connection_buffer_high_watermark_timeout, metadata,
+        stats_matcher, per_connection_buffer_limit_bytes, per_connection_buffer_high_watermark_timeout, metadata,
         drain_type, connection_balance_config, reuse_port, enable_reuse_port, tcp_backlog_size, tcp_fast_open_queue_length,
         max_connections_to_accept_per_socket_event, ignore_global_conn_limit, bypass_overload_manager, tcp_keepalive, enable_mptcp,
         freebind,

@@ -26,6 +26,9 @@ pub use validation::{Authorities, Pins, Presented, Revoked, SanMatch, Validation
 const DOWNSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
 const UPSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
 const RAW_BUFFER: &str = "envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer";
+/// Who agrees on this begins with metadata of both sides (Istio's TCP metadata exchange), which this proxy does not speak: it never offers
+/// the name, so that others go on without.
+const PEER_EXCHANGE: &str = "istio-peer-exchange";
 /// Sessions that may be resumed for this long unless configured; what rustls' own tickets have.
 const DEFAULT_SESSION_TIMEOUT: Duration = Duration::from_secs(12 * 3600);
 
@@ -221,7 +224,12 @@ impl Common {
         let params = m.tls_params.as_ref().map(Params::compile).transpose();
         Ok(Self {
             params: params.within("tls_params")?.unwrap_or_default(),
-            alpn: m.alpn_protocols.iter().map(|p| p.as_str().into()).collect(),
+            alpn: m
+                .alpn_protocols
+                .iter()
+                .filter(|name| *name != PEER_EXCHANGE)
+                .map(|name| name.as_str().into())
+                .collect(),
             certificates,
             validation: m
                 .validation_context_type
@@ -340,4 +348,58 @@ pub(crate) fn gather<'a>(
     into: &mut BTreeSet<SecretName>,
 ) {
     into.extend(names.cloned());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use envoy_types::pb::google::protobuf::BoolValue;
+
+    fn context(alpn: &[&str]) -> pb::DownstreamTlsContext {
+        let inline = |text: &str| {
+            Some(DataSource {
+                specifier: Some(Specifier::InlineString(text.to_owned())),
+                ..DataSource::default()
+            })
+        };
+        let certificate = pb::TlsCertificate {
+            certificate_chain: inline("chain"),
+            private_key: inline("key"),
+            ..pb::TlsCertificate::default()
+        };
+        let common = pb::CommonTlsContext {
+            tls_certificates: vec![certificate],
+            alpn_protocols: alpn.iter().map(|name| (*name).to_owned()).collect(),
+            ..pb::CommonTlsContext::default()
+        };
+        pb::DownstreamTlsContext {
+            common_tls_context: Some(common),
+            ..pb::DownstreamTlsContext::default()
+        }
+    }
+
+    #[test]
+    fn what_is_not_spoken_is_not_offered() {
+        let tls = ServerTls::compile(&context(&["istio-peer-exchange", "h2", "http/1.1"])).unwrap();
+        let names: Vec<&str> = tls.common.alpn.iter().map(|name| &**name).collect();
+        assert_eq!(names, ["h2", "http/1.1"]);
+    }
+
+    #[test]
+    fn equal_settings_have_equal_keys() {
+        let key = |alpn: &[&str]| {
+            let tls = ServerTls::compile(&context(alpn)).unwrap();
+            tls.common.key().to_vec()
+        };
+        assert_eq!(key(&["h2"]), key(&["h2"]));
+        assert_ne!(key(&["h2"]), key(&["http/1.1"]));
+    }
+
+    #[test]
+    fn a_server_that_asks_without_trusting_anybody_is_refused() {
+        let mut asking = context(&[]);
+        asking.require_client_certificate = Some(BoolValue { value: true });
+        let error = ServerTls::compile(&asking).unwrap_err().to_string();
+        assert!(error.starts_with("require_client_certificate:"), "{error}");
+    }
 }

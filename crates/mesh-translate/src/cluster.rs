@@ -1,6 +1,6 @@
 //! Clusters.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
@@ -96,7 +96,9 @@ pub(crate) fn add_outbound(
         port,
         subset,
     };
-    let own_alpn = target.apply(&policy, &mut cluster, &mut options, &mut resources.secrets);
+    let mut secrets = BTreeSet::new();
+    let own_alpn = target.apply(&policy, &mut cluster, &mut options, &mut secrets);
+    resources.need(secrets, rule.map_or(&[], |rule| &rule.keys));
     set_options(&mut cluster, options);
     let mut fields = described(&[service]);
     if let Some(key) = rule.and_then(|rule| rule.keys.first()) {

@@ -1,6 +1,6 @@
 //! Gateways: one listener per port, all hosts of a port in one route table.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use envoy_types::pb::envoy::config::listener::v3::{FilterChain, FilterChainMatch};
@@ -186,20 +186,24 @@ impl Router<'_> {
         let hosts: Vec<String> = server.hosts.iter().map(|(_, host)| host.clone()).collect();
         let free = taken.take(&hosts, &[]);
         if free.is_empty() && !hosts.is_empty() {
-            resources.notes.push(format!(
-                "server {} of {} is left out: another server of port {} has all of its hosts",
-                server.name, gateway.key, server.port
-            ));
+            let message = format!(
+                "server {} is left out: another server of port {} has all of its hosts",
+                server.name, server.port
+            );
+            resources.report(&gateway.key, "spec.servers", message);
         }
         let http = server.mode == ServerMode::Https;
+        let mut secrets = BTreeSet::new();
         let with_condition = |matched: FilterChainMatch| {
             let chain = FilterChain {
                 filter_chain_match: (matched != FilterChainMatch::default()).then_some(matched),
                 ..chain.clone()
             };
-            tls::end(chain, self.mesh, settings, http, &mut resources.secrets)
+            tls::end(chain, self.mesh, settings, http, &mut secrets)
         };
-        free.into_iter().map(with_condition).collect()
+        let chains = free.into_iter().map(with_condition).collect();
+        resources.need(secrets, std::slice::from_ref(&gateway.key));
+        chains
     }
 }
 

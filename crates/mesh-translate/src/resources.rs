@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::Hasher;
 
 use bytes::Bytes;
-use mesh_model::{ObjectKey, Problem};
+use mesh_model::{ObjectKey, Problem, Severity};
 use prost::{Message, Name};
 
 /// One encoded resource.
@@ -29,17 +29,36 @@ pub struct Resources {
     pub clusters: BTreeMap<String, Resource>,
     /// `envoy.config.endpoint.v3.ClusterLoadAssignment`.
     pub endpoints: BTreeMap<String, Resource>,
-    /// Names of the secrets that the other resources ask the control plane for (SDS over the aggregated stream).
-    pub secrets: BTreeSet<String>,
+    /// Names of the secrets that the other resources ask the control plane for (SDS over the aggregated stream), with the objects that name them.
+    pub secrets: BTreeMap<String, BTreeSet<ObjectKey>>,
     /// What could not be translated for this node, for people; ordered, without repetition.
     pub notes: Vec<String>,
     /// EnvoyFilters that changed a resource, by the resource's type URL and name.
     pub patched_by: BTreeMap<(&'static str, String), BTreeSet<ObjectKey>>,
-    /// Patches that could not be applied to this node's resources.
+    /// What of objects can't be done for this node: patches that don't fit, authorizers that are not there.
     pub problems: Vec<Problem>,
 }
 
 impl Resources {
+    /// Notes that objects need secrets.
+    pub(crate) fn need(&mut self, secrets: BTreeSet<String>, objects: &[ObjectKey]) {
+        for name in secrets {
+            let by = self.secrets.entry(name).or_default();
+            by.extend(objects.iter().cloned());
+        }
+    }
+
+    /// Notes that a part of an object has no effect on this node.
+    pub(crate) fn report(&mut self, object: &ObjectKey, field: &str, message: String) {
+        self.problems.push(Problem {
+            object: object.clone(),
+            field: field.to_owned(),
+            severity: Severity::Error,
+            message,
+            code: None,
+        });
+    }
+
     /// Puts a resource that patches of these objects changed in the place of the one before; nothing happens if there are none.
     pub(crate) fn patched<M: Message + Name>(
         &mut self,

@@ -2,21 +2,14 @@
 
 use std::path::Path;
 use std::process::Child;
-use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    SanType,
-};
 use serde_json::{Value, json};
 
 use super::discovery::Resources;
-use super::{Args, BACKEND, Peer, measure, peers};
+use super::{Args, BACKEND, Peer, await_port, measure, peers};
 use crate::judges::install;
-
-const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
-const SERVER: &str = "spiffe://cluster.local/ns/default/sa/server";
+use crate::pki::{CLIENT, SERVER, certificates};
 
 /// Prints the table of both pairs.
 pub(super) fn beside_envoys(args: &Args, binary: &Path) -> anyhow::Result<()> {
@@ -29,76 +22,67 @@ pub(super) fn beside_envoys(args: &Args, binary: &Path) -> anyhow::Result<()> {
     let server = |port| Resources::new(port, BACKEND).with_server(server_context(path));
     let ours = |resources, health| peers::mesh_with(binary, path, resources, health);
     let envoys = |resources, base| peers::envoy_with(path, resources, base);
-    let started = (|| {
-        Ok::<_, anyhow::Error>(vec![
-            pair(
-                "mesh",
-                18101,
-                ours(client(18101, 18102), 18123)?,
-                ours(server(18102), 18133)?,
-            ),
-            pair(
-                "envoy",
-                18103,
-                envoys(client(18103, 18104), 81)?,
-                envoys(server(18104), 82)?,
-            ),
-            // Each as the other's peer: no figure of interest, but they have to understand each other.
-            pair(
-                "mesh to envoy",
-                18105,
-                ours(client(18105, 18106), 18143)?,
-                envoys(server(18106), 83)?,
-            ),
-            pair(
-                "envoy to mesh",
-                18107,
-                envoys(client(18107, 18108), 84)?,
-                ours(server(18108), 18153)?,
-            ),
-        ])
-    })();
+    let started = [
+        (
+            "mesh",
+            18101,
+            [
+                ours(client(18101, 18102), 18123),
+                ours(server(18102), 18133),
+            ],
+        ),
+        (
+            "envoy",
+            18103,
+            [envoys(client(18103, 18104), 81), envoys(server(18104), 82)],
+        ),
+        // Each as the other's peer: no figure of interest, but they have to understand each other.
+        (
+            "mesh to envoy",
+            18105,
+            [ours(client(18105, 18106), 18143), envoys(server(18106), 83)],
+        ),
+        (
+            "envoy to mesh",
+            18107,
+            [envoys(client(18107, 18108), 84), ours(server(18108), 18153)],
+        ),
+    ];
+    let started: anyhow::Result<Vec<Peer>> = started.into_iter().map(pair).collect();
     println!("\na pair of proxies, mutual TLS 1.3 between them:");
-    let outcome = started.and_then(|peers| measure(args, &wrk, &peers));
+    let outcome = started.and_then(|peers| {
+        for inner in [18102, 18104, 18106, 18108] {
+            await_port(inner)
+                .with_context(|| format!("a server's proxy is not up on port {inner}"))?;
+        }
+        measure(args, &wrk, &peers)
+    });
     // Killing is enough: it has nothing to say at its end.
     let _ = backend.kill();
     let _ = backend.wait();
     outcome
 }
 
-fn pair(name: &'static str, port: u16, client: Child, server: Child) -> Peer {
-    Peer {
+/// Both processes, or none.
+fn pair(
+    (name, port, started): (&'static str, u16, [anyhow::Result<Child>; 2]),
+) -> anyhow::Result<Peer> {
+    let mut peer = Peer {
         name,
         port,
-        children: vec![client, server],
+        children: Vec::new(),
+    };
+    let mut failed = None;
+    for child in started {
+        match child {
+            Ok(child) => peer.children.push(child),
+            Err(error) => failed = Some(error),
+        }
     }
-}
-
-/// A root and two workload certificates (ECDSA P-256) as Istio's CA makes them, in files.
-fn certificates(place: &Path) -> anyhow::Result<()> {
-    let mut params = CertificateParams::new(Vec::new())?;
-    params
-        .distinguished_name
-        .push(DnType::OrganizationName, "cluster.local");
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate()?;
-    std::fs::write(place.join("root.pem"), params.self_signed(&key)?.pem())?;
-    let issuer = Issuer::new(params, key);
-    for (name, identity) in [("client", CLIENT), ("server", SERVER)] {
-        let mut params = CertificateParams::new(Vec::new())?;
-        params.subject_alt_names = vec![SanType::URI(identity.try_into()?)];
-        params.not_before = (SystemTime::now() - Duration::from_secs(120)).into();
-        params.not_after = (SystemTime::now() + Duration::from_secs(86_400)).into();
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
-        let key = KeyPair::generate()?;
-        let chain = params.signed_by(&key, &issuer).context("issuing")?;
-        std::fs::write(place.join(format!("{name}.pem")), chain.pem())?;
-        std::fs::write(place.join(format!("{name}.key")), key.serialize_pem())?;
+    match failed {
+        None => Ok(peer),
+        Some(error) => Err(error),
     }
-    Ok(())
 }
 
 /// What both sides have, with the names that a mesh checks.

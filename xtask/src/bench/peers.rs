@@ -119,9 +119,8 @@ pub(super) fn mesh_with(
     health: u16,
 ) -> anyhow::Result<Child> {
     let address = discovery::serve(resources)?;
-    // Plain discovery: certificates and tokens of a mesh are not what is measured.
-    let config = json!({"discoveryAddress": address.to_string(), "concurrency": 1, "proxyAdminPort": health - 2,
-        "statusPort": health - 1, "controlPlaneAuthPolicy": "NONE"});
+    // On a port that is not the secure one: certificates and tokens of a mesh are not what is measured.
+    let config = json!({"discoveryAddress": address.to_string(), "concurrency": 1, "proxyAdminPort": health - 2, "statusPort": health - 1});
     pinned(1, binary)
         .args(["proxy", "router"])
         .env("PROXY_CONFIG", config.to_string())

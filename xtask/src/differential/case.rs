@@ -44,6 +44,12 @@ pub(super) struct Case {
     /// HTTP filters before the router.
     #[serde(default)]
     pub(super) filters: Vec<Value>,
+    /// Further fields of the filter chain with that connection manager.
+    #[serde(default)]
+    pub(super) chain: Map<String, Value>,
+    /// How many times a request passes a connection manager, where the case goes through proxies again (0 means 1).
+    #[serde(default)]
+    pub(super) hops: i64,
     /// Filter chains in place of one with a connection manager.
     #[serde(default)]
     pub(super) chains: Vec<Value>,

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use mesh_xds::{Resource, ResourceSet};
 use serde_json::{Map, Value, json};
 
@@ -53,6 +53,9 @@ pub(super) struct Maker<'a> {
     pub(super) upstream: &'a Upstream,
     /// Envoy writes its log here. Ours tells the same by its metrics, and takes no access log.
     pub(super) access_log: &'a str,
+    pub(super) cases: &'a [Case],
+    /// Where certificates are; stands for `PKI` in paths of a case.
+    pub(super) certificates: &'a str,
 }
 
 /// The name of a case's listener and route table.
@@ -61,12 +64,12 @@ pub(super) fn name(case: usize) -> String {
 }
 
 impl Maker<'_> {
-    pub(super) fn make(&self, cases: &[Case]) -> anyhow::Result<ResourceSet> {
+    pub(super) fn make(&self) -> anyhow::Result<ResourceSet> {
         let mut set = ResourceSet::new();
         for (name, spec) in self.common_clusters() {
             self.cluster(&mut set, &name, &spec)?;
         }
-        for (i, case) in cases.iter().enumerate() {
+        for (i, case) in self.cases.iter().enumerate() {
             self.case(&mut set, i, case)
                 .with_context(|| format!("case {}", case.name))?;
         }
@@ -103,8 +106,10 @@ impl Maker<'_> {
         let chains = if case.chains.is_empty() {
             let mut table = self.table(i, case);
             qualify(&mut table, &own, i);
-            insert(set, "route.v3.RouteConfiguration", &name(i), &table)?;
-            vec![self.manager_chain(i, case)]
+            self.insert(set, "route.v3.RouteConfiguration", &name(i), &table)?;
+            let mut chain = self.manager_chain(i, case);
+            merge(&mut chain, &case.chain);
+            vec![chain]
         } else {
             case.chains.clone()
         };
@@ -116,7 +121,7 @@ impl Maker<'_> {
         });
         merge(&mut listener, &case.listener);
         qualify(&mut listener, &own, i);
-        insert(set, "listener.v3.Listener", &name(i), &listener)
+        self.insert(set, "listener.v3.Listener", &name(i), &listener)
     }
 
     fn table(&self, i: usize, case: &Case) -> Value {
@@ -177,8 +182,8 @@ impl Maker<'_> {
         if let Some(given) = cluster.as_object_mut().and_then(|c| c.remove("localities")) {
             assignment["endpoints"] = self.localities(given)?;
         }
-        insert(set, "cluster.v3.Cluster", name, &cluster)?;
-        insert(set, "endpoint.v3.ClusterLoadAssignment", name, &assignment)
+        self.insert(set, "cluster.v3.Cluster", name, &cluster)?;
+        self.insert(set, "endpoint.v3.ClusterLoadAssignment", name, &assignment)
     }
 
     /// `LocalityLbEndpoints` in which an endpoint may be given by its name.
@@ -193,6 +198,19 @@ impl Maker<'_> {
         Ok(given)
     }
 
+    /// The listener of a case: `self` is this proxy's, `other` the other one's.
+    fn proxy(&self, whose: &str, case: &str) -> anyhow::Result<SocketAddr> {
+        let side = match (whose, self.side) {
+            ("self", side) => side,
+            ("other", Side::Envoy) => Side::Mesh,
+            ("other", Side::Mesh) => Side::Envoy,
+            _ => bail!("{whose:?} is neither self nor other"),
+        };
+        let at = self.cases.iter().position(|known| known.name == case);
+        let at = at.with_context(|| format!("there is no case {case:?} to send to"))?;
+        Ok(side.listener(self.port, at))
+    }
+
     /// An endpoint by its name, or an object with its name as `at` and further fields of `LbEndpoint`.
     fn endpoint(&self, endpoint: &Value) -> anyhow::Result<Value> {
         let name = match endpoint {
@@ -202,7 +220,10 @@ impl Maker<'_> {
         let name = name
             .as_str()
             .map_or_else(|| name.to_string(), str::to_owned);
-        let address = self.upstream.address(&name)?;
+        let address = match name.split_once(':') {
+            Some((whose, case)) => self.proxy(whose, case)?,
+            None => self.upstream.address(&name)?,
+        };
         let mut made = json!({"endpoint": {"address": socket_address(address)}});
         if let Value::Object(fields) = endpoint {
             let mut fields = fields.clone();
@@ -211,28 +232,41 @@ impl Maker<'_> {
         }
         Ok(made)
     }
+
+    fn insert(
+        &self,
+        set: &mut ResourceSet,
+        kind: &str,
+        name: &str,
+        value: &Value,
+    ) -> anyhow::Result<()> {
+        let type_url = format!("type.googleapis.com/envoy.config.{kind}");
+        mesh_xds::json::Descriptors::keep();
+        let text = value.to_string();
+        let placed = match text.contains("\"PKI/") {
+            true => {
+                serde_json::from_str(&text.replace("\"PKI/", &format!("\"{}/", self.certificates)))?
+            }
+            false => value.clone(),
+        };
+        let bytes = mesh_xds::json::from_json(&type_url, &placed)
+            .with_context(|| format!("making {kind} {name}"))?;
+        ensure!(
+            set.find(&type_url, name).is_none(),
+            "{kind} {name} is there twice"
+        );
+        set.insert(Resource {
+            name: name.to_owned(),
+            version: "1".to_owned(),
+            type_url,
+            value: bytes.into(),
+        });
+        Ok(())
+    }
 }
 
 fn socket_address(address: SocketAddr) -> Value {
     json!({"socket_address": {"address": address.ip().to_string(), "port_value": address.port()}})
-}
-
-fn insert(set: &mut ResourceSet, kind: &str, name: &str, value: &Value) -> anyhow::Result<()> {
-    let type_url = format!("type.googleapis.com/envoy.config.{kind}");
-    mesh_xds::json::Descriptors::keep();
-    let bytes = mesh_xds::json::from_json(&type_url, value)
-        .with_context(|| format!("making {kind} {name}"))?;
-    ensure!(
-        set.find(&type_url, name).is_none(),
-        "{kind} {name} is there twice"
-    );
-    set.insert(Resource {
-        name: name.to_owned(),
-        version: "1".to_owned(),
-        type_url,
-        value: bytes.into(),
-    });
-    Ok(())
 }
 
 /// Puts `fields` over `value`: objects are merged, everything else replaced.

@@ -150,6 +150,16 @@ impl Cluster {
         run::output(&mut self.tool(args))
     }
 
+    /// Runs one of our own commands, whatever the tool is, and gives what it printed.
+    pub fn mesh(&self, args: &[&str]) -> anyhow::Result<String> {
+        let mut command = Command::new(&self.binary);
+        command
+            .env("KUBECONFIG", self.kubeconfig())
+            .env("HOME", self.place.path())
+            .args(args);
+        run::output(&mut command)
+    }
+
     /// Applies YAML text.
     pub fn apply(&self, yaml: &str) -> anyhow::Result<String> {
         let file = self.place.path().join("apply.yaml");

@@ -2,11 +2,14 @@
 
 use super::cluster::Cluster;
 
+mod access;
 mod counted;
 mod examples;
 mod graceful;
+mod identity;
 mod limits;
 mod load;
+mod mtls;
 mod pods;
 mod refusals;
 mod reviews;
@@ -35,6 +38,22 @@ pub const ALL: &[(&str, Scenario)] = &[
         counted::counted,
     ),
     (
+        "workloads speak mutual TLS without being told to",
+        mtls::automatic,
+    ),
+    (
+        "every proxy has a certificate of the mesh's root",
+        identity::shown,
+    ),
+    (
+        "the root is changed under load and nothing is lost",
+        identity::rotated_under_load,
+    ),
+    (
+        "under STRICT a plain client gets no answer, but for exceptions",
+        mtls::strict,
+    ),
+    (
         "without the capture rules in a pod, its edges are not counted",
         counted::edges_uncaptured,
     ),
@@ -45,6 +64,10 @@ pub const ALL: &[(&str, Scenario)] = &[
     (
         "a client outside the mesh gets plain round robin",
         pods::outside,
+    ),
+    (
+        "a pod may do with the API what its roles say",
+        access::roles,
     ),
     (
         "the proxy runs as uid 1337 where uids are mapped",

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::policy::MASTERS;
 use super::{CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES, GROUP, ROLE_BINDINGS, ROLES, Rule, missing};
 use crate::ApiServer;
 use crate::access::{Action, Object};
@@ -24,7 +23,7 @@ pub fn check(
     new: &Value,
 ) -> Result<(), ApiError> {
     let resource = &request.target.resource;
-    if resource.group != GROUP || request.identity.groups.iter().any(|g| g == MASTERS) {
+    if resource.group != GROUP || request.identity.is_master() {
         return Ok(());
     }
     match resource.storage.as_str() {

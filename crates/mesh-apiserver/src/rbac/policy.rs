@@ -13,9 +13,6 @@ use crate::access::{Action, On};
 use crate::auth::Identity;
 use crate::storage::Storage;
 
-/// Members may do everything; no role can take it from them (as in Kubernetes).
-pub const MASTERS: &str = "system:masters";
-
 /// Roles and bindings.
 #[derive(Debug, Default)]
 pub struct Policy {
@@ -135,7 +132,7 @@ impl Policy {
         identity: &'a Identity,
         action: &Action<'_>,
     ) -> Option<Allowed<'a>> {
-        if identity.groups.iter().any(|group| group == MASTERS) {
+        if identity.is_master() {
             return Some(Allowed::Master);
         }
         let namespace = match &action.on {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use kube::api::{Api as KubeApi, ListParams};
-use mesh_apiserver::ApiServer;
+use mesh_apiserver::{ApiServer, Identity};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -59,6 +59,46 @@ async fn only_tokens_open_the_door() {
     )
     .await
     .ok();
+}
+
+#[tokio::test]
+async fn users_have_tokens_and_groups_of_their_own() {
+    const TOKEN: &str = "a-token-that-is-janes";
+    let mut options = options(None);
+    let jane = Identity::user("jane", "7", &["ops".to_owned()]);
+    options.users = vec![(TOKEN.to_owned(), jane)];
+    let api = Api::open(options);
+    let door = Api {
+        server: api.server.clone(),
+        router: api.server.router(),
+    };
+    with_token(&door, TOKEN, "/api").await.ok();
+    with_token(&door, TOKEN, CONFIG_MAPS).await.fails(403);
+    with_token(&door, &TOKEN[1..], "/api").await.fails(401);
+    let binding = json!({
+        "kind": "ClusterRoleBinding", "metadata": { "name": "ops" },
+        "roleRef": { "kind": "ClusterRole", "name": "view" }, "subjects": [{ "kind": "Group", "name": "ops" }],
+    });
+    api.post(
+        "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+        &binding,
+    )
+    .await
+    .ok();
+    with_token(&door, TOKEN, CONFIG_MAPS).await.ok();
+    let review = async |audiences: Value| {
+        let body = json!({ "spec": { "token": TOKEN, "audiences": audiences } });
+        api.post("/apis/authentication.k8s.io/v1/tokenreviews", &body)
+            .await
+            .ok()["status"]
+            .clone()
+    };
+    assert_eq!(
+        review(json!([])).await["user"],
+        json!({ "username": "jane", "groups": ["ops", "system:authenticated"], "uid": "7" })
+    );
+    let other = review(json!(["istio-ca"])).await;
+    assert_eq!(other["authenticated"], false, "{other}");
 }
 
 #[tokio::test]

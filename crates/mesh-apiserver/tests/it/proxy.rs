@@ -45,7 +45,9 @@ impl NodeBackend for Pods {
             let answer = move |request: Request| {
                 let (namespace, pod) = (namespace.clone(), pod.clone());
                 async move {
-                    let credentials = request.headers().contains_key("authorization");
+                    let credentials = ["authorization", "impersonate-user", "impersonate-group"]
+                        .iter()
+                        .any(|name| request.headers().contains_key(*name));
                     let host = request.headers()["host"].to_str().unwrap().to_owned();
                     axum::Json(
                         json!({ "pod": format!("{namespace}/{pod}"), "host": host, "credentials": credentials,
@@ -81,7 +83,11 @@ async fn requests_reach_pods_by_number_name_or_first_port() {
             .send(
                 "GET",
                 &format!("{PODS}/{name}/proxy/a//b/?x=1&y=%2F"),
-                &[("authorization", "Bearer secret")],
+                &[
+                    ("authorization", "Bearer secret"),
+                    ("impersonate-user", "somebody"),
+                    ("impersonate-group", "system:masters"),
+                ],
                 "",
             )
             .await

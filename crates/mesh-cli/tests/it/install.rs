@@ -103,6 +103,57 @@ fn configuration_is_read_by_those_who_read_it() {
     assert_eq!(injector.resources["requests"]["cpu"], "10m");
 }
 
+/// The roles are Istio's by name, are bound to the accounts that the pods run as, and hold no wildcard but that of Istio's kinds.
+#[test]
+fn every_part_has_its_own_rights() {
+    let waves = of(Profile::Demo);
+    for (kind, name, account) in [
+        ("ClusterRole", "istiod-clusterrole-istio-system", "istiod"),
+        ("Role", "istiod", "istiod"),
+        (
+            "Role",
+            "istio-ingressgateway-sds",
+            "istio-ingressgateway-service-account",
+        ),
+        (
+            "Role",
+            "istio-egressgateway-sds",
+            "istio-egressgateway-service-account",
+        ),
+    ] {
+        let role = find(&waves, kind, name);
+        for rule in role["rules"].as_array().expect("rules") {
+            let all = |field: &str| {
+                let mut list = rule[field].as_array().expect(field).iter();
+                list.any(|item| item == "*")
+            };
+            let groups = rule["apiGroups"].as_array().expect("apiGroups");
+            let istio = groups
+                .iter()
+                .all(|group| group.as_str().is_some_and(|g| g.ends_with("istio.io")));
+            assert!(!all("verbs") && !all("apiGroups"), "{rule}");
+            assert!(!all("resources") || istio, "{rule}");
+        }
+        let binding = find(&waves, &format!("{kind}Binding"), name);
+        assert_eq!(binding["roleRef"]["kind"], kind);
+        assert_eq!(binding["roleRef"]["name"], name);
+        assert_eq!(binding["subjects"][0]["name"], account);
+        find(&waves, "ServiceAccount", account);
+    }
+    let role = find(&waves, "ClusterRole", "istiod-clusterrole-istio-system");
+    let may = |resource: &str, verb: &str| {
+        role["rules"].as_array().expect("rules").iter().any(|rule| {
+            let has = |field: &str, text: &str| {
+                let list = rule[field].as_array().expect(field);
+                list.iter().any(|item| item == text)
+            };
+            has("resources", resource) && has("verbs", verb)
+        })
+    };
+    assert!(may("virtualservices/status", "patch") && may("tokenreviews", "create"));
+    assert!(!may("secrets", "create") && !may("pods", "delete"));
+}
+
 #[test]
 fn a_revision_marks_every_name() {
     let options = InstallOptions {

@@ -66,10 +66,67 @@ impl NodeBackend for EchoNode {
         &self,
         _: String,
         _: String,
-        _: u16,
+        port: u16,
     ) -> BoxFuture<'static, Result<Box<dyn Duplex>, NodeError>> {
-        Box::pin(async { Err(NodeError::new(NodeErrorKind::BadRequest, "not here")) })
+        Box::pin(async move {
+            if port != 15000 {
+                return Err(NodeError::new(NodeErrorKind::BadRequest, "not here"));
+            }
+            let (near, far) = tokio::io::duplex(1 << 16);
+            tokio::spawn(admin(far));
+            let stream: Box<dyn Duplex> = Box::new(near);
+            Ok(stream)
+        })
     }
+}
+
+/// A proxy's admin interface: it has a certificate and a root, and answers one request.
+async fn admin(mut stream: tokio::io::DuplexStream) {
+    use base64::Engine as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    // One for all proxies of this test.
+    static CERTIFICATES: std::sync::OnceLock<(String, String)> = std::sync::OnceLock::new();
+    let (leaf, root) = CERTIFICATES.get_or_init(|| {
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .expect("later than 1970")
+            .as_secs();
+        let root = mesh_identity::ca::Authority::generate("cluster.local", "Root CA", now, 86_400)
+            .expect("a root");
+        let leaf = root
+            .issue_server(&["a.example"], &[], now, 3600)
+            .expect("a leaf");
+        (leaf.chain_pem, root.certificate_pem().to_owned())
+    });
+    let inline = |pem: &str| {
+        let bytes = base64::engine::general_purpose::STANDARD.encode(pem);
+        serde_json::json!({ "inline_bytes": bytes })
+    };
+    let dump = serde_json::json!({ "configs": [
+        { "@type": "type.googleapis.com/envoy.admin.v3.ClustersConfigDump" },
+        { "@type": "type.googleapis.com/envoy.admin.v3.SecretsConfigDump", "dynamic_active_secrets": [
+            { "name": "default", "secret": { "tls_certificate": { "certificate_chain": inline(leaf) } } },
+            { "name": "ROOTCA", "secret": { "validation_context": { "trusted_ca": inline(root) } } },
+        ] },
+    ] })
+    .to_string();
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        match stream.read_u8().await {
+            Ok(byte) => request.push(byte),
+            Err(_) => return,
+        }
+    }
+    assert!(request.starts_with(b"GET /config_dump HTTP/1.1\r\n"));
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        dump.len()
+    );
+    // Who asked may have gone.
+    let _ = stream.write_all(format!("{head}{dump}").as_bytes()).await;
+    let _ = stream.flush().await;
+    // The end belongs to who asked.
+    let _ = stream.read_u8().await;
 }
 
 /// A buffer that can be read while something else writes to it.
@@ -206,6 +263,8 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
         mesh_cli::logs::Args::augment_args(clap::Command::new("logs")),
         mesh_cli::exec::Args::augment_args(clap::Command::new("exec")),
         mesh_cli::version::Args::augment_args(clap::Command::new("version")),
+        mesh_cli::ca::Args::augment_args(clap::Command::new("ca")),
+        mesh_cli::proxy_config::Args::augment_args(clap::Command::new("proxy-config")),
     ]);
     let matches = command
         .try_get_matches_from(std::iter::once("mesh".to_owned()).chain(words.iter().cloned()))?;
@@ -236,6 +295,14 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
         "version" => {
             mesh_cli::version::run(
                 mesh_cli::version::Args::from_arg_matches(arguments)?,
+                &global,
+            )
+            .await
+        }
+        "ca" => mesh_cli::ca::run(mesh_cli::ca::Args::from_arg_matches(arguments)?, &global).await,
+        "proxy-config" => {
+            mesh_cli::proxy_config::run(
+                mesh_cli::proxy_config::Args::from_arg_matches(arguments)?,
                 &global,
             )
             .await

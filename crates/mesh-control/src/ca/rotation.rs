@@ -125,7 +125,16 @@ async fn step(
         }
         return Ok(());
     }
-    let progress = nodes.trust_progress(held);
+    let mut progress = nodes.trust_progress(held);
+    let done = match leads {
+        true => {
+            let lack = lack(options, replica, &progress).await?;
+            let told = lack.iter().filter(|lack| !lack.is_empty());
+            progress.waiting.extend(told.cloned());
+            lack.is_none()
+        }
+        false => false,
+    };
     let same = |said: &Progress| {
         let renewed = progress.time.saturating_sub(said.time) > FRESH_SECONDS / 3;
         !renewed
@@ -138,7 +147,7 @@ async fn step(
         report(options, replica, Some(&progress)).await?;
         *said = Some(progress.clone());
     }
-    if !leads || !all_done(options, &progress).await? {
+    if !done {
         return Ok(());
     }
     tracing::info!(phase = ?held.phase, root = progress.root, "all proxies are so far; the rotation of the root goes on");
@@ -158,24 +167,38 @@ fn is_old(held: &Held, now: u64) -> bool {
     })
 }
 
-/// Whether everybody is so far: all proxies of all control planes, and no fewer of them than there are pods with a proxy.
-async fn all_done(options: &Options, own: &Progress) -> Result<bool, SecretError> {
+/// What is lacking until everybody is so far: all proxies of all control planes, and no fewer of them than there are pods with a proxy.
+async fn lack(
+    options: &Options,
+    replica: &str,
+    own: &Progress,
+) -> Result<Option<String>, SecretError> {
     let map = config_maps(options).get_opt(PROGRESS).await?;
     let data = map.map(|map| map.data["data"].clone()).unwrap_or_default();
     let texts: BTreeMap<String, String> = serde_json::from_value(data).unwrap_or_default();
+    let others = texts.iter().filter(|(name, _)| *name != replica);
     let fresh = |text: &String| {
         let said: Progress = serde_json::from_str(text).ok()?;
         (own.time.saturating_sub(said.time) <= FRESH_SECONDS).then_some(said)
     };
-    let all: Vec<Progress> = texts.values().filter_map(fresh).collect();
-    let agree = |said: &Progress| {
+    let others: Vec<Progress> = others.filter_map(|(_, text)| fresh(text)).collect();
+    let agrees = |said: &&Progress| {
         said.phase == own.phase && said.root == own.root && said.done == said.connected
     };
-    if all.is_empty() || !all.iter().all(agree) {
-        return Ok(false);
+    if own.done != own.connected {
+        // They are named already.
+        return Ok(Some(String::new()));
     }
-    let connected: usize = all.iter().map(|said| said.connected).sum();
-    Ok(connected >= meshed_pods(options).await?)
+    if others.iter().filter(agrees).count() != others.len() {
+        return Ok(Some("proxies of other control planes".to_owned()));
+    }
+    let connected = own.connected + others.iter().map(|said| said.connected).sum::<usize>();
+    let pods = meshed_pods(options).await?;
+    Ok((connected < pods).then(|| {
+        format!(
+            "{pods} running pods have a proxy, {connected} of these are connected and authenticated"
+        )
+    }))
 }
 
 /// Running pods that say they have a proxy with an identity.

@@ -71,38 +71,43 @@ pub(crate) async fn keep(
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 1);
     let mut plugged_in = Seen::default();
     let mut own = Seen::default();
-    while let Some((name, event)) = events.next().await {
-        let seen = if name == PLUGGED_IN {
-            &mut plugged_in
-        } else {
-            &mut own
-        };
-        match event {
-            Ok(event) => seen.take(name, event),
-            Err(error) => {
-                tracing::warn!(secret = name, %error, "watching the authority's Secret; trying again");
-                tokio::time::sleep(backoff.wait()).await;
-                continue;
+    let mut retry = None;
+    loop {
+        let again = async {
+            match retry {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => std::future::pending().await,
             }
-        }
-        while plugged_in.listed && own.listed {
-            match settle(&api, &options, &plugged_in, &own).await {
-                Ok(held) => {
-                    backoff.reset();
-                    put(&issuing, &metrics, held);
-                }
-                Err((secret, error)) => {
-                    metrics.citadel.load_failures.inc();
-                    tracing::error!(secret, %error, "the certificate authority can't be used");
-                    let is_content = !matches!(error, SecretError::Api(_));
-                    if is_content {
-                        break;
-                    }
+        };
+        tokio::select! {
+            event = events.next() => match event {
+                Some((PLUGGED_IN, Ok(event))) => plugged_in.take(PLUGGED_IN, event),
+                Some((_, Ok(event))) => own.take(SELF_SIGNED, event),
+                Some((secret, Err(error))) => {
+                    tracing::warn!(secret, %error, "watching the authority's Secret; trying again");
                     tokio::time::sleep(backoff.wait()).await;
                     continue;
                 }
+                None => return,
+            },
+            () = again => {}
+        }
+        retry = None;
+        if !plugged_in.listed || !own.listed {
+            continue;
+        }
+        match settle(&api, &options, &plugged_in, &own).await {
+            Ok(held) => {
+                backoff.reset();
+                put(&issuing, &metrics, held);
             }
-            break;
+            Err((secret, error)) => {
+                metrics.citadel.load_failures.inc();
+                tracing::error!(secret, %error, "the certificate authority can't be used");
+                // What is wrong in a Secret is mended by changing it, and that is seen.
+                let by_itself = matches!(error, SecretError::Api(_));
+                retry = by_itself.then(|| backoff.wait());
+            }
         }
     }
 }

@@ -16,6 +16,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
+use super::Range;
+
 /// Largest answer, in bytes.
 const MAX_ANSWER: usize = 1 << 20;
 const MAX_REDIRECTS: usize = 3;
@@ -39,7 +41,7 @@ pub(super) enum FetchError {
         source: std::io::Error,
     },
     #[error(
-        "{host} is at {address}, which is a loopback, link-local, multicast or metadata address: keys are never fetched from there"
+        "{host} is at {address}, which is a loopback, link-local, multicast, metadata or blocked address: keys are never fetched from there"
     )]
     Blocked { host: String, address: IpAddr },
     #[error("connecting to {host}: {source}")]
@@ -59,15 +61,17 @@ pub(super) enum FetchError {
 
 /// Fetches keys; clones share what it trusts.
 #[derive(Clone)]
-pub(super) struct Fetcher {
+pub(crate) struct Fetcher {
     tls: Arc<rustls::ClientConfig>,
     /// Whether an address may be asked.
     allowed: fn(IpAddr) -> bool,
+    /// Ranges that may not be asked, whatever else holds.
+    blocked: Arc<[Range]>,
 }
 
 impl Fetcher {
     /// Trusts what the machine trusts, and where that is nothing, Mozilla's roots.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new(blocked: &[Range]) -> Self {
         let mut roots = rustls::RootCertStore::empty();
         let native = rustls_native_certs::load_native_certs();
         roots.add_parsable_certificates(native.certs);
@@ -83,6 +87,7 @@ impl Fetcher {
                     .with_no_client_auth(),
             ),
             allowed: is_public,
+            blocked: blocked.into(),
         }
     }
 
@@ -177,6 +182,10 @@ impl Fetcher {
         }
     }
 
+    fn may_ask(&self, address: IpAddr) -> bool {
+        (self.allowed)(address) && !self.blocked.iter().any(|range| range.contains(address))
+    }
+
     /// Connects to the first address that answers, among those that may be asked: looked up once, so that what was checked is what is used.
     async fn connect(&self, host: &str, port: u16) -> Result<TcpStream, FetchError> {
         let unresolved = |source| FetchError::Resolve {
@@ -187,10 +196,7 @@ impl Fetcher {
             .await
             .map_err(unresolved)?
             .collect();
-        if let Some(blocked) = addresses
-            .iter()
-            .find(|address| !(self.allowed)(address.ip()))
-        {
+        if let Some(blocked) = addresses.iter().find(|address| !self.may_ask(address.ip())) {
             return Err(FetchError::Blocked {
                 host: host.to_owned(),
                 address: blocked.ip(),
@@ -319,7 +325,7 @@ mod tests {
     fn everywhere() -> Fetcher {
         Fetcher {
             allowed: |_| true,
-            ..Fetcher::new()
+            ..Fetcher::new(&[])
         }
     }
 
@@ -340,7 +346,7 @@ mod tests {
         let inside = server(ok(KEYS)).await;
         for host in ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"] {
             let source = KeySource::Jwks(format!("http://{host}:{}/", inside.port()));
-            let error = Fetcher::new().keys(&source).await.expect_err("blocked");
+            let error = Fetcher::new(&[]).keys(&source).await.expect_err("blocked");
             assert!(matches!(error, FetchError::Blocked { .. }), "{error}");
         }
         for address in [
@@ -364,6 +370,12 @@ mod tests {
         let redirecting = server(redirect).await;
         let source = KeySource::Jwks(format!("http://{redirecting}/"));
         assert_eq!(everywhere().keys(&source).await.expect("followed"), KEYS);
+        let blocked = Fetcher {
+            allowed: |_| true,
+            ..Fetcher::new(&["127.0.0.0/8".parse().expect("a range")])
+        };
+        let error = blocked.keys(&source).await.expect_err("blocked");
+        assert!(matches!(error, FetchError::Blocked { .. }), "{error}");
     }
 
     #[tokio::test]

@@ -34,7 +34,7 @@ fn reviews() -> SpiffeId {
 }
 
 /// A cluster with the tokens that the tests use.
-fn cluster() -> Api {
+pub fn cluster() -> Api {
     let api = Api::new();
     world::bookinfo(&api);
     let user = |name: &str, groups: &[&str]| json!({"username": name, "groups": groups});
@@ -77,7 +77,7 @@ fn cluster() -> Api {
 }
 
 /// Asks again until there is an answer.
-async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+pub async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     for _ in 0..400 {
         if let Some(answer) = ask().await {
             return answer;
@@ -94,7 +94,7 @@ fn roots_in(api: &Api, namespace: &str) -> Option<String> {
 }
 
 /// The roots, once the control plane is ready too.
-async fn ready(plane: &Plane, api: &Api) -> TrustBundle {
+pub async fn ready(plane: &Plane, api: &Api) -> TrustBundle {
     until("readiness", async || {
         (get(plane.addresses.http, "/ready", "10.0.0.1").await.0 == 200).then_some(())
     })
@@ -103,7 +103,7 @@ async fn ready(plane: &Plane, api: &Api) -> TrustBundle {
     TrustBundle::from_pem(&roots).unwrap()
 }
 
-fn source(trusted: &TrustBundle, token: Option<&str>, leaf: Option<&Leaf>) -> CredentialSource {
+pub fn source(trusted: &TrustBundle, token: Option<&str>, leaf: Option<&Leaf>) -> CredentialSource {
     let credentials = Credentials {
         tls: channel::client(trusted, leaf).unwrap(),
         token: token.map(str::to_owned),

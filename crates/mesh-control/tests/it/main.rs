@@ -7,4 +7,5 @@ mod authority;
 mod control;
 mod discovery;
 mod real;
+mod secrets;
 mod world;

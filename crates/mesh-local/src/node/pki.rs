@@ -1,5 +1,6 @@
 //! The cluster's keys: certificate authority, service account key, admin token; made once and kept in the state directory (0600).
 
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use mesh_identity::token::TokenKeys;
 use serde_json::json;
 
 use crate::parent::write_private;
+use crate::users::ClusterUser;
 
 /// The issuer of service account tokens, as Kubernetes' default.
 const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
@@ -96,20 +98,32 @@ impl Pki {
             .issue_server(&names, &addresses, now(), YEAR)?)
     }
 
-    /// The kubeconfig for the user, as JSON (which is YAML).
-    pub(super) fn kubeconfig(&self, api: SocketAddr) -> anyhow::Result<Vec<u8>> {
+    /// The kubeconfig for the administrator, with the other users for `kubectl --user NAME`.
+    pub(super) fn kubeconfig(
+        &self,
+        api: SocketAddr,
+        users: &[ClusterUser],
+    ) -> anyhow::Result<Vec<u8>> {
         let host = if api.ip().is_unspecified() {
             SocketAddr::new([127, 0, 0, 1].into(), api.port())
         } else {
             api
         };
+        let admin = std::iter::once(("mesh-admin", &self.admin_token));
+        let others = users.iter().map(|user| (user.name.as_str(), &user.token));
+        let mut names = HashSet::new();
+        let entries: Vec<_> = admin
+            .chain(others)
+            .filter(|(name, _)| names.insert(*name))
+            .map(|(name, token)| json!({"name": name, "user": {"token": token}}))
+            .collect();
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "mesh",
             "clusters": [{"name": "mesh", "cluster": {
                 "server": format!("https://{host}"),
                 "certificate-authority-data": STANDARD.encode(self.authority.certificate_pem()),
             }}],
-            "users": [{"name": "mesh-admin", "user": {"token": self.admin_token}}],
+            "users": entries,
             "contexts": [{"name": "mesh", "context": {"cluster": "mesh", "user": "mesh-admin", "namespace": "default"}}],
         });
         Ok(serde_yaml::to_string(&config)?.into_bytes())
@@ -136,15 +150,26 @@ mod tests {
             second.authority.certificate_pem()
         );
         assert_eq!(first.admin_token, second.admin_token);
+        let user = ClusterUser {
+            token: "t".to_owned(),
+            name: "jane".to_owned(),
+            uid: String::new(),
+            groups: Vec::new(),
+        };
         let config: serde_json::Value = serde_yaml::from_slice(
             &first
-                .kubeconfig("127.0.0.1:16443".parse().unwrap())
+                .kubeconfig("127.0.0.1:16443".parse().unwrap(), &[user])
                 .unwrap(),
         )
         .unwrap();
         assert_eq!(
             config["clusters"][0]["cluster"]["server"],
             "https://127.0.0.1:16443"
+        );
+        assert_eq!(config["users"][0]["user"]["token"], first.admin_token);
+        assert_eq!(
+            config["users"][1],
+            json!({"name": "jane", "user": {"token": "t"}})
         );
     }
 }

@@ -79,9 +79,17 @@ fn describe(settings: &ClientCert, peer: &PeerTls) -> String {
     let mut text = String::new();
     let mut put = |key: &str, value: &str, quoted: bool| {
         let separator = if text.is_empty() { "" } else { ";" };
-        let quote = if quoted { "\"" } else { "" };
+        // A name must not look like another element (Envoy's document asks for quotes here; its code leaves them out).
+        let unsafe_name = !quoted && value.contains([',', ';', '"']);
         // Writing to a String cannot fail.
-        let _ = write!(text, "{separator}{key}={quote}{value}{quote}");
+        let _ = match (quoted, unsafe_name) {
+            (false, false) => write!(text, "{separator}{key}={value}"),
+            (true, _) => write!(text, "{separator}{key}=\"{value}\""),
+            (false, true) => {
+                let value = value.replace('"', "\\\"");
+                write!(text, "{separator}{key}=\"{value}\"")
+            }
+        };
     };
     for uri in &peer.local_uri_sans {
         put("By", uri, false);
@@ -135,6 +143,16 @@ mod tests {
             describe(&settings, &peer),
             "By=spiffe://cluster.local/ns/c/sa/d;Hash=ab;Subject=\"CN=x,O=y\";\
              URI=spiffe://cluster.local/ns/a/sa/b;DNS=a.example;DNS=b.example"
+        );
+        let forger = PeerTls {
+            uri_sans: vec!["spiffe://x/a,URI=spiffe://cluster.local/ns/a/sa/\"b".into()],
+            dns_sans: Vec::new(),
+            ..peer
+        };
+        let text = describe(&settings, &forger);
+        assert!(
+            text.ends_with(";URI=\"spiffe://x/a,URI=spiffe://cluster.local/ns/a/sa/\\\"b\""),
+            "{text}"
         );
     }
 }

@@ -73,6 +73,12 @@ pub(super) fn facts<'a>(
             _ => "",
         },
         route: &matched.route.name,
+        server_name: connection
+            .tls
+            .as_deref()
+            .and_then(|tls| tls.sni.as_deref())
+            .unwrap_or(""),
+        tls: connection.tls.as_deref(),
         hostname: &connection.worker.shared.identity.hostname,
         started: SystemTime::now().checked_sub(elapsed),
         duration: Some(elapsed),

@@ -8,11 +8,11 @@ use mesh_routing::peer::PeerTls;
 use mesh_telemetry::Peer;
 use mesh_telemetry::istio::UNKNOWN;
 
-/// Pairs that a thread remembers; beyond, connections count as those of nobody, so that nobody can fill the memory.
+/// Pairs that a thread remembers; beyond, the names are left out, so that nobody can fill the memory.
 const MOST: usize = 4096;
 
 /// Both sides of a connection in mutual TLS.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Principals {
     /// Ours.
     pub local: Arc<str>,
@@ -27,14 +27,12 @@ thread_local! {
 impl Principals {
     /// Of a connection that was accepted; `None` where the client did not prove who it is.
     pub fn of_client(peer: &PeerTls) -> Option<Arc<Self>> {
-        if !peer.is_mutual() {
-            return None;
-        }
-        Self::of(peer.local_principal(), peer.principal())
+        let pair = || Self::of(peer.local_principal(), peer.principal());
+        peer.is_mutual().then(pair)
     }
 
     /// One value for each pair and thread, so that metrics can tell them apart by their address.
-    pub fn of(local: Option<&str>, remote: Option<&str>) -> Option<Arc<Self>> {
+    pub fn of(local: Option<&str>, remote: Option<&str>) -> Arc<Self> {
         let text = |name: Option<&str>| Arc::from(name.unwrap_or(UNKNOWN));
         let pair = Self {
             local: text(local),
@@ -42,17 +40,19 @@ impl Principals {
         };
         KNOWN.with_borrow_mut(|known| {
             if let Some(found) = known.get(&pair) {
-                return Some(found.clone());
+                return found.clone();
             }
-            if known.len() >= MOST {
-                return None;
-            }
-            let made = Arc::new(Self {
-                local: pair.local.clone(),
-                remote: pair.remote.clone(),
-            });
-            known.insert(pair, made.clone());
-            Some(made)
+            // Beyond, they are all the same nobody; it still was mutual TLS.
+            let nobody = text(None);
+            let named = match known.len() < MOST {
+                true => pair,
+                false => Self {
+                    local: nobody.clone(),
+                    remote: nobody,
+                },
+            };
+            let made = known.entry(named.clone()).or_insert_with(|| Arc::new(named));
+            made.clone()
         })
     }
 }

@@ -104,7 +104,7 @@ impl Target<'_> {
         let local = context.local.uri_sans.first().map(|uri| &**uri);
         let remote = names.as_ref().and_then(|names| names.uri.first());
         // Of a server that is no workload nothing is told.
-        let principals = remote.and_then(|remote| Principals::of(local, Some(remote)));
+        let principals = remote.map(|remote| Principals::of(local, Some(remote)));
         Ok(Connected {
             wire: Wire::Tls(Box::new(TlsStream::Client(stream))),
             principals,

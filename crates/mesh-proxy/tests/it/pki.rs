@@ -18,8 +18,9 @@ use mesh_proxy::secrets::{MESH_ROOTS, Secret, WORKLOAD};
 use mesh_proxy::shared::Shared;
 use prost::Message;
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SanType,
 };
 
 /// An authority.
@@ -33,7 +34,7 @@ impl Pki {
         let mut params = CertificateParams::new(Vec::new()).expect("params");
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate().expect("a key");
         let root_pem = params.self_signed(&key).expect("a root").pem();
         Self {
@@ -65,6 +66,38 @@ impl Pki {
         let key = KeyPair::generate().expect("a key");
         let chain = params.signed_by(&key, &self.issuer).expect("signed");
         (chain.pem(), key.serialize_pem())
+    }
+
+    /// Chain and key of a certificate with this serial number.
+    pub fn issue_numbered(&self, name: &str, serial: u64) -> (String, String) {
+        let names = vec![name.to_owned()];
+        let mut params = CertificateParams::new(names).expect("params");
+        params.serial_number = Some(serial.into());
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate().expect("a key");
+        let chain = params.signed_by(&key, &self.issuer).expect("signed");
+        (chain.pem(), key.serialize_pem())
+    }
+
+    /// A list with one certificate that was called back, PEM.
+    pub fn revoke(&self, serial: u64) -> String {
+        let now = SystemTime::now();
+        let revoked = RevokedCertParams {
+            serial_number: serial.into(),
+            revocation_time: (now - Duration::from_secs(60)).into(),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: (now - Duration::from_secs(60)).into(),
+            next_update: (now + Duration::from_secs(3600)).into(),
+            crl_number: 1_u64.into(),
+            issuing_distribution_point: None,
+            revoked_certs: vec![revoked],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&self.issuer).expect("a list");
+        list.pem().expect("PEM")
     }
 
     /// Gives a proxy a workload certificate of this authority, which it trusts, too.

@@ -510,6 +510,35 @@ fn a_gateway_asks_clients_for_certificates() {
     assert_eq!(stat(&gateway, "ssl.no_certificate"), 1);
 }
 
+#[test]
+fn a_certificate_that_was_called_back_is_refused() {
+    let pki = Pki::new("public");
+    let clients = Pki::new("clients");
+    let at = free_port();
+    let change = |context: &mut pb::CommonTlsContext| {
+        let trust = pb::CertificateValidationContext {
+            trusted_ca: inline(&clients.root_pem),
+            crl: inline(&clients.revoke(7)),
+            ..pb::CertificateValidationContext::default()
+        };
+        context.validation_context_type = Some(ValidationContextType::ValidationContext(trust));
+    };
+    let certificates = vec![own(&pki.issue(&["a.example.com"]))];
+    let gateway = Proxy::start(&gateway(at, certificates, change, true));
+    let ask = |serial: u64| {
+        let outside = free_port();
+        let mut context = trusting(&pki.root_pem);
+        context.tls_certificates = vec![own(&clients.issue_numbered("a.client", serial))];
+        let proxy = Proxy::start(&origination(outside, at, context, "a.example.com"));
+        let reply = Client::connect(outside).get("/", "");
+        drop(proxy);
+        reply.status
+    };
+    assert_eq!(ask(6), 200);
+    assert_eq!(ask(7), 503);
+    assert!(stat(&gateway, "ssl.fail_verify_error") >= 1);
+}
+
 /// A raw client that keeps what it needs to resume sessions.
 struct RawClient(Arc<rustls::ClientConfig>);
 

@@ -82,7 +82,7 @@ fn facts<'a>(request: Option<&'a RequestView<'a>>, tls: Option<&'a PeerTls>) -> 
         request,
         direct: IpAddr::from([10, 0, 0, 7]),
         remote: IpAddr::from([192, 0, 2, 1]),
-        destination: "10.0.0.9:8080".parse().unwrap(),
+        destination: "10.0.0.9:8080".parse().expect("an address"),
         server_name: "outbound_.80_._.reviews.default.svc.cluster.local",
         tls,
         metadata: None,
@@ -101,7 +101,7 @@ fn peer(uris: &[&str], dns: &[&str], subject: &str) -> PeerTls {
 
 fn lets(principal: pb::Principal, tls: Option<&PeerTls>) -> bool {
     let rbac = policies(Action::Allow, vec![("p", any(), principal)]);
-    let engine = Engine::compile(&rbac).unwrap();
+    let engine = Engine::compile(&rbac).expect("an engine");
     engine.judge(&facts(None, tls)).allowed
 }
 
@@ -217,7 +217,7 @@ fn the_first_policy_by_name_is_the_one_that_is_named() {
             ("c", any(), all()),
         ],
     );
-    let engine = Engine::compile(&rbac).unwrap();
+    let engine = Engine::compile(&rbac).expect("an engine");
     let verdict = engine.judge(&facts(None, None));
     assert!(!verdict.allowed);
     assert_eq!(verdict.policy.map(|name| &**name), Some("b"));
@@ -275,7 +275,7 @@ fn either(a: pb::Permission, b: pb::Permission) -> pb::Permission {
 fn allowed(action: Action, rule: pb::Permission, path: &str, role: Option<&str>) -> bool {
     let mut headers = HeaderMap::new();
     if let Some(role) = role {
-        let value = HeaderValue::from_str(role).unwrap();
+        let value = HeaderValue::from_str(role).expect("a value");
         headers.insert(HeaderName::from_static("role"), value);
     }
     let request = RequestView {
@@ -288,7 +288,7 @@ fn allowed(action: Action, rule: pb::Permission, path: &str, role: Option<&str>)
     };
     let all = principal(Identifier::Any(true));
     let rbac = policies(action, vec![("p", rule, all)]);
-    let engine = Engine::compile(&rbac).unwrap();
+    let engine = Engine::compile(&rbac).expect("an engine");
     engine.judge(&facts(Some(&request), None)).allowed
 }
 

@@ -51,12 +51,12 @@ pub(super) fn add(
         .collect();
     providers.sort_unstable();
     providers.dedup();
-    if providers.len() > 1 {
-        resources.notes.push(format!(
-            "AuthorizationPolicies with action CUSTOM name several providers ({}) for one workload, and only one is possible; what their rules match is refused",
+    let several = (providers.len() > 1).then(|| {
+        format!(
+            "policies with action CUSTOM name several providers ({}) for one workload, and only one is possible",
             providers.join(", ")
-        ));
-    }
+        )
+    });
     for name in &providers {
         let of_provider: Vec<&AuthorizationPolicy> = policies
             .iter()
@@ -65,13 +65,17 @@ pub(super) fn add(
             .collect();
         let prefix = format!("istio-ext-authz-{name}-");
         let rules = |tcp| Rules::of(mesh, &of_provider, Verdict::Deny, tcp, &prefix);
-        let authorizer = match authorizer(mesh, node, name) {
-            Ok(authorizer) if providers.len() == 1 => Some(authorizer),
-            Ok(_) => None,
+        let authorizer = match &several {
+            Some(reason) => Err(reason.clone()),
+            None => authorizer(mesh, node, name),
+        };
+        let authorizer = match authorizer {
+            Ok(authorizer) => Some(authorizer),
             Err(reason) => {
-                resources.notes.push(format!(
-                    "provider {name} of CUSTOM AuthorizationPolicies: {reason}; what their rules match is refused"
-                ));
+                for policy in &of_provider {
+                    let message = format!("{reason}; what the rules match is refused");
+                    resources.report(&policy.key, "spec.provider.name", message);
+                }
                 None
             }
         };

@@ -126,7 +126,21 @@ impl Case {
                 }
             }
         }
-        let text = json!({ "problems": problems, "notes": resources.notes, "names": serde_json::Map::from_iter(names), "resources": shown });
+        let mut text = json!({ "problems": problems, "notes": resources.notes, "names": serde_json::Map::from_iter(names), "resources": shown });
+        let of_node: Vec<_> = resources.problems.iter().map(ToString::to_string).collect();
+        if !of_node.is_empty() {
+            text["problemsOfNode"] = json!(of_node);
+        }
+        if !resources.secrets.is_empty() {
+            let by =
+                |(name, objects): (&String, &std::collections::BTreeSet<mesh_model::ObjectKey>)| {
+                    (
+                        name.clone(),
+                        json!(objects.iter().map(ToString::to_string).collect::<Vec<_>>()),
+                    )
+                };
+            text["secrets"] = resources.secrets.iter().map(by).collect();
+        }
         format!("{text:#}\n")
     }
 }

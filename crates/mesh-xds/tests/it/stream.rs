@@ -1,13 +1,14 @@
 //! Server and client over loopback.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::service::discovery::v3::DiscoveryRequest;
 use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
-use mesh_xds::types::{CLUSTER, ENDPOINT, LISTENER, ROUTE};
+use mesh_xds::client::Named;
+use mesh_xds::types::{CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET};
 use mesh_xds::{
     AdsClient, AdsServer, ClientConfig, Connection, ConnectionState, Handler, Limits, Node,
     NodeSource, Rejection, Report, ResourceSet, StreamEvent, Update,
@@ -320,5 +321,54 @@ async fn state_of_the_world_is_served_too() {
     assert!(
         matches!(event, StreamEvent::Acked { version, .. } if version == response.version_info)
     );
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_type_by_name_comes_as_far_as_it_is_named() {
+    let server = serve("127.0.0.1:0").await;
+    server.source.sets.send_replace(Some(Arc::new(set(&[
+        (CLUSTER, "a", "1"),
+        (SECRET, "one", "1"),
+        (SECRET, "two", "1"),
+        (SECRET, "three", "1"),
+    ]))));
+    let wanted = |names: &[&str]| -> Arc<BTreeSet<String>> {
+        Arc::new(names.iter().map(|name| (*name).to_owned()).collect())
+    };
+    let (names_wanted, view) = watch::channel(wanted(&["one"]));
+    let (renew, reconnect) = watch::channel(0);
+    let mut config = ClientConfig::new(vec![server.address.to_string()], node("n"));
+    config.types = vec![CLUSTER.to_owned()];
+    config.named = Some(Named {
+        type_url: SECRET.to_owned(),
+        names: view,
+    });
+    config.reconnect = Some(reconnect);
+    let (mut updates, _) = run(config);
+    let mut secrets = async || loop {
+        let update = soon(updates.recv()).await.unwrap();
+        // The first of a stream may be empty: all that is wanted is held.
+        if update.type_url == SECRET && !update.upserts.is_empty() {
+            let names: Vec<String> = names(&update).into_iter().map(str::to_owned).collect();
+            break names;
+        }
+    };
+    assert_eq!(secrets().await, ["one"]);
+    names_wanted.send_replace(wanted(&["one", "two"]));
+    assert_eq!(secrets().await, ["two"], "what is held is not sent again");
+    names_wanted.send_replace(wanted(&["three"]));
+    assert_eq!(secrets().await, ["three"]);
+    // What is not named any more does not come, what is does.
+    server.source.sets.send_replace(Some(Arc::new(set(&[
+        (CLUSTER, "a", "1"),
+        (SECRET, "one", "2"),
+        (SECRET, "three", "2"),
+    ]))));
+    assert_eq!(secrets().await, ["three"]);
+    // A new stream by our own choice begins with what is held.
+    renew.send_replace(1);
+    names_wanted.send_replace(wanted(&["one", "three"]));
+    assert_eq!(secrets().await, ["one"]);
     server.stop().await;
 }

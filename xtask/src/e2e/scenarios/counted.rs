@@ -70,7 +70,7 @@ impl Pages {
 }
 
 /// The metrics of every pod that has a proxy, one text after the other: their labels say whose they are.
-fn scrape(cluster: &Cluster) -> anyhow::Result<String> {
+pub(super) fn scrape(cluster: &Cluster) -> anyhow::Result<String> {
     let pods = cluster.pods("app=curl")?;
     let client = pods.first().context("no pod of curl")?;
     let mut all = String::new();
@@ -119,7 +119,7 @@ fn counted_edges(metrics: &str, reporter: &str) -> Edges {
     edges
 }
 
-fn label<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+pub(super) fn label<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     let (_, rest) = line.split_once(&format!("{name}=\""))?;
     rest.split_once('"').map(|(value, _)| value)
 }

@@ -8,7 +8,8 @@ use super::load::Load;
 use super::reviews::{SUBSETS, cleanup_reviews, live, only, weighted};
 use crate::e2e::cluster::{Cluster, family, gone};
 
-const OUTSIDE: &str = "
+/// A pod without a proxy, in a namespace without injection.
+pub(super) const OUTSIDE: &str = "
 apiVersion: v1
 kind: Namespace
 metadata:
