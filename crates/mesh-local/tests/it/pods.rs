@@ -115,6 +115,7 @@ pub async fn all(run: &Path) {
     a_new_link_works_at_once().await;
     life_of_a_pod(run).await;
     pods_that_can_not_run(run).await;
+    pods_without_a_program(run).await;
     a_pod_that_waits_for_its_configuration(run).await;
     a_finished_pod(run).await;
     crate::streams::all(run).await;
@@ -351,6 +352,23 @@ async fn pods_that_can_not_run(run: &Path) {
     let pod = start(
         run,
         Api::new(),
+        json!({"volumes": [{"name": "v", "hostPath": {"path": "/etc"}}], "containers": [{"name": "app", "image": "x", "command": ["/bin/sh"]}]}),
+    );
+    while !pod
+        .api
+        .reasons()
+        .iter()
+        .any(|r| r.starts_with("FailedMount") && r.contains("\"v\""))
+    {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    pod.delete().await;
+}
+
+async fn pods_without_a_program(run: &Path) {
+    let pod = start(
+        run,
+        Api::new(),
         json!({"containers": [{"name": "app", "image": "x", "command": ["/no/such/program"]}]}),
     );
     let status = pod
@@ -391,21 +409,6 @@ async fn pods_that_can_not_run(run: &Path) {
             &json!("exec: \"no-such-program\": executable file not found in $PATH")
         )
     );
-    pod.delete().await;
-
-    let pod = start(
-        run,
-        Api::new(),
-        json!({"volumes": [{"name": "v", "hostPath": {"path": "/etc"}}], "containers": [{"name": "app", "image": "x", "command": ["/bin/sh"]}]}),
-    );
-    while !pod
-        .api
-        .reasons()
-        .iter()
-        .any(|r| r.starts_with("FailedMount") && r.contains("\"v\""))
-    {
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
     pod.delete().await;
 }
 
