@@ -269,10 +269,12 @@ impl Body for RequestBody {
         if let Some(Ok(frame)) = frame.as_ref().filter(|_| new) {
             this.note(frame);
         }
-        if ended {
+        // Nothing comes after trailers, and whoever sends them does not ask again.
+        let trailers = matches!(&frame, Some(Ok(frame)) if frame.is_trailers());
+        if ended || trailers {
             this.flow.finish_request();
         }
-        if frame.is_none() || this.is_end_stream() {
+        if frame.is_none() || trailers || this.is_end_stream() {
             this.flow.request_sent.set(true);
         }
         Poll::Ready(frame)

@@ -110,6 +110,14 @@ fn bodies_are_streamed_both_ways() {
         "{}",
         reply.body
     );
+    client.send("POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nx-sum: 1\r\n\r\n");
+    let reply = client.reply().expect("a reply");
+    assert!(reply.body.contains("body: abc\n"), "{}", reply.body);
+    assert_eq!(
+        reply.header("connection"),
+        None,
+        "a request that ends with trailers has been sent whole"
+    );
     let large = "x".repeat(1 << 20);
     client.send(&format!(
         "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{large}",
