@@ -297,7 +297,9 @@ async fn through(proxy: &Proxy, i: usize, case: &Case, upstream: &Upstream) -> a
     let tally = loop {
         let now = proxy.tally().await?;
         let tally = compare::grown(&before, &now);
-        if tally.values().sum::<i64>() >= sent * case.hops.max(1) || began.elapsed() > Duration::from_millis(500) {
+        if tally.values().sum::<i64>() >= sent * case.hops.max(1)
+            || began.elapsed() > Duration::from_millis(500)
+        {
             break tally;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;

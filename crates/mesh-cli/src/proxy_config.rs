@@ -106,13 +106,12 @@ async fn secrets(cluster: &Cluster, target: &str) -> anyhow::Result<Value> {
     let dump = admin(cluster, &namespace, &name, "/config_dump")
         .await
         .with_context(|| format!("asking the proxy of pod {name} in namespace {namespace}"))?;
-    let sections = dump["configs"].as_array().into_iter().flatten();
+    let mut sections = dump["configs"].as_array().into_iter().flatten();
     let section = sections
-        .filter(|section| {
+        .find(|section| {
             let kind = section["@type"].as_str().unwrap_or_default();
             kind.ends_with(".SecretsConfigDump")
         })
-        .next()
         .context("the proxy's dump has no secrets")?;
     Ok(section.clone())
 }

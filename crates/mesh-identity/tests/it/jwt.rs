@@ -109,7 +109,11 @@ fn every_algorithm_verifies_its_own_signature_and_no_other() {
             signature.expect("a signature").as_ref().to_vec()
         };
         let token = signed(&json!({ "alg": alg }), &claims(), sign);
-        assert_eq!(check(&set(std::slice::from_ref(&key)), &token), Ok(()), "{alg}");
+        assert_eq!(
+            check(&set(std::slice::from_ref(&key)), &token),
+            Ok(()),
+            "{alg}"
+        );
         let other = if alg == "ES256" { "ES384" } else { "ES256" };
         let wrong = signed(&json!({ "alg": other }), &claims(), sign);
         let verdict = check(&set(&[key]), &wrong);

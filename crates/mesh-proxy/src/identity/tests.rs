@@ -1,14 +1,22 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
 
 use mesh_identity::ca::Authority;
-use mesh_xds::certificate::{CertificateResponse, CertificateServer};
+use mesh_identity::spiffe::SpiffeId;
+use mesh_identity::{channel, csr, trust};
+use mesh_xds::Node;
+use mesh_xds::certificate::{self, CertificateRequest, CertificateResponse, CertificateServer};
+use mesh_xds::channel::Connector;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::*;
+use super::{Agent, SPREAD, renewal};
+use crate::secrets::{MESH_ROOTS, WORKLOAD};
+use crate::shared::Shared;
 use crate::{ProxyOptions, Role};
 
 const HOUR: Duration = Duration::from_secs(3600);

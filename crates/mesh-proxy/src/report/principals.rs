@@ -51,7 +51,9 @@ impl Principals {
                     remote: nobody,
                 },
             };
-            let made = known.entry(named.clone()).or_insert_with(|| Arc::new(named));
+            let made = known
+                .entry(named.clone())
+                .or_insert_with(|| Arc::new(named));
             made.clone()
         })
     }
