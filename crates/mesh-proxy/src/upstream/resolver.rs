@@ -333,9 +333,14 @@ mod tests {
 
     /// A name server for `a.test.` (two addresses, behind an alias), `six.test.` (IPv6 only) and `long.test.` (cut over UDP).
     async fn server() -> SocketAddr {
-        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let address = udp.local_addr().unwrap();
-        let tcp = TcpListener::bind(address).await.unwrap();
+        let (udp, tcp, address) = loop {
+            let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            let address = udp.local_addr().unwrap();
+            // The same port may be taken for TCP.
+            if let Ok(tcp) = TcpListener::bind(address).await {
+                break (udp, tcp, address);
+            }
+        };
         tokio::spawn(async move {
             let mut buffer = vec![0; 512];
             loop {

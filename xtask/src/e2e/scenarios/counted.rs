@@ -185,7 +185,12 @@ pub(super) fn edges_uncaptured(cluster: &mut Cluster) -> anyhow::Result<()> {
     every_edge(cluster, 10).context("with the rules in place")?;
     let pods = cluster.pods("app=productpage")?;
     let pod = pods.first().context("no pod of productpage")?;
+    // The gateway speaks TLS to a proxy that is not asked any more: it is told to speak plain text.
+    cluster.apply(PLAIN)?;
     cluster.exec(pod, "productpage", &["mesh", "init", "--cleanup-only"])?;
+    cluster.wait("a page without the capture rules", || {
+        Ok(cluster.pages(1).is_ok().then_some(()))
+    })?;
     let Err(error) = every_edge(cluster, 10) else {
         bail!("the edges of productpage are counted although its pod has no capture rules");
     };
@@ -204,8 +209,20 @@ pub(super) fn edges_uncaptured(cluster: &mut Cluster) -> anyhow::Result<()> {
         "the edges of other pods must be as before: {text}"
     );
     cluster.apply(&productpage(false)?)?;
-    rolled_out(cluster, "productpage-v1")
+    rolled_out(cluster, "productpage-v1")?;
+    cluster.delete_all(PLAIN)
 }
+
+const PLAIN: &str = "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata:
+  name: productpage-plain
+  namespace: default
+spec:
+  host: productpage
+  trafficPolicy: {tls: {mode: DISABLE}}
+";
 
 /// Waits until a Deployment has only pods of its newest template, all available.
 pub(super) fn rolled_out(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
