@@ -149,8 +149,11 @@ fn mark(
     };
     let (name, revision) = canonical(view, workload);
     edit(metadata, "labels", |labels| {
-        // By this others know that the pod can do mutual TLS. Who sets it to something else keeps that.
-        set_default(labels, "security.istio.io/tlsMode", "istio");
+        // By this others know that the pod's proxy takes mutual TLS on every port; a gateway takes what its Gateways say. Who sets it to
+        // something else keeps that.
+        if settings.template != Template::Gateway {
+            set_default(labels, "security.istio.io/tlsMode", "istio");
+        }
         set_default(labels, "service.istio.io/canonical-name", &name);
         set_default(labels, "service.istio.io/canonical-revision", &revision);
         if !context.config.network.is_empty() {

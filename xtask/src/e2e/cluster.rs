@@ -311,6 +311,26 @@ impl Cluster {
     }
 }
 
+impl Drop for Cluster {
+    /// A scenario that failed leaves no cluster behind either.
+    fn drop(&mut self) {
+        let running = |child: &mut Child| matches!(child.try_wait(), Ok(None));
+        if !running(&mut self.child) {
+            return;
+        }
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        let began = Instant::now();
+        while running(&mut self.child) && began.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // Nothing where it has ended; else its own children end with it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// Fails when one of these processes still runs after five seconds.
 pub fn gone(family: &[u32]) -> anyhow::Result<()> {
     let began = Instant::now();

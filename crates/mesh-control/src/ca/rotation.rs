@@ -206,18 +206,17 @@ async fn meshed_pods(options: &Options) -> Result<usize, SecretError> {
     let gvk = GroupVersionKind::gvk("", "v1", "Pod");
     let resource = ApiResource::from_gvk_with_plural(&gvk, "pods");
     let api: Api<DynamicObject> = Api::all_with(options.client.clone(), &resource);
-    let with_proxy = ListParams::default().labels("security.istio.io/tlsMode=istio");
     let running = |pod: &&DynamicObject| {
         pod.data["status"]["phase"] == "Running"
             && pod.metadata.deletion_timestamp.is_none()
-            && pod.metadata.labels.as_ref().is_some_and(|labels| {
-                labels
-                    .get("security.istio.io/tlsMode")
-                    .is_some_and(|mode| mode == "istio")
-            })
+            && pod
+                .metadata
+                .annotations
+                .as_ref()
+                .is_some_and(|annotations| annotations.contains_key("sidecar.istio.io/status"))
     };
     Ok(api
-        .list(&with_proxy)
+        .list(&ListParams::default())
         .await?
         .items
         .iter()
