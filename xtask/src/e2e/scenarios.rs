@@ -11,11 +11,13 @@ mod limits;
 mod load;
 mod mtls;
 mod pods;
+mod policy;
 mod refusals;
 mod reviews;
 mod samples;
 mod tasks;
 mod tcp;
+mod tokens;
 mod web;
 
 type Scenario = fn(&mut Cluster) -> anyhow::Result<()>;
@@ -53,6 +55,24 @@ pub const ALL: &[(&str, Scenario)] = &[
         "under STRICT a plain client gets no answer, but for exceptions",
         mtls::strict,
     ),
+    (
+        "policy: deny all, then allow by identity, with Bookinfo",
+        policy::bookinfo,
+    ),
+    (
+        "policy: requests by identity, method, path and address",
+        policy::requests,
+    ),
+    (
+        "policy: a dry run counts and refuses nothing",
+        policy::dry_run,
+    ),
+    (
+        "policy: connections by port and identity",
+        policy::connections,
+    ),
+    ("policy: a service of one's own decides", policy::custom),
+    ("tokens are judged, the good and the bad", tokens::judged),
     (
         "without the capture rules in a pod, its edges are not counted",
         counted::edges_uncaptured,
