@@ -40,10 +40,16 @@ pub struct Args {
     /// List the scenarios and end.
     #[arg(long)]
     list: bool,
+    /// What the walk starts itself as: writes what passes in the network of this process.
+    #[arg(long, hide = true)]
+    capture: Option<u32>,
 }
 
 /// Runs every scenario; the first failure ends the walk, after the cluster's logs were shown.
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    if let Some(pid) = args.capture {
+        return scenarios::wire::capture(pid);
+    }
     if args.list {
         for (name, _) in scenarios::ALL {
             println!("{name}");

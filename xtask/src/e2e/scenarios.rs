@@ -19,6 +19,7 @@ mod tasks;
 mod tcp;
 mod tokens;
 mod web;
+pub mod wire;
 
 type Scenario = fn(&mut Cluster) -> anyhow::Result<()>;
 
@@ -50,6 +51,10 @@ pub const ALL: &[(&str, Scenario)] = &[
     (
         "the root is changed under load and nothing is lost",
         identity::rotated_under_load,
+    ),
+    (
+        "on the node's network nothing but TLS is seen",
+        wire::overhears,
     ),
     (
         "under STRICT a plain client gets no answer, but for exceptions",
