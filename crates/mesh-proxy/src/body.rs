@@ -248,7 +248,13 @@ pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
 
 impl Drop for UpstreamBody {
     fn drop(&mut self) {
-        if !self.ended && self.report.flags.is_empty() {
+        if self.ended {
+            return;
+        }
+        if self.inner.size_hint().exact() == Some(0) {
+            // All that was announced has come, and HTTP/1 asks for no more: over HTTP/2 the end may be a frame of its own.
+            self.end();
+        } else if self.report.flags.is_empty() {
             self.report.flags.add(Flag::ClientGone);
         }
     }

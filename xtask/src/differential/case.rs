@@ -47,6 +47,9 @@ pub(super) struct Case {
     /// Further fields of the filter chain with that connection manager.
     #[serde(default)]
     pub(super) chain: Map<String, Value>,
+    /// Only the proxies of other cases send to it.
+    #[serde(default)]
+    pub(super) server: bool,
     /// How many times a request passes a connection manager, where the case goes through proxies again (0 means 1).
     #[serde(default)]
     pub(super) hops: i64,
@@ -217,7 +220,7 @@ pub(super) fn load(folder: &Path) -> anyhow::Result<Vec<Case>> {
                 case.name
             );
             ensure!(
-                case.refused || !case.requests.is_empty(),
+                case.refused || case.server || !case.requests.is_empty(),
                 "{} sends nothing",
                 case.name
             );

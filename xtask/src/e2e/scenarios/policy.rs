@@ -39,7 +39,18 @@ const NO_DETAILS: &str = "Sorry, product details are currently unavailable for t
 const NO_REVIEWS: &str = "Sorry, product reviews are currently unavailable for this book.";
 const NO_RATINGS: &str = "Ratings service is currently unavailable";
 
-/// Waits until a page has this status, and these texts but not those; one page must have it all.
+/// One page has this status, and these texts but not those.
+fn looked(cluster: &Cluster, status: u16, texts: &[&str], without: &[&str]) -> anyhow::Result<()> {
+    let client = Client::new(&cluster.gateway);
+    let page = http::runtime()?.block_on(client.get("/productpage", &[]))?;
+    let fits = page.status == status
+        && texts.iter().all(|text| page.body.contains(text))
+        && !without.iter().any(|text| page.body.contains(text));
+    ensure!(fits, "the page has status {}: {}", page.status, page.body);
+    Ok(())
+}
+
+/// Waits until a page is like that; one page must have it all.
 fn page(
     cluster: &Cluster,
     what: &str,
@@ -47,17 +58,7 @@ fn page(
     texts: &[&str],
     without: &[&str],
 ) -> anyhow::Result<()> {
-    let client = Client::new(&cluster.gateway);
-    let runtime = http::runtime()?;
-    let look = || {
-        let page = runtime.block_on(client.get("/productpage", &[]))?;
-        let fits = page.status == status
-            && texts.iter().all(|text| page.body.contains(text))
-            && !without.iter().any(|text| page.body.contains(text));
-        ensure!(fits, "the page has status {}: {}", page.status, page.body);
-        Ok(Some(()))
-    };
-    cluster.wait(what, look)
+    cluster.wait(what, || looked(cluster, status, texts, without).map(Some))
 }
 
 /// The field's task with Bookinfo: nothing is allowed, then one reader after the other until the page is whole.
@@ -84,7 +85,7 @@ pub(super) fn bookinfo(cluster: &mut Cluster) -> anyhow::Result<()> {
         live(cluster, "all versions", |counts| counts.len() == 3)?;
         for _ in 0..12 {
             let all = [NO_DETAILS, NO_REVIEWS, NO_RATINGS];
-            page(cluster, "the whole page", 200, &[], &all)?;
+            looked(cluster, 200, &[], &all)?;
         }
         refused_to_curl(cluster)?;
         for viewer in &viewers {
