@@ -14,6 +14,7 @@ mod envoy;
 mod goldens;
 pub(crate) mod install;
 mod kubectl;
+mod secrets;
 
 /// Which judges to hear.
 #[derive(clap::Args)]

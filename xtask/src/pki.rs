@@ -25,18 +25,34 @@ pub fn certificates(place: &Path) -> anyhow::Result<()> {
     std::fs::write(place.join("root.pem"), params.self_signed(&key)?.pem())?;
     let issuer = Issuer::new(params, key);
     for (name, identity) in [("client", CLIENT), ("server", SERVER)] {
-        let mut params = CertificateParams::new(Vec::new())?;
-        params.subject_alt_names = vec![SanType::URI(identity.try_into()?)];
-        params.not_before = (SystemTime::now() - Duration::from_secs(120)).into();
-        params.not_after = (SystemTime::now() + Duration::from_secs(86_400)).into();
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
-        let key = KeyPair::generate()?;
-        let chain = params.signed_by(&key, &issuer).context("issuing")?;
-        std::fs::write(place.join(format!("{name}.pem")), chain.pem())?;
-        std::fs::write(place.join(format!("{name}.key")), key.serialize_pem())?;
+        let (chain, key) = leaf(&issuer, identity)?;
+        std::fs::write(place.join(format!("{name}.pem")), chain)?;
+        std::fs::write(place.join(format!("{name}.key")), key)?;
     }
     Ok(())
+}
+
+/// A workload's certificate by an authority, and its key, all PEM.
+pub fn workload(
+    authority: &str,
+    authority_key: &str,
+    identity: &str,
+) -> anyhow::Result<(String, String)> {
+    let key = KeyPair::from_pem(authority_key).context("reading the authority's key")?;
+    let issuer = Issuer::from_ca_cert_pem(authority, key).context("reading the authority")?;
+    leaf(&issuer, identity)
+}
+
+fn leaf(issuer: &Issuer<'_, KeyPair>, identity: &str) -> anyhow::Result<(String, String)> {
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.subject_alt_names = vec![SanType::URI(identity.try_into()?)];
+    params.not_before = (SystemTime::now() - Duration::from_secs(120)).into();
+    params.not_after = (SystemTime::now() + Duration::from_secs(86_400)).into();
+    params.extended_key_usages = vec![
+        ExtendedKeyUsagePurpose::ServerAuth,
+        ExtendedKeyUsagePurpose::ClientAuth,
+    ];
+    let key = KeyPair::generate()?;
+    let chain = params.signed_by(&key, issuer).context("issuing")?;
+    Ok((chain.pem(), key.serialize_pem()))
 }

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context, ensure};
+use base64::Engine;
 
-use super::install;
+use super::{install, secrets};
 use crate::e2e::Cluster;
 
 /// Where pods of the local cluster can see the program: the host's `/opt` is part of every pod's file system.
@@ -39,6 +40,18 @@ data:
           endpoints:
           - lb_endpoints:
             - endpoint: {address: {socket_address: {address: istiod.istio-system.svc.cluster.local, port_value: 15010}}}
+      - name: sds-grpc
+        type: STATIC
+        connect_timeout: 1s
+        typed_extension_protocol_options:
+          envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+            "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+            explicit_http_config: {http2_protocol_options: {}}
+        load_assignment:
+          cluster_name: sds-grpc
+          endpoints:
+          - lb_endpoints:
+            - endpoint: {address: {pipe: {path: /opt/mesh-judges/secrets}}}
 ---
 apiVersion: v1
 kind: Pod
@@ -101,6 +114,7 @@ pub fn run(mesh: &Path) -> anyhow::Result<()> {
 
 fn judge(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: judged}\n")?;
+    give_secrets(cluster)?;
     cluster.apply(&POD.replace("VERSION", env!("CARGO_PKG_VERSION")))?;
     let curl = |args: &[&str]| {
         let mut all = vec![
@@ -142,6 +156,14 @@ fn judge(cluster: &Cluster) -> anyhow::Result<()> {
             "stock Envoy refused something: {line}"
         );
     }
+    let handshakes = stats
+        .lines()
+        .find(|l| l.contains("|reviews.default.") && l.contains(".ssl.handshake: "))
+        .context("no counter of handshakes with reviews")?;
+    ensure!(
+        !handshakes.ends_with(": 0"),
+        "stock Envoy spoke plain text with a side car of ours: {handshakes}"
+    );
     for counter in [
         "cluster_manager.cds.update_success",
         "listener_manager.lds.update_success",
@@ -153,4 +175,20 @@ fn judge(cluster: &Cluster) -> anyhow::Result<()> {
         ensure!(!line.ends_with(": 0"), "stock Envoy took nothing: {line}");
     }
     Ok(())
+}
+
+/// Gives Envoy, in the place of an agent, a certificate of the mesh's authority in the name of its pod's account.
+fn give_secrets(cluster: &Cluster) -> anyhow::Result<()> {
+    let secret = cluster.get(&["secret", "istio-ca-secret", "-n", "istio-system"])?;
+    let part = |name: &str| -> anyhow::Result<String> {
+        let encoded = secret["data"][name].as_str();
+        let encoded = encoded.with_context(|| format!("istio-ca-secret has no {name}"))?;
+        let decoded = base64::engine::general_purpose::STANDARD.decode(encoded)?;
+        Ok(String::from_utf8(decoded)?)
+    };
+    let (root, key) = (part("ca-cert.pem")?, part("ca-key.pem")?);
+    let identity = "spiffe://cluster.local/ns/judged/sa/default";
+    let (chain, key) = crate::pki::workload(&root, &key, identity)?;
+    let place = Path::new(PLACE).join("secrets");
+    secrets::serve(&place, &chain, &key, &root)
 }
