@@ -162,7 +162,7 @@ fn judge(cluster: &Cluster) -> anyhow::Result<()> {
         .context("no counter of handshakes with reviews")?;
     ensure!(
         !handshakes.ends_with(": 0"),
-        "stock Envoy spoke plain text with a side car of ours: {handshakes}"
+        "stock Envoy spoke plain text with a sidecar of ours: {handshakes}"
     );
     for counter in [
         "cluster_manager.cds.update_success",

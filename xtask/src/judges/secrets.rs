@@ -31,7 +31,7 @@ const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 type Answering<'a, T> = Pin<Box<dyn Future<Output = Result<Response<T>, Status>> + Send + 'a>>;
 
-/// Secrets by their names, as the agent of a side car has them.
+/// Secrets by their names, as the agent of a sidecar has them.
 struct Secrets(Vec<Secret>);
 
 /// Serves them until the process ends.
