@@ -17,6 +17,7 @@ mod decide;
 mod discovery;
 mod mtls;
 mod peers;
+mod rotate;
 mod sidecar;
 
 /// What to measure.
@@ -48,6 +49,8 @@ enum Part {
     Load,
     /// The same of a pair of proxies with mutual TLS between them, beside a pair of Envoys.
     Mtls,
+    /// A pair of proxies under load while every certificate is changed twenty times and the root once: what is counted is what fails.
+    Rotate,
     /// Time from a proxy's start to ready.
     Start,
     /// Memory of the proxies of a local cluster.
@@ -120,6 +123,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     if wants(Part::Mtls) {
         mtls::beside_envoys(args, &binary)?;
+    }
+    if wants(Part::Rotate) {
+        rotate::under_load(&binary)?;
     }
     Ok(())
 }

@@ -16,20 +16,25 @@ pub const SERVER: &str = "spiffe://cluster.local/ns/default/sa/server";
 
 /// A root and two workload certificates (ECDSA P-256) as Istio's CA makes them, in files.
 pub fn certificates(place: &Path) -> anyhow::Result<()> {
+    let (root, key) = root()?;
+    std::fs::write(place.join("root.pem"), &root)?;
+    for (name, identity) in [("client", CLIENT), ("server", SERVER)] {
+        let (chain, key) = workload(&root, &key, identity)?;
+        std::fs::write(place.join(format!("{name}.pem")), chain)?;
+        std::fs::write(place.join(format!("{name}.key")), key)?;
+    }
+    Ok(())
+}
+
+/// An authority (ECDSA P-256) of its own, and its key, PEM.
+pub fn root() -> anyhow::Result<(String, String)> {
     let mut params = CertificateParams::new(Vec::new())?;
     params
         .distinguished_name
         .push(DnType::OrganizationName, "cluster.local");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate()?;
-    std::fs::write(place.join("root.pem"), params.self_signed(&key)?.pem())?;
-    let issuer = Issuer::new(params, key);
-    for (name, identity) in [("client", CLIENT), ("server", SERVER)] {
-        let (chain, key) = leaf(&issuer, identity)?;
-        std::fs::write(place.join(format!("{name}.pem")), chain)?;
-        std::fs::write(place.join(format!("{name}.key")), key)?;
-    }
-    Ok(())
+    Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
 }
 
 /// A workload's certificate by an authority, and its key, all PEM.

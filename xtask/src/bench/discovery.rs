@@ -21,6 +21,8 @@ pub(super) struct Resources {
     server: Option<Value>,
     /// `UpstreamTlsContext` of the cluster.
     client: Option<Value>,
+    /// Requests after which a connection to the backend is replaced; 0: never.
+    renewed_after: u32,
 }
 
 impl Resources {
@@ -30,7 +32,13 @@ impl Resources {
             backend,
             server: None,
             client: None,
+            renewed_after: 0,
         }
+    }
+
+    pub(super) fn with_connections_renewed_after(mut self, requests: u32) -> Self {
+        self.renewed_after = requests;
+        self
     }
 
     pub(super) fn with_server(mut self, context: Value) -> Self {
@@ -83,13 +91,28 @@ impl Resources {
     }
 
     fn set(&self) -> anyhow::Result<ResourceSet> {
+        let mut set = ResourceSet::new();
+        for (kind, name, value) in self.all() {
+            insert(&mut set, &format!("envoy.config.{kind}"), name, &value, "1")?;
+        }
+        Ok(set)
+    }
+
+    fn all(&self) -> [(&'static str, &'static str, Value); 4] {
         let ads = json!({"ads": {}, "resource_api_version": "V3"});
         let eds = json!({"eds_config": ads.clone(), "service_name": "backend"});
         let mut cluster = json!({"name": "backend", "type": "EDS", "connect_timeout": "5s", "eds_cluster_config": eds});
         protect(&mut cluster, "Upstream", self.client.as_ref());
+        if self.renewed_after > 0 {
+            let kind = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+            cluster["typed_extension_protocol_options"] = json!({kind: {
+                "@type": format!("type.googleapis.com/{kind}"),
+                "common_http_protocol_options": {"max_requests_per_connection": self.renewed_after},
+                "explicit_http_config": {"http_protocol_options": {}},
+            }});
+        }
         let rds = json!({"config_source": ads, "route_config_name": "http.bench"});
-        let mut set = ResourceSet::new();
-        for (kind, name, value) in [
+        [
             ("cluster.v3.Cluster", "backend", cluster),
             (
                 "endpoint.v3.ClusterLoadAssignment",
@@ -98,19 +121,55 @@ impl Resources {
             ),
             ("listener.v3.Listener", "bench", self.listener(("rds", rds))),
             ("route.v3.RouteConfiguration", "http.bench", self.route()),
+        ]
+    }
+}
+
+fn insert(
+    set: &mut ResourceSet,
+    kind: &str,
+    name: &str,
+    value: &Value,
+    version: &str,
+) -> anyhow::Result<()> {
+    let type_url = format!("type.googleapis.com/{kind}");
+    mesh_xds::json::Descriptors::keep();
+    let bytes =
+        mesh_xds::json::from_json(&type_url, value).with_context(|| format!("making {name}"))?;
+    set.insert(Resource {
+        name: name.to_owned(),
+        version: version.to_owned(),
+        type_url,
+        value: bytes.into(),
+    });
+    Ok(())
+}
+
+/// Changes the secrets `own` and `roots` of one proxy.
+pub(super) struct Secrets {
+    sets: watch::Sender<Option<Arc<ResourceSet>>>,
+    version: u32,
+}
+
+impl Secrets {
+    /// All PEM.
+    pub(super) fn give(&mut self, chain: &str, key: &str, roots: &str) -> anyhow::Result<()> {
+        let known = self.sets.borrow().clone().unwrap_or_default();
+        let mut set = ResourceSet::clone(&known);
+        self.version += 1;
+        let inline = |text: &str| json!({"inline_string": text});
+        let own = json!({"certificate_chain": inline(chain), "private_key": inline(key)});
+        let trusted = json!({"trusted_ca": inline(roots)});
+        for (name, field, value) in [
+            ("own", "tls_certificate", own),
+            ("roots", "validation_context", trusted),
         ] {
-            let type_url = format!("type.googleapis.com/envoy.config.{kind}");
-            mesh_xds::json::Descriptors::keep();
-            let bytes = mesh_xds::json::from_json(&type_url, &value)
-                .with_context(|| format!("making {name}"))?;
-            set.insert(Resource {
-                name: name.to_owned(),
-                version: "1".to_owned(),
-                type_url,
-                value: bytes.into(),
-            });
+            let secret = json!({"name": name, field: value});
+            let kind = "envoy.extensions.transport_sockets.tls.v3.Secret";
+            insert(&mut set, kind, name, &secret, &self.version.to_string())?;
         }
-        Ok(set)
+        self.sets.send_replace(Some(Arc::new(set)));
+        Ok(())
     }
 }
 
@@ -148,20 +207,25 @@ impl Report for Printer {
 
 /// Serves discovery from a thread of its own for as long as this process lives.
 pub(super) fn serve(resources: Resources) -> anyhow::Result<SocketAddr> {
-    let set = Arc::new(resources.set()?);
+    serve_changing(resources).map(|(address, _)| address)
+}
+
+/// The same, with secrets that change.
+pub(super) fn serve_changing(resources: Resources) -> anyhow::Result<(SocketAddr, Secrets)> {
+    let sets = watch::Sender::new(Some(Arc::new(resources.set()?)));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0"))?;
     let address = listener.local_addr()?;
+    let source = Source(sets.clone());
     std::thread::Builder::new()
         .name("discovery".into())
         .spawn(move || {
-            let (sender, _) = watch::channel(Some(set));
-            let server = AdsServer::new(Source(sender), "bench", Limits::default());
+            let server = AdsServer::new(source, "bench", Limits::default());
             if let Err(error) = runtime.block_on(server.serve(listener, std::future::pending())) {
                 eprintln!("the discovery server ended: {error}");
             }
         })?;
-    Ok(address)
+    Ok((address, Secrets { sets, version: 0 }))
 }

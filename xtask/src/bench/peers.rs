@@ -1,5 +1,6 @@
 //! The backend and the proxies, each with the least configuration that forwards one port.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
@@ -118,7 +119,16 @@ pub(super) fn mesh_with(
     resources: discovery::Resources,
     health: u16,
 ) -> anyhow::Result<Child> {
-    let address = discovery::serve(resources)?;
+    mesh_of(binary, place, discovery::serve(resources)?, health)
+}
+
+/// Our proxy with the discovery server at `address`.
+pub(super) fn mesh_of(
+    binary: &Path,
+    place: &Path,
+    address: SocketAddr,
+    health: u16,
+) -> anyhow::Result<Child> {
     // On a port that is not the secure one: certificates and tokens of a mesh are not what is measured.
     let config = json!({"discoveryAddress": address.to_string(), "concurrency": 1, "proxyAdminPort": health - 2, "statusPort": health - 1});
     pinned(1, binary)
