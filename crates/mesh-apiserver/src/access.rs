@@ -65,7 +65,8 @@ impl<'a> Action<'a> {
             on: On::Path(path.into()),
         };
         let mut segments = path.trim_matches('/').split('/');
-        let group = match segments.next() {
+        // Read as the request's target is: what is served by these names is judged by them.
+        let group = match segments.next().map(segment).as_deref() {
             Some("api") => Some(Cow::Borrowed("")),
             Some("apis") => segments.next().map(segment),
             _ => None,

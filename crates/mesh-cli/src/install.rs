@@ -310,6 +310,8 @@ fn gateway_pod(options: &InstallOptions, name: &str, kind: &str) -> Result<Value
         },
         "spec": {
             "serviceAccountName": format!("{name}-service-account"),
+            // What its account may read is asked by the control plane; the gateway itself, which faces strangers, needs no token for the API.
+            "automountServiceAccountToken": false,
             "containers": [{
                 "name": mesh_inject::PROXY_CONTAINER,
                 "image": "auto",

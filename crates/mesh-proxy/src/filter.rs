@@ -185,6 +185,8 @@ impl<'a> Request<'a> {
         let mut pass = None;
         let mut notes = Notes::default();
         let mut place = 0;
+        // Where a service would have been asked, had there been a route already.
+        let mut unasked = Vec::new();
         while let Some(filter) = self.manager.filters.next_active(&mut place, said.filters) {
             let mut reroute = false;
             let reply = match filter {
@@ -194,7 +196,7 @@ impl<'a> Request<'a> {
                     reroute = anew;
                     reply
                 }
-                // Envoy asks nothing about requests without a route.
+                // Envoy asks nothing about requests without a route; what finds one later is asked then.
                 Active::ExtAuthz(filter, route) if matches!(decision, Decision::Matched(_)) => {
                     let kept = (&mut notes, &mut pass);
                     let asked = self.check(filter, route, (&mut *parts, &mut *body), kept);
@@ -202,7 +204,10 @@ impl<'a> Request<'a> {
                     reroute = checked.reroute;
                     checked.reply
                 }
-                Active::ExtAuthz(..) => None,
+                Active::ExtAuthz(..) => {
+                    unasked.push(place - 1);
+                    None
+                }
                 Active::Fault(fault) => self.fault(fault, &said, parts, report, &mut pass).await,
                 Active::Cors(policies) => self.cors(policies, &said, parts, &mut pass),
                 Active::LocalRateLimit(rule, _) => self.local(rule, &said, parts, &mut pass),
@@ -223,6 +228,29 @@ impl<'a> Request<'a> {
                 let view = view(self.exchange, parts);
                 *decision = self.table.decide_with(&view, notes.metadata.as_deref());
                 said = self.said(decision, parts);
+                if matches!(decision, Decision::Matched(_)) {
+                    let mut anew = false;
+                    for mut skipped in std::mem::take(&mut unasked) {
+                        let filters = &self.manager.filters;
+                        let again = filters.next_active(&mut skipped, said.filters);
+                        let Some(Active::ExtAuthz(filter, route)) = again else {
+                            continue;
+                        };
+                        let kept = (&mut notes, &mut pass);
+                        let asked = self.check(filter, route, (&mut *parts, &mut *body), kept);
+                        let checked = Box::pin(asked).await;
+                        if let Some(reply) = checked.reply {
+                            self.attribute(&said, report);
+                            return Outcome::Reply(Box::new(reply), pass);
+                        }
+                        anew |= checked.reroute;
+                    }
+                    if anew {
+                        let view = crate::http::view(self.exchange, parts);
+                        *decision = self.table.decide_with(&view, notes.metadata.as_deref());
+                        said = self.said(decision, parts);
+                    }
+                }
             }
         }
         Outcome::Continue(pass)

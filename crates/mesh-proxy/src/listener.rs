@@ -93,29 +93,26 @@ pub struct Downstream {
     requests: Cell<u32>,
 }
 
-/// A filter chain by name.
+/// A filter chain, to be found again in later snapshots.
 struct Place {
     listener: Arc<str>,
-    chain: Arc<str>,
-    /// Which one of those of that name.
-    ordinal: usize,
+    /// Of the chain ([`FilterChain::door`]): what was agreed on at the beginning, a client's certificate for instance, holds for nothing else.
+    door: u64,
 }
 
 impl Place {
-    fn of(listener: &Listener, chain: &Arc<FilterChain>) -> Self {
-        let same_name = listener.chains().filter(|c| c.name == chain.name);
+    fn of(listener: &Listener, chain: &FilterChain) -> Self {
         Self {
             listener: listener.name.clone(),
-            chain: chain.name.clone(),
-            ordinal: same_name.take_while(|c| !Arc::ptr_eq(c, chain)).count(),
+            door: chain.door,
         }
     }
 
     /// The connection manager that has taken the place of the one before.
     fn manager(&self, snapshot: &Snapshot) -> Option<Arc<HttpManager>> {
         let listener = snapshot.listener(&self.listener)?;
-        let mut same_name = listener.chains().filter(|c| c.name == self.chain);
-        match &same_name.nth(self.ordinal)?.filter {
+        let mut chains = listener.chains();
+        match &chains.find(|chain| chain.door == self.door)?.filter {
             NetworkFilter::Http(manager) => Some(manager.clone()),
             NetworkFilter::Tcp(_) => None,
         }

@@ -235,9 +235,12 @@ fn normalized<'a>(path: &'a str, manager: &HttpManager) -> Result<Cow<'a, str>, 
     Ok(path)
 }
 
+/// Undoes escapes of the bytes that are `wanted`. A `%` that begins no escape stays, unless what is undone behind it would make it one:
+/// then it becomes `%25`, so that nobody further on undoes an escape that nobody here has judged (`%%361` is not `%61`).
 fn unescape(path: &str, wanted: impl Fn(u8) -> bool) -> String {
     let hex = |c: Option<char>| c.and_then(|c| c.to_digit(16));
     let mut out = String::with_capacity(path.len());
+    let mut alone = Vec::new();
     let mut rest = path;
     while let Some(at) = rest.find('%') {
         let (before, escape) = rest.split_at(at);
@@ -252,13 +255,31 @@ fn unescape(path: &str, wanted: impl Fn(u8) -> bool) -> String {
                 rest = escape.get(3..).unwrap_or("");
             }
             None => {
+                if byte.is_none() {
+                    alone.push(out.len());
+                }
                 out.push('%');
                 rest = escape.get(1..).unwrap_or("");
             }
         }
     }
     out.push_str(rest);
-    out
+    alone.retain(|&at| {
+        let behind = out.as_bytes().get(at + 1..at + 3);
+        behind.is_some_and(|two| two.iter().all(u8::is_ascii_hexdigit))
+    });
+    if alone.is_empty() {
+        return out;
+    }
+    let mut apart = String::with_capacity(out.len() + 2 * alone.len());
+    let mut from = 0;
+    for at in alone {
+        apart.push_str(out.get(from..=at).unwrap_or_default());
+        apart.push_str("25");
+        from = at + 1;
+    }
+    apart.push_str(out.get(from..).unwrap_or_default());
+    apart
 }
 
 fn remove_dot_segments(path: &str) -> String {
@@ -439,6 +460,23 @@ mod tests {
             "/A%2f%zz%4"
         );
         assert_eq!(unescape("/%2Fx%5c", |b| b == b'/' || b == b'\\'), "//x\\");
+    }
+
+    #[test]
+    fn nothing_undone_becomes_an_escape() {
+        for (path, is) in [
+            ("/%%361dmin", "/%2561dmin"),
+            ("/x/%2%65%2%65/admin", "/x/%252e%252e/admin"),
+            ("/admin%2%46x", "/admin%252Fx"),
+            ("/%%%36%31", "/%%2561"),
+            ("/%25%36%31", "/%2561"),
+            ("/%%zz%3", "/%%zz%3"),
+        ] {
+            let undone = unescape(path, |b| b.is_ascii_alphanumeric() || b == b'.');
+            assert_eq!(undone, is, "{path}");
+            let again = unescape(&undone, |b| b.is_ascii_alphanumeric() || b == b'.');
+            assert_eq!(again, is, "{path} is stable");
+        }
     }
 
     #[test]

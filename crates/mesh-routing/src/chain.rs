@@ -1,7 +1,8 @@
 //! Filter chains and their matching.
 
+use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3::CidrRange;
@@ -31,6 +32,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct FilterChain {
     /// Its name.
     pub name: Arc<str>,
+    /// What was agreed on when it took a connection: which ones it takes, and how they are protected. The chain of a later snapshot with
+    /// the same value is the same door; within this process only.
+    pub door: u64,
     /// How the bytes are protected; `None` for plain text.
     pub tls: Option<Arc<ServerTls>>,
     /// Limit for the handshake.
@@ -207,6 +211,7 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
     }
     Ok(Arc::new(FilterChain {
         name: m.name.as_str().into(),
+        door: door(m),
         tls: tls::downstream(m.transport_socket.as_ref()).within("transport_socket")?,
         handshake_timeout: nonzero_duration(
             "transport_socket_connect_timeout",
@@ -222,6 +227,14 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
             )
         })?,
     }))
+}
+
+/// Keyed by chance: who writes a configuration cannot aim at the value of another chain.
+fn door(m: &pb::FilterChain) -> u64 {
+    static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    let conditions = m.filter_chain_match.as_ref().map(Message::encode_to_vec);
+    let protection = m.transport_socket.as_ref().map(Message::encode_to_vec);
+    KEY.hash_one((&m.name, conditions, protection))
 }
 
 enum Compiled {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use envoy_types::pb::google::protobuf::value::Kind;
 use envoy_types::pb::google::protobuf::{Struct, Value};
-use http::{HeaderMap, StatusCode, request};
+use http::{HeaderMap, HeaderValue, StatusCode, request};
 use mesh_routing::dynamic::Dynamic;
 use mesh_routing::filter::rbac::{Action, Facts, HTTP_SECTION, Rbac, Shadow, Verdict};
 use mesh_routing::hcm::HttpManager;
@@ -182,9 +182,11 @@ fn client_ip(manager: &HttpManager, connection: &Downstream, headers: &HeaderMap
 /// The address that stands `skip` places before the last one of `x-forwarded-for`.
 fn forwarded(headers: &HeaderMap, skip: usize) -> Option<IpAddr> {
     let lines = headers.get_all("x-forwarded-for").into_iter();
-    let lines: Vec<&str> = lines.filter_map(|line| line.to_str().ok()).collect();
-    let mut entries = lines.iter().rev().flat_map(|line| line.rsplit(','));
-    entries.nth(skip)?.trim().parse().ok()
+    // By bytes: what a stranger wrote into the line may be no text, and is no reason to overlook what proxies added.
+    let lines: Vec<&[u8]> = lines.map(HeaderValue::as_bytes).collect();
+    let mut entries = lines.iter().rev().flat_map(|l| l.rsplit(|b| *b == b','));
+    let entry = std::str::from_utf8(entries.nth(skip)?).ok()?;
+    entry.trim().parse().ok()
 }
 
 impl Notes {
@@ -214,6 +216,10 @@ mod tests {
         assert_eq!(forwarded(&headers, 1), ip("3.3.3.3"));
         assert_eq!(forwarded(&headers, 3), ip("1.1.1.1"));
         assert_eq!(forwarded(&headers, 4), None);
+        let line = HeaderValue::from_bytes(b"\xff,4.4.4.4").unwrap();
+        headers.append("x-forwarded-for", line);
+        assert_eq!(forwarded(&headers, 0), ip("4.4.4.4"));
+        assert_eq!(forwarded(&headers, 1), None);
         assert_eq!(forwarded(&HeaderMap::new(), 0), None);
     }
 }

@@ -9,13 +9,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use envoy_types::pb::envoy::config::core::v3::http_uri::HttpUpstreamType;
-use envoy_types::pb::envoy::config::core::v3::{CidrRange, HttpUri};
+use envoy_types::pb::envoy::config::core::v3::data_source::Specifier;
+use envoy_types::pb::envoy::config::core::v3::{CidrRange, DataSource, HttpUri};
 use envoy_types::pb::envoy::config::listener::v3::Filter;
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType as NetworkType;
 use envoy_types::pb::envoy::config::rbac::v3 as rbac;
 use envoy_types::pb::envoy::config::rbac::v3::permission::Rule;
 use envoy_types::pb::envoy::config::rbac::v3::principal::Identifier;
 use envoy_types::pb::envoy::config::rbac::v3::rbac::Action;
+use envoy_types::pb::envoy::config::route::v3 as route;
+use envoy_types::pb::envoy::config::route::v3::header_matcher::HeaderMatchSpecifier;
 use envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3 as authz;
 use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 use envoy_types::pb::envoy::extensions::filters::http::rbac::v3::Rbac;
@@ -425,6 +428,55 @@ fn a_missing_service_means_no_unless_it_is_to_mean_yes() {
         let proxy = Proxy::start(&config(at, filters, &clusters));
         assert_eq!(Client::connect(at).get("/", "").status, status);
         assert_eq!(stat(&proxy, "http.test.ext_authz.error"), 1);
+    }
+}
+
+/// The only route needs a header that the token's claims make, so there is none yet when the service's turn comes.
+#[test]
+fn a_service_is_asked_also_where_a_token_leads_to_the_route() {
+    for status in [StatusCode::FORBIDDEN, StatusCode::OK] {
+        let (at, app) = (free_port(), App::start("a"));
+        let service = serve(move |_, _| {
+            let mut response = Response::new("word".into());
+            *response.status_mut() = status;
+            response
+        });
+        let http = authz::HttpService {
+            server_uri: Some(uri("http://authz.test")),
+            ..Default::default()
+        };
+        let asked = authz::ExtAuthz {
+            services: Some(authz::ext_authz::Services::HttpService(http)),
+            ..Default::default()
+        };
+        let inline = Specifier::InlineString(keys());
+        let source = DataSource {
+            specifier: Some(inline),
+            ..Default::default()
+        };
+        let mut tokens = provider(jwt::jwt_provider::JwksSourceSpecifier::LocalJwks(source));
+        for provider in tokens.providers.values_mut() {
+            provider.clear_route_cache = true;
+            provider.claim_to_headers = vec![jwt::JwtClaimToHeader {
+                header_name: "x-sub".to_owned(),
+                claim_name: "sub".to_owned(),
+                ..Default::default()
+            }];
+        }
+        let filters = vec![filter("authz", &asked), filter("jwt", &tokens)];
+        let clusters = [("app", app.address), ("service", service)];
+        let mut state = config(at, filters, &clusters);
+        let mut claimed = prefix("/");
+        claimed.headers = vec![route::HeaderMatcher {
+            name: "x-sub".to_owned(),
+            header_match_specifier: Some(HeaderMatchSpecifier::PresentMatch(true)),
+            ..Default::default()
+        }];
+        let routes = table(vec![route_to(claimed, action("app"))]);
+        state.routes.insert("routes".to_owned(), routes.into());
+        let _proxy = Proxy::start(&state);
+        let reply = Client::connect(at).get("/", &bearer(TOKEN));
+        assert_eq!(reply.status, status.as_u16(), "{}", reply.body);
     }
 }
 

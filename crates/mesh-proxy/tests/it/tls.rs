@@ -211,6 +211,37 @@ fn strict_refuses_plain_text_and_strangers() {
     );
 }
 
+/// From DISABLE to STRICT: nothing was proved on the old connection, so it ends after one more answer.
+#[test]
+fn an_open_connection_does_not_pass_to_a_chain_that_asks_for_more() {
+    let pki = Pki::new("root");
+    let (at, app) = (free_port(), App::start("app"));
+    let routes = || table(vec![route_to(prefix("/"), action("app"))]);
+    let clusters = || vec![cluster("app", &[app.address])];
+    let plain = http_listener(at, details);
+    let mut strict = inbound(http_listener(at, details), false);
+    strict.filter_chains[0].name = plain.filter_chains[0].name.clone();
+    let server = Proxy::start(&state(vec![plain.clone()], routes(), clusters()));
+    pki.enrol(&server.shared, SERVER);
+    let mut open = Client::connect(at);
+    assert_eq!(open.get("/", "").status, 200);
+    server.publish(&state(vec![plain], routes(), clusters()));
+    let same = open.get("/", "");
+    assert_eq!((same.status, same.header("connection")), (200, None));
+    server.publish(&state(vec![strict], routes(), clusters()));
+    wait(|| {
+        let mut plain = Client::connect(at);
+        plain.send("GET / HTTP/1.1\r\nHost: app.test\r\n\r\n");
+        plain.reply().is_none()
+    });
+    let last = open.get("/", "");
+    assert_eq!(
+        (last.status, last.header("connection")),
+        (200, Some("close"))
+    );
+    assert!(open.is_closed());
+}
+
 #[test]
 fn permissive_takes_both() {
     let pair = pair(true, &["istio", "http/1.1"], |_| {});

@@ -50,8 +50,12 @@ pub(super) fn find<'r>(
         if effects.has_taken(&place) {
             continue;
         }
-        if let Some(text) = parameter(parts.uri.query().unwrap_or(""), param) {
-            found.push(Token { text, place });
+        // Each of those of that name: all of them go on to the application.
+        for text in parameters(parts.uri.query().unwrap_or(""), param) {
+            found.push(Token {
+                text,
+                place: place.clone(),
+            });
         }
     }
     for cookie in &provider.cookies {
@@ -70,9 +74,9 @@ fn behind<'v>(value: &'v str, prefix: &str) -> Option<&'v str> {
     value.split_once(prefix).map(|(_, token)| token)
 }
 
-/// The first parameter of that name.
-fn parameter<'r>(query: &'r str, name: &str) -> Option<Cow<'r, str>> {
-    query.split('&').find_map(|pair| {
+/// The parameters of that name.
+fn parameters<'r>(query: &'r str, name: &str) -> impl Iterator<Item = Cow<'r, str>> {
+    query.split('&').filter_map(move |pair| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         (decoded(key) == name).then(|| decoded(value))
     })
@@ -145,8 +149,9 @@ mod tests {
 
     #[test]
     fn a_parameter_is_found_and_taken_away() {
-        assert_eq!(parameter("a=1&t=x%2Ey&t=z", "t").as_deref(), Some("x.y"));
-        assert_eq!(parameter("a=1", "t"), None);
+        let found: Vec<_> = parameters("a=1&t=x%2Ey&t=z", "t").collect();
+        assert_eq!(found, ["x.y", "z"]);
+        assert_eq!(parameters("a=1", "t").count(), 0);
         assert_eq!(without_parameter("/p?a=1&t=x&b=2&t=y", "t"), "/p?a=1&b=2");
         assert_eq!(without_parameter("/p?t=x", "t"), "/p");
         assert_eq!(without_parameter("/p", "t"), "/p");
