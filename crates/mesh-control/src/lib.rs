@@ -20,6 +20,7 @@ mod refusals;
 mod secrets;
 mod secure;
 mod serving;
+mod stand_in;
 mod status;
 mod table;
 mod watch;

@@ -9,6 +9,7 @@ use mesh_model::{Item, ObjectKey, Objects, Problem, Severity};
 use serde_json::Value;
 
 use crate::revisioned;
+use crate::stand_in;
 use crate::watch::{Change, Reading, Seen};
 
 /// Name of the ConfigMap with the mesh configuration, in its key `mesh` (as Istio installs it).
@@ -34,6 +35,8 @@ pub(crate) struct Table {
     injector_config: String,
     pub(crate) objects: Objects,
     pub(crate) istio: BTreeMap<ObjectKey, View>,
+    /// Those of which `objects` has a stand-in, since no version could be read.
+    stand_ins: BTreeSet<ObjectKey>,
     /// Labels by namespace, for the injector.
     pub(crate) namespaces: Arc<BTreeMap<String, BTreeMap<String, String>>>,
     /// Data of the injector's ConfigMap.
@@ -97,6 +100,7 @@ impl Table {
             }
             _ => {}
         }
+        self.stand_ins.remove(key);
         self.istio.remove(key).is_some() | self.objects.remove(key)
     }
 
@@ -111,6 +115,7 @@ impl Table {
                     status: seen.status,
                     findings,
                 };
+                self.stand_ins.remove(&seen.key);
                 self.istio.insert(seen.key, view);
                 self.objects.upsert(object)
             }
@@ -129,14 +134,15 @@ impl Table {
                 self.objects.upsert(item)
             }
             Err(error) => {
-                tracing::warn!(object = %seen.key, %error, "an object can't be read and has no effect");
+                let guards = stand_in::guards(&seen.api_version);
+                let (effect, changed) = self.instead(&seen.key, seen.stand_in, guards);
+                tracing::warn!(object = %seen.key, %error, "an object can't be read: {effect}");
                 let view = View {
                     api_version: seen.api_version,
                     generation: seen.generation,
                     status: seen.status,
-                    findings: vec![unreadable(&seen.key, &error)],
+                    findings: vec![unreadable(&seen.key, &error, effect)],
                 };
-                let removed = self.objects.remove(&seen.key);
                 // Only Istio's kinds have a status of ours.
                 if mesh_api::KINDS
                     .iter()
@@ -144,11 +150,35 @@ impl Table {
                 {
                     let generation = view.generation;
                     let before = self.istio.insert(seen.key, view);
-                    return removed || before.is_none_or(|before| before.generation != generation);
+                    return changed || before.is_none_or(|before| before.generation != generation);
                 }
-                removed
+                changed
             }
         }
+    }
+
+    /// What holds now that an object can't be read, in words, and whether that is something else than before.
+    fn instead(
+        &mut self,
+        key: &ObjectKey,
+        stand_in: Option<AnyObject>,
+        guards: bool,
+    ) -> (&'static str, bool) {
+        if guards && self.objects.istio(key).is_some() && !self.stand_ins.contains(key) {
+            return ("the version before it stays in force", false);
+        }
+        if let Some(object) = stand_in {
+            self.stand_ins.insert(key.clone());
+            let effect = match &object {
+                AnyObject::PeerAuthentication(_) => {
+                    "until it can be, mutual TLS is STRICT for all that it selects"
+                }
+                _ => "until it can be, everything that it selects is refused",
+            };
+            return (effect, self.objects.upsert(object));
+        }
+        self.stand_ins.remove(key);
+        ("the object has no effect", self.objects.remove(key))
     }
 
     fn config(&mut self, config: mesh_api::core::ConfigMap) -> bool {
@@ -198,7 +228,7 @@ fn findings(key: &ObjectKey, object: &AnyObject) -> Vec<Problem> {
         .collect()
 }
 
-fn unreadable(key: &ObjectKey, error: &ParseError) -> Problem {
+fn unreadable(key: &ObjectKey, error: &ParseError, effect: &str) -> Problem {
     let mut message = error.message.clone();
     if !error.expected.is_empty() {
         message.push_str("; expected ");
@@ -208,7 +238,145 @@ fn unreadable(key: &ObjectKey, error: &ParseError) -> Problem {
         object: key.clone(),
         field: error.path.clone(),
         severity: Severity::Error,
-        message: format!("{message} (the object has no effect)"),
+        message: format!("{message} ({effect})"),
         code: Some("IST0106"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::watch::{kinds, read};
+    use serde_json::json;
+
+    fn key(kind: &str) -> ObjectKey {
+        ObjectKey::new(kind, "default", "x")
+    }
+
+    /// Sees a version of an object; what then holds, and what its status tells.
+    fn see(table: &mut Table, kind: &str, spec: Value) -> (Option<AnyObject>, String) {
+        let info = mesh_api::KINDS.iter().find(|info| info.kind == kind);
+        let info = info.expect("one of Istio's kinds");
+        let api_version = format!("{}/{}", info.group, info.storage_version());
+        let object = serde_json::from_value(json!({
+            "apiVersion": api_version, "kind": kind, "metadata": { "name": "x", "namespace": "default" }, "spec": spec,
+        }));
+        let kinds = kinds("istio-system");
+        let watched = kinds.iter().find(|known| known.kind() == kind);
+        let seen = read(
+            watched.expect("a kind that is watched"),
+            object.expect("an object"),
+        );
+        table.apply(Change::Upsert(Box::new(seen)));
+        let findings = &table.istio[&key(kind)].findings;
+        let told = findings.iter().map(|problem| problem.message.clone());
+        let told = told.collect::<Vec<_>>().join("; ");
+        let object = table.objects.istio(&key(kind));
+        (object.map(|object| object.as_ref().clone()), told)
+    }
+
+    #[test]
+    fn an_unreadable_edit_leaves_the_policy_before_it_in_force() {
+        for (kind, good) in [
+            (
+                "AuthorizationPolicy",
+                json!({ "selector": { "matchLabels": { "app": "a" } } }),
+            ),
+            (
+                "PeerAuthentication",
+                json!({ "mtls": { "mode": "STRICT" } }),
+            ),
+            (
+                "RequestAuthentication",
+                json!({ "jwtRules": [{ "issuer": "a" }] }),
+            ),
+        ] {
+            let mut table = Table::new("");
+            let (first, _) = see(&mut table, kind, good.clone());
+            assert!(first.is_some(), "{kind}");
+            let (kept, told) = see(&mut table, kind, json!({ "typo": 1 }));
+            assert_eq!(kept, first, "{kind}");
+            assert!(told.contains("the version before it stays"), "{told}");
+            // What is deleted is gone.
+            table.apply(Change::Remove(key(kind)));
+            assert!(table.objects.istio(&key(kind)).is_none(), "{kind}");
+        }
+    }
+
+    #[test]
+    fn an_unreadable_policy_without_a_version_before_it_refuses() {
+        let mut table = Table::new("");
+        let selector = json!({ "matchLabels": { "app": "a" }, "typo": 1 });
+        let bad = json!({ "selector": selector, "action": "ALLOW", "rules": [{ "form": [] }] });
+        let (found, told) = see(&mut table, "AuthorizationPolicy", bad);
+        let Some(AnyObject::AuthorizationPolicy(found)) = found else {
+            panic!("no stand-in");
+        };
+        let labels = found.spec.selector.expect("its selector").match_labels;
+        assert_eq!(labels["app"], "a");
+        assert_eq!(
+            found.spec.action,
+            mesh_api::security::authorization_policy::Action::Deny
+        );
+        assert_eq!(found.spec.rules, [Default::default()]);
+        assert!(
+            told.contains("everything that it selects is refused"),
+            "{told}"
+        );
+        // The next one is no version to be kept either: the stand-in goes after what is there now.
+        let target =
+            json!([{ "group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "g" }]);
+        let bad = json!({ "targetRefs": target, "typo": 1 });
+        let (found, _) = see(&mut table, "AuthorizationPolicy", bad);
+        let Some(AnyObject::AuthorizationPolicy(found)) = found else {
+            panic!("no stand-in");
+        };
+        assert!(found.spec.selector.is_none() && found.spec.target_refs.len() == 1);
+        // One that can be read takes its place.
+        let (found, told) = see(&mut table, "AuthorizationPolicy", json!({}));
+        assert!(
+            matches!(found, Some(AnyObject::AuthorizationPolicy(p)) if p.spec.rules.is_empty())
+        );
+        assert!(!told.contains("until it can be"), "{told}");
+    }
+
+    #[test]
+    fn unreadable_objects_without_a_version_before_them() {
+        let mut table = Table::new("");
+        let bad =
+            json!({ "selector": { "matchLabels": { "app": "a" } }, "mtls": { "mode": "Strict" } });
+        let (found, told) = see(&mut table, "PeerAuthentication", bad);
+        let Some(AnyObject::PeerAuthentication(found)) = found else {
+            panic!("no stand-in");
+        };
+        let mode = found.spec.mtls.expect("a mode").mode;
+        assert_eq!(
+            mode,
+            mesh_api::security::peer_authentication::MutualTlsMode::Strict
+        );
+        assert!(
+            found.spec.selector.is_some() && told.contains("STRICT"),
+            "{told}"
+        );
+        // Those that refuse nothing, or that have no such meaning, have no effect, and say so.
+        let audit = json!({ "action": "AUDIT", "typo": 1 });
+        for (kind, bad) in [
+            ("AuthorizationPolicy", audit),
+            ("RequestAuthentication", json!({ "typo": 1 })),
+            ("VirtualService", json!({ "typo": 1 })),
+        ] {
+            let (found, told) = see(&mut table, kind, bad);
+            assert!(found.is_none(), "{kind}");
+            assert!(told.contains("the object has no effect"), "{told}");
+        }
+        // Of all other kinds an edit that can't be read takes the object away.
+        let good =
+            json!({ "hosts": ["a"], "tcp": [{ "route": [{ "destination": { "host": "a" } }] }] });
+        assert!(see(&mut table, "VirtualService", good).0.is_some());
+        assert!(
+            see(&mut table, "VirtualService", json!({ "typo": 1 }))
+                .0
+                .is_none()
+        );
     }
 }

@@ -14,6 +14,8 @@ use mesh_xds::backoff::Backoff;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
+use crate::stand_in;
+
 /// What the watches tell the publisher.
 #[derive(Debug)]
 pub(crate) enum Change {
@@ -42,6 +44,8 @@ pub(crate) struct Seen {
     pub(crate) status: Value,
     /// What it says, or why it says nothing.
     pub(crate) reading: Result<Reading, ParseError>,
+    /// What holds instead where it says nothing and must not be left out.
+    pub(crate) stand_in: Option<AnyObject>,
 }
 
 /// What an object means to us.
@@ -60,6 +64,14 @@ pub(crate) struct Kind {
     resource: ApiResource,
     namespace: Option<String>,
     read: fn(&Value) -> Result<Reading, ParseError>,
+}
+
+#[cfg(test)]
+impl Kind {
+    /// Its name.
+    pub(crate) fn kind(&self) -> &str {
+        &self.resource.kind
+    }
 }
 
 /// Everything that is watched. `system` is the namespace of our ConfigMaps.
@@ -198,7 +210,7 @@ fn key(kind: &Kind, object: &DynamicObject) -> ObjectKey {
     )
 }
 
-fn read(kind: &Kind, mut object: DynamicObject) -> Seen {
+pub(crate) fn read(kind: &Kind, mut object: DynamicObject) -> Seen {
     let key = key(kind, &object);
     // Nobody reads it, and it is most of some objects.
     object.metadata.managed_fields = None;
@@ -209,19 +221,26 @@ fn read(kind: &Kind, mut object: DynamicObject) -> Seen {
         api_version: kind.resource.api_version.clone(),
         kind: kind.resource.kind.clone(),
     });
-    let reading = serde_json::to_value(&object)
-        .map_err(|error| ParseError {
-            path: String::new(),
-            message: error.to_string(),
-            expected: String::new(),
-        })
-        .and_then(|raw| (kind.read)(&raw));
+    let raw = serde_json::to_value(&object).map_err(|error| ParseError {
+        path: String::new(),
+        message: error.to_string(),
+        expected: String::new(),
+    });
+    let (reading, stand_in) = match raw {
+        Ok(raw) => {
+            let reading = (kind.read)(&raw);
+            let stand_in = reading.is_err().then(|| stand_in::of(&raw)).flatten();
+            (reading, stand_in)
+        }
+        Err(error) => (Err(error), None),
+    };
     Seen {
         key,
         api_version: kind.resource.api_version.clone(),
         generation,
         status,
         reading,
+        stand_in,
     }
 }
 
