@@ -29,7 +29,7 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
     mesh.services = services::build(objects, &mesh);
     mesh.destination_rules = destination_rules::build(objects, &mesh, &mut problems);
     mesh.envoy_filters = envoy_filters::build(objects, &mut problems);
-    mesh.gateways = gateways::build(objects, &mut problems);
+    mesh.gateways = gateways::build(objects, &mesh.config.tls_defaults, &mut problems);
     mesh.security = security::build(objects, &mut problems);
     mesh.jwks = objects.jwks.clone();
     mesh.virtual_services = virtual_services::build(objects, &mesh, &mut problems);

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use mesh_api::mesh_config::TlsConfig;
 use mesh_api::networking::gateway::{Gateway as Spec, Server, ServerTlsMode, ServerTlsSettings};
 use mesh_api::{AnyObject, Object};
 
@@ -16,13 +17,19 @@ mod tls;
 
 pub(crate) use tls::mesh_limits;
 
-pub(crate) fn build(objects: &Objects, problems: &mut Vec<Problem>) -> Vec<Arc<Gateway>> {
+/// `defaults` are the mesh's limits, which hold where a server sets none.
+pub(crate) fn build(
+    objects: &Objects,
+    defaults: &TlsConfig,
+    problems: &mut Vec<Problem>,
+) -> Vec<Arc<Gateway>> {
     let mut gateways = Vec::new();
     for (key, object) in &objects.istio {
         if let AnyObject::Gateway(object) = object.as_ref() {
             gateways.push(Arc::new(gateway(
                 key,
                 object,
+                defaults,
                 &mut Reporter::new(key, problems),
             )));
         }
@@ -62,12 +69,18 @@ fn report_conflicts(gateways: &[Arc<Gateway>], problems: &mut Vec<Problem>) {
     }
 }
 
-fn gateway(key: &ObjectKey, object: &Object<Spec>, report: &mut Reporter<'_>) -> Gateway {
+fn gateway(
+    key: &ObjectKey,
+    object: &Object<Spec>,
+    defaults: &TlsConfig,
+    report: &mut Reporter<'_>,
+) -> Gateway {
     let mut servers = Vec::new();
     for (index, server) in object.spec.servers.iter().enumerate() {
         servers.extend(self::server(
             server,
             &key.namespace,
+            defaults,
             &format!("spec.servers[{index}]"),
             report,
         ));
@@ -84,6 +97,7 @@ fn gateway(key: &ObjectKey, object: &Object<Spec>, report: &mut Reporter<'_>) ->
 fn server(
     server: &Server,
     namespace: &str,
+    defaults: &TlsConfig,
     field: &str,
     report: &mut Reporter<'_>,
 ) -> Option<GatewayServer> {
@@ -98,9 +112,12 @@ fn server(
     };
     let mode = mode(server, field, report)?;
     let tls = match (&server.tls, mode) {
-        (Some(tls), ServerMode::Https | ServerMode::TlsTermination) => {
-            Some(tls::applied(tls, &format!("{field}.tls"), report)?)
-        }
+        (Some(tls), ServerMode::Https | ServerMode::TlsTermination) => Some(tls::applied(
+            tls,
+            defaults,
+            &format!("{field}.tls"),
+            report,
+        )?),
         _ => None,
     };
     let bind = bind(server, field, report)?;
