@@ -12,6 +12,8 @@ use std::fmt;
 
 use crate::object::AnyObject;
 
+pub use names::is_matched_header;
+
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {

@@ -185,6 +185,14 @@ pub(crate) fn cidr(text: &str) -> Result<(), String> {
     }
 }
 
+/// True for the name of a header that a proxy can look at: a token (RFC 9110 section 5.1), or one of the pseudo headers of HTTP/2.
+pub fn is_matched_header(name: &str) -> bool {
+    const PSEUDO: &[&str] = &[":authority", ":method", ":path", ":scheme", ":status"];
+    let letter = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+    let token = !name.is_empty() && name.bytes().all(letter);
+    token || PSEUDO.iter().any(|known| name.eq_ignore_ascii_case(known))
+}
+
 /// Checks a label: key with optional prefix, value at most 63 characters.
 pub(crate) fn label(key: &str, value: &str) -> Result<(), String> {
     let part = |text: &str| {

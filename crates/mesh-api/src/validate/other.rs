@@ -362,6 +362,17 @@ impl Validate for AuthorizationPolicy {
             });
             check.each("when", &rule.when, |check, condition| {
                 check.require(is_attribute(&condition.key), "key", "unknown attribute");
+                if let Some(name) = condition
+                    .key
+                    .strip_prefix("request.headers[")
+                    .and_then(|rest| rest.strip_suffix(']'))
+                    && !names::is_matched_header(name)
+                {
+                    check.error_at(
+                        "key",
+                        format!("{name:?} is not the name of a header: letters, digits and !#$%&'*+-.^_`|~"),
+                    );
+                }
                 if condition.values.is_empty() && condition.not_values.is_empty() {
                     check.error_at("values", "values or notValues are needed");
                 }

@@ -636,6 +636,29 @@ fn other_kinds() {
 }
 
 #[test]
+fn conditions_name_headers_that_can_be() {
+    let tried = |name: &str, field: &str, words: &str| {
+        let spec =
+            format!("{{rules: [{{when: [{{key: 'request.headers[{name}]', values: [a]}}]}}]}}");
+        table(
+            "AuthorizationPolicy",
+            Severity::Error,
+            &[(&spec, field, words)],
+        );
+    };
+    for name in ["foo bar", "", "é", ":foo", "a]["] {
+        tried(
+            name,
+            "spec.rules[0].when[0].key",
+            "not the name of a header",
+        );
+    }
+    for name in ["x-user", "X_User~1", ":path", ":Authority", "host"] {
+        tried(name, "", "");
+    }
+}
+
+#[test]
 fn metadata_is_checked_too() {
     let raw = serde_json::json!({
         "apiVersion": "networking.istio.io/v1", "kind": "Sidecar", "spec": { "egress": [{ "hosts": ["./*"] }] },

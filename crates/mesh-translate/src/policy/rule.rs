@@ -189,8 +189,11 @@ impl Context<'_> {
         if let Some(name) = key
             .strip_prefix("request.headers[")
             .and_then(|rest| rest.strip_suffix(']'))
-            .filter(|name| !name.is_empty())
         {
+            // The proxy would refuse the whole listener for it.
+            if !mesh_api::validate::is_matched_header(name) {
+                return self.unfit();
+            }
             let of = |value: &str| self.of_request(Identifier::Header(header(name, value, false)));
             return self.principals(&condition.values, &condition.not_values, &of, all);
         }
@@ -463,4 +466,47 @@ fn filter_metadata(key: &str, value: &str) -> Option<Permission> {
         &[name],
         value,
     ))))
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_model::Objects;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// What a rule becomes: strictly as in ALLOW, or as in DENY.
+    fn made(rule: &Value, strict: bool) -> Option<Policy> {
+        let object = json!({
+            "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+            "metadata": { "name": "a", "namespace": "default" }, "spec": { "rules": [rule] },
+        });
+        let Ok(mesh_api::AnyObject::AuthorizationPolicy(object)) = mesh_api::parse(&object) else {
+            panic!("not a policy: {object}");
+        };
+        let context = Context {
+            mesh: &Mesh::build(&Objects::default()),
+            namespace: "default",
+            tcp: false,
+            strict,
+        };
+        policy(&object.spec.rules[0], &context)
+    }
+
+    #[test]
+    fn a_header_that_can_not_be_allows_nothing_and_denies_more() {
+        let when = |name: &str| {
+            let header = json!({ "key": format!("request.headers[{name}]"), "values": ["a"] });
+            json!({ "when": [header, { "key": "source.ip", "values": ["10.0.0.1"] }] })
+        };
+        let rest = json!({ "when": [{ "key": "source.ip", "values": ["10.0.0.1"] }] });
+        for name in ["foo bar", ":foo", "é", ""] {
+            assert_eq!(made(&when(name), true), None, "{name}");
+            assert_eq!(made(&when(name), false), made(&rest, false), "{name}");
+        }
+        for strict in [true, false] {
+            let found = made(&when("x-user"), strict);
+            assert!(found.is_some() && found != made(&rest, strict));
+        }
+    }
 }

@@ -67,6 +67,10 @@ fn rules() -> Vec<Value> {
         for key in [
             "request.headers[x]",
             "request.headers[]",
+            "request.headers[foo bar]",
+            "request.headers[:foo]",
+            "request.headers[é]",
+            "request.headers[:path]",
             "request.auth.claims[a]",
             "request.auth.claims[]",
             "request.auth.claims[a][]",
