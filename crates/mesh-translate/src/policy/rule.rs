@@ -288,14 +288,22 @@ type Sides<T> = (Option<Vec<T>>, Option<Vec<T>>);
 
 impl<T> Part<'_, T> {
     fn collect(&self, strict: bool) -> Result<Sides<T>, Unfit> {
-        let side = |values: &[String]| {
+        // What is made of the values, and whether of all of them.
+        let made = |values: &[String]| {
             let made: Vec<T> = values.iter().filter_map(|value| (self.of)(value)).collect();
-            if strict && made.len() != values.len() {
-                return Err(Unfit);
-            }
-            Ok((!made.is_empty()).then_some(made))
+            let whole = made.len() == values.len();
+            (made, whole)
         };
-        Ok((side(self.values)?, side(self.not_values)?))
+        let (some, all_of_some) = made(self.values);
+        let (none, all_of_none) = made(self.not_values);
+        if strict && !(all_of_some && all_of_none) {
+            return Err(Unfit);
+        }
+        // With fewer values it would match less, so the list goes as a whole; with fewer exceptions it matches more.
+        Ok((
+            (all_of_some && !some.is_empty()).then_some(some),
+            (!none.is_empty()).then_some(none),
+        ))
     }
 }
 
@@ -508,5 +516,25 @@ mod tests {
             let found = made(&when("x-user"), strict);
             assert!(found.is_some() && found != made(&rest, strict));
         }
+    }
+    #[test]
+    fn a_value_that_can_not_be_asked_makes_the_whole_list_deny_more() {
+        let of = |field: &str, values: &[&str]| {
+            let blocks = json!({ "namespaces": ["a"], field: values });
+            json!({ "from": [{ "source": blocks }] })
+        };
+        let without = json!({ "from": [{ "source": { "namespaces": ["a"] } }] });
+        let mixed = of("ipBlocks", &["10.0.0.1", "10.0.0.0/99"]);
+        assert_eq!(made(&mixed, false), made(&without, false));
+        assert_eq!(made(&mixed, true), None);
+        let ports = |ports: &[&str]| json!({ "to": [{ "operation": { "methods": ["GET"], "ports": ports } }] });
+        let without = json!({ "to": [{ "operation": { "methods": ["GET"] } }] });
+        assert_eq!(made(&ports(&["80", "http"]), false), made(&without, false));
+        assert_ne!(made(&ports(&["80", "81"]), false), made(&without, false));
+        // Of exceptions those that can be asked stay.
+        let excepted = of("notIpBlocks", &["10.0.0.1", "10.0.0.0/99"]);
+        let one = of("notIpBlocks", &["10.0.0.1"]);
+        assert_eq!(made(&excepted, false), made(&one, false));
+        assert_eq!(made(&excepted, true), None);
     }
 }
