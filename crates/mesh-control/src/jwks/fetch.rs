@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use super::Range;
+use super::range::behind_nat64;
 
 /// Largest answer, in bytes.
 const MAX_ANSWER: usize = 1 << 20;
@@ -276,6 +277,9 @@ fn is_public(address: IpAddr) -> bool {
     if METADATA.contains(&address) {
         return false;
     }
+    if let Some(inner) = behind_nat64(address) {
+        return is_public(inner.into());
+    }
     match address.to_canonical() {
         IpAddr::V4(address) => {
             !(address.is_loopback()
@@ -355,13 +359,22 @@ mod tests {
             "fe80::1",
             "0.0.0.0",
             "::",
+            "64:ff9b::169.254.169.254",
+            "64:ff9b::127.0.0.1",
+            "64:ff9b::100.100.100.200",
+            "64:ff9b::",
         ] {
             assert!(
                 !is_public(address.parse().expect("an address")),
                 "{address}"
             );
         }
-        for address in ["10.96.0.10", "93.184.216.34", "2606:2800::1"] {
+        for address in [
+            "10.96.0.10",
+            "93.184.216.34",
+            "2606:2800::1",
+            "64:ff9b::93.184.216.34",
+        ] {
             assert!(is_public(address.parse().expect("an address")), "{address}");
         }
         let target = format!("http://{inside}/");

@@ -1,6 +1,6 @@
 //! Ranges of addresses.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 /// A range of addresses, such as `10.0.0.0/8`.
@@ -32,15 +32,19 @@ impl FromStr for Range {
 }
 
 impl Range {
-    /// True if an address is in the range; an IPv4 address in IPv6's form counts as itself.
+    /// True if an address is in the range; an IPv4 address in IPv6's form counts as itself, one behind NAT64 as both.
     pub(super) fn contains(self, address: IpAddr) -> bool {
+        self.holds(address) || behind_nat64(address).is_some_and(|inner| self.holds(inner.into()))
+    }
+
+    fn holds(self, address: IpAddr) -> bool {
         let shifted = |bits: u128, whole: u8| {
             bits.checked_shr(u32::from(whole - self.length))
                 .unwrap_or_default()
         };
         match (self.address, address.to_canonical()) {
             (IpAddr::V4(own), IpAddr::V4(other)) => {
-                let bits = |address: std::net::Ipv4Addr| u128::from(u32::from(address));
+                let bits = |address: Ipv4Addr| u128::from(u32::from(address));
                 shifted(bits(own), 32) == shifted(bits(other), 32)
             }
             (IpAddr::V6(own), IpAddr::V6(other)) => {
@@ -48,6 +52,19 @@ impl Range {
             }
             _ => false,
         }
+    }
+}
+
+/// The IPv4 address that a translator reaches under an IPv6 address of the well-known prefix 64:ff9b::/96 (RFC 6052 section 2.1).
+pub(super) fn behind_nat64(address: IpAddr) -> Option<Ipv4Addr> {
+    let IpAddr::V6(address) = address else {
+        return None;
+    };
+    match address.octets() {
+        [0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d] => {
+            Some(Ipv4Addr::new(a, b, c, d))
+        }
+        _ => None,
     }
 }
 
@@ -65,6 +82,10 @@ mod tests {
         assert!(contains("10.0.0.0/8", "::ffff:10.1.2.3"));
         assert!(contains("0.0.0.0/0", "1.2.3.4") && !contains("0.0.0.0/0", "::1"));
         assert!(contains("::/0", "fd00::1") && contains("fd00::1/128", "fd00::1"));
+        assert!(contains("10.0.0.0/8", "64:ff9b::10.1.2.3"));
+        assert!(!contains("10.0.0.0/8", "64:ff9b::11.1.2.3"));
+        assert!(!contains("10.0.0.0/8", "64:ff9b:1::10.1.2.3"));
+        assert!(contains("64:ff9b::/96", "64:ff9b::10.1.2.3"));
         for wrong in ["", "10.0.0.0", "10.0.0.0/33", "x/8", "::/129"] {
             assert!(wrong.parse::<Range>().is_err(), "{wrong}");
         }
