@@ -125,6 +125,18 @@ impl Api {
         self.statuses.borrow().clone()
     }
 
+    /// Waits for an Event with all of these words; panics after 20 s. Events come behind the status that they explain.
+    pub async fn told(&self, words: &[&str]) {
+        let fits = |event: &String| words.iter().all(|word| event.contains(word));
+        for _ in 0..2000 {
+            if self.reasons().iter().any(fits) {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("no Event has {words:?}: {:#?}", self.reasons());
+    }
+
     /// `reason: message` of all Events so far.
     pub fn reasons(&self) -> Vec<String> {
         let text = |e: &Value| {

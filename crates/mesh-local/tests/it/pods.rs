@@ -236,12 +236,8 @@ async fn life_of_a_pod(run: &Path) {
         last["containerStatuses"][0]["state"]["terminated"]["exitCode"], 0,
         "SIGTERM reached the app: {last:#}"
     );
-    let reasons = api.reasons();
-    for reason in ["Pulled", "Created", "Started", "Killing"] {
-        assert!(
-            reasons.iter().any(|r| r.starts_with(reason)),
-            "no Event {reason} in {reasons:?}"
-        );
+    for reason in ["Pulled: ", "Created: ", "Started: ", "Killing: "] {
+        api.told(&[reason]).await;
     }
 }
 
@@ -341,27 +337,14 @@ async fn pods_that_can_not_run(run: &Path) {
         .wait("an unknown image to be refused", waiting("ErrImagePull"))
         .await;
     let api = pod.delete().await;
-    assert!(
-        api.reasons()
-            .iter()
-            .any(|r| r.contains("redis:7") && r.contains("Use one of")),
-        "{:?}",
-        api.reasons()
-    );
+    api.told(&["redis:7", "Use one of"]).await;
 
     let pod = start(
         run,
         Api::new(),
         json!({"volumes": [{"name": "v", "hostPath": {"path": "/etc"}}], "containers": [{"name": "app", "image": "x", "command": ["/bin/sh"]}]}),
     );
-    while !pod
-        .api
-        .reasons()
-        .iter()
-        .any(|r| r.starts_with("FailedMount") && r.contains("\"v\""))
-    {
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
+    pod.api.told(&["FailedMount: ", "\"v\""]).await;
     pod.delete().await;
 }
 
@@ -389,11 +372,7 @@ async fn pods_without_a_program(run: &Path) {
         "{ended}"
     );
     let api = pod.delete().await;
-    assert!(
-        api.reasons().iter().any(|r| r.contains(message)),
-        "{:?}",
-        api.reasons()
-    );
+    api.told(&[message]).await;
 
     let spec = json!({"restartPolicy": "Never", "containers": [{"name": "app", "image": "x", "command": ["no-such-program"]}]});
     let pod = start(run, Api::new(), spec);
