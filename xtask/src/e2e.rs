@@ -12,7 +12,7 @@ use crate::run;
 
 mod cluster;
 pub use cluster::{Cluster, family};
-mod http;
+pub(crate) mod http;
 mod scenarios;
 
 /// Where the walk happens.

@@ -224,32 +224,27 @@ impl<'a> Request<'a> {
                 self.attribute(&said, report);
                 return Outcome::Reply(Box::new(reply), pass);
             }
-            if reroute {
+            while std::mem::take(&mut reroute) {
                 let view = view(self.exchange, parts);
                 *decision = self.table.decide_with(&view, notes.metadata.as_deref());
                 said = self.said(decision, parts);
-                if matches!(decision, Decision::Matched(_)) {
-                    let mut anew = false;
-                    for mut skipped in std::mem::take(&mut unasked) {
-                        let filters = &self.manager.filters;
-                        let again = filters.next_active(&mut skipped, said.filters);
-                        let Some(Active::ExtAuthz(filter, route)) = again else {
-                            continue;
-                        };
-                        let kept = (&mut notes, &mut pass);
-                        let asked = self.check(filter, route, (&mut *parts, &mut *body), kept);
-                        let checked = Box::pin(asked).await;
-                        if let Some(reply) = checked.reply {
-                            self.attribute(&said, report);
-                            return Outcome::Reply(Box::new(reply), pass);
-                        }
-                        anew |= checked.reroute;
+                if !matches!(decision, Decision::Matched(_)) {
+                    break;
+                }
+                for mut skipped in std::mem::take(&mut unasked) {
+                    let filters = &self.manager.filters;
+                    let again = filters.next_active(&mut skipped, said.filters);
+                    let Some(Active::ExtAuthz(filter, route)) = again else {
+                        continue;
+                    };
+                    let kept = (&mut notes, &mut pass);
+                    let asked = self.check(filter, route, (&mut *parts, &mut *body), kept);
+                    let checked = Box::pin(asked).await;
+                    if let Some(reply) = checked.reply {
+                        self.attribute(&said, report);
+                        return Outcome::Reply(Box::new(reply), pass);
                     }
-                    if anew {
-                        let view = crate::http::view(self.exchange, parts);
-                        *decision = self.table.decide_with(&view, notes.metadata.as_deref());
-                        said = self.said(decision, parts);
-                    }
+                    reroute |= checked.reroute;
                 }
             }
         }

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 
 use super::discovery::{Resources, Secrets, serve_changing};
 use super::{BACKEND, await_port, peers, pinned};
+use crate::e2e::http::{Client, runtime};
 use crate::judges::install;
 use crate::pki::{CLIENT, SERVER, root, workload};
-use crate::run;
 
 const CHANGES: u32 = 20;
 /// Between two changes.
@@ -135,12 +135,9 @@ fn context(peer: &str, field: &str, value: Value) -> Value {
 
 /// Of the client's proxy with the server's.
 fn handshakes() -> anyhow::Result<u64> {
-    let url = format!(
-        "http://127.0.0.1:{}/stats?filter=backend.ssl.handshake",
-        HEALTH - 2
-    );
-    let text =
-        run::output(std::process::Command::new("curl").args(["-sS", "--max-time", "5", &url]))?;
+    let admin = Client::new(&format!("http://127.0.0.1:{}", HEALTH - 2));
+    let answer = runtime()?.block_on(admin.get("/stats?filter=backend.ssl.handshake", &[]))?;
+    let text = answer.body;
     let count = text
         .lines()
         .find_map(|line| line.rsplit_once(": ")?.1.trim().parse().ok());

@@ -201,14 +201,25 @@ impl Cluster {
             .collect())
     }
 
-    /// Runs a command in a container and gives its standard output.
+    /// Runs a command in a container of the default namespace and gives its standard output.
     pub fn exec(&self, pod: &str, container: &str, command: &[&str]) -> anyhow::Result<String> {
-        let mut args = vec!["exec", pod, "-c", container, "--"];
+        self.exec_in("default", pod, container, command)
+    }
+
+    /// Runs a command in a container of a namespace and gives its standard output.
+    pub fn exec_in(
+        &self,
+        namespace: &str,
+        pod: &str,
+        container: &str,
+        command: &[&str],
+    ) -> anyhow::Result<String> {
+        let mut args = vec!["exec", pod, "-n", namespace, "-c", container, "--"];
         args.extend_from_slice(command);
         self.call(&args)
     }
 
-    /// Calls a URL from inside a pod with its curl.
+    /// Calls a URL from inside a pod of the default namespace with its curl.
     pub fn curl(&self, pod: &str, container: &str, args: &[&str]) -> anyhow::Result<String> {
         let mut all = vec!["curl", "-sS", "--max-time", "10"];
         all.extend_from_slice(args);

@@ -31,7 +31,7 @@ data:
       - name: xds-grpc
         type: STRICT_DNS
         connect_timeout: 1s
-        typed_extension_protocol_options:
+        typed_extension_protocol_options: &http2
           envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
             "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
             explicit_http_config: {http2_protocol_options: {}}
@@ -43,10 +43,7 @@ data:
       - name: sds-grpc
         type: STATIC
         connect_timeout: 1s
-        typed_extension_protocol_options:
-          envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-            "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-            explicit_http_config: {http2_protocol_options: {}}
+        typed_extension_protocol_options: *http2
         load_assignment:
           cluster_name: sds-grpc
           endpoints:
@@ -117,21 +114,9 @@ fn judge(cluster: &Cluster) -> anyhow::Result<()> {
     give_secrets(cluster)?;
     cluster.apply(&POD.replace("VERSION", env!("CARGO_PKG_VERSION")))?;
     let curl = |args: &[&str]| {
-        let mut all = vec![
-            "exec",
-            "stock-envoy",
-            "-n",
-            "judged",
-            "-c",
-            "curl",
-            "--",
-            "curl",
-            "-sS",
-            "--max-time",
-            "5",
-        ];
+        let mut all = vec!["curl", "-sS", "--max-time", "5"];
         all.extend_from_slice(args);
-        cluster.call(&all)
+        cluster.exec_in("judged", "stock-envoy", "curl", &all)
     };
     cluster.wait("Envoy to be ready with everything it was sent", || {
         Ok(curl(&["http://127.0.0.1:15000/ready"])?

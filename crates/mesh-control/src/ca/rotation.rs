@@ -32,6 +32,8 @@ pub(crate) const NEXT_CERTIFICATE: &str = "next-cert.pem";
 const NEXT_KEY: &str = "next-key.pem";
 /// Where each control plane says how far its proxies are.
 const PROGRESS: &str = "istio-ca-rotation";
+/// Injection and gateways label pods with it, so the server can leave out the others.
+const MESHED: &str = "service.istio.io/canonical-name";
 /// Time from one look to the next while the root changes.
 const LOOK: Duration = Duration::from_secs(1);
 /// Time from one look to the next otherwise: for a root that grows old.
@@ -216,7 +218,7 @@ async fn meshed_pods(options: &Options) -> Result<usize, SecretError> {
                 .is_some_and(|annotations| annotations.contains_key("sidecar.istio.io/status"))
     };
     Ok(api
-        .list(&ListParams::default())
+        .list(&ListParams::default().labels(MESHED))
         .await?
         .items
         .iter()

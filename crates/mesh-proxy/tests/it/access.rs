@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use envoy_types::pb::envoy::config::core::v3::http_uri::HttpUpstreamType;
 use envoy_types::pb::envoy::config::core::v3::data_source::Specifier;
+use envoy_types::pb::envoy::config::core::v3::http_uri::HttpUpstreamType;
 use envoy_types::pb::envoy::config::core::v3::{CidrRange, DataSource, HttpUri};
 use envoy_types::pb::envoy::config::listener::v3::Filter;
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType as NetworkType;
@@ -23,21 +23,19 @@ use envoy_types::pb::envoy::extensions::filters::http::ext_authz::v3 as authz;
 use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3 as jwt;
 use envoy_types::pb::envoy::extensions::filters::http::rbac::v3::Rbac;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpFilter;
-use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_filter::ConfigType;
 use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac as NetworkRbac;
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
-use envoy_types::pb::envoy::r#type::matcher::v3::{
-    PathMatcher, StringMatcher, path_matcher,
-};
-use envoy_types::pb::google::protobuf::{Any, Duration as PbDuration, UInt32Value};
+use envoy_types::pb::envoy::r#type::matcher::v3::{PathMatcher, StringMatcher, path_matcher};
+use envoy_types::pb::google::protobuf::{Duration as PbDuration, UInt32Value};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_routing::XdsState;
-use prost::{Message, Name};
 
-use crate::config::{action, cluster, http_listener, prefix, route_to, state, table, tcp_listener};
+use crate::config::{
+    action, any, cluster, filter, http_listener, prefix, route_to, state, table, tcp_listener,
+};
 use crate::stage::{App, Client, Proxy, free_port};
 
 /// Of issuer `https://a.test` for `alice`, until 2100; the private key is gone.
@@ -67,21 +65,6 @@ const MODULUS: &str = concat!(
 
 fn keys() -> String {
     format!(r#"{{"keys":[{{"kty":"RSA","kid":"rsa","n":"{MODULUS}","e":"AQAB"}}]}}"#)
-}
-
-fn any<M: Message + Name>(message: &M) -> Any {
-    Any {
-        type_url: M::type_url(),
-        value: message.encode_to_vec(),
-    }
-}
-
-fn filter<M: Message + Name>(name: &str, message: &M) -> HttpFilter {
-    HttpFilter {
-        name: name.to_owned(),
-        config_type: Some(ConfigType::TypedConfig(any(message))),
-        ..Default::default()
-    }
 }
 
 fn config(at: SocketAddr, filters: Vec<HttpFilter>, clusters: &[(&str, SocketAddr)]) -> XdsState {

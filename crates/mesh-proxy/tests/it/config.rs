@@ -1,5 +1,6 @@
 //! xDS resources for the tests.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -7,20 +8,22 @@ use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::{ClusterDiscoveryType, DiscoveryType, LbPolicy};
 use envoy_types::pb::envoy::config::core::v3::address::Address as Kind;
 use envoy_types::pb::envoy::config::core::v3::socket_address::PortSpecifier;
-use envoy_types::pb::envoy::config::core::v3::{Address, Metadata, SocketAddress};
+use envoy_types::pb::envoy::config::core::v3::{Address, Metadata, RuntimeFractionalPercent, SocketAddress};
 use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use envoy_types::pb::envoy::config::endpoint::v3::{ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints};
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType;
 use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, Listener};
 use envoy_types::pb::envoy::config::route::v3::{self as route, RouteConfiguration};
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::RouteSpecifier;
-use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{HttpConnectionManager, Rds};
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{HttpConnectionManager, HttpFilter, Rds};
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_filter::ConfigType as HttpConfigType;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::ClusterSpecifier as TcpCluster;
+use envoy_types::pb::envoy::r#type::v3::FractionalPercent;
 use envoy_types::pb::google::protobuf::value::Kind as ValueKind;
 use envoy_types::pb::google::protobuf::{Any, BoolValue, Duration, Struct, UInt32Value, Value};
 use mesh_routing::XdsState;
-use prost::Message;
+use prost::{Message, Name};
 
 pub fn address(address: SocketAddr) -> Address {
     Address {
@@ -215,4 +218,55 @@ pub fn state(
 
 pub fn yes() -> Option<BoolValue> {
     Some(BoolValue { value: true })
+}
+
+/// A message as Envoy wraps it.
+pub fn any<M: Message + Name>(message: &M) -> Any {
+    Any {
+        type_url: M::type_url(),
+        value: message.encode_to_vec(),
+    }
+}
+
+/// An HTTP filter.
+pub fn filter<M: Message + Name>(name: &str, message: &M) -> HttpFilter {
+    HttpFilter {
+        name: name.to_owned(),
+        config_type: Some(HttpConfigType::TypedConfig(any(message))),
+        ..Default::default()
+    }
+}
+
+pub fn all() -> Option<FractionalPercent> {
+    Some(FractionalPercent {
+        numerator: 100,
+        denominator: 0,
+    })
+}
+
+pub fn always() -> Option<RuntimeFractionalPercent> {
+    Some(RuntimeFractionalPercent {
+        default_value: all(),
+        ..Default::default()
+    })
+}
+
+/// One listener with filters, one route with settings for them, clusters.
+pub fn filtered(
+    at: SocketAddr,
+    filters: Vec<HttpFilter>,
+    action: route::RouteAction,
+    settings: &[(&str, Any)],
+    clusters: Vec<Cluster>,
+) -> XdsState {
+    let settings: HashMap<String, Any> = settings
+        .iter()
+        .map(|(name, any)| ((*name).to_owned(), any.clone()))
+        .collect();
+    let route = route::Route {
+        typed_per_filter_config: settings,
+        ..route_to(prefix("/"), action)
+    };
+    let listener = http_listener(at, |manager| manager.http_filters = filters);
+    state(vec![listener], table(vec![route]), clusters)
 }

@@ -61,6 +61,12 @@ impl Proxy {
         assert!(refused.is_empty(), "{refused:?}");
     }
 
+    /// Requests that ended with these response flags.
+    pub fn flags(&self, flags: &str) -> f64 {
+        let label = format!("response_flags=\"{flags}\"");
+        self.metric("istio_requests_total", &[&label])
+    }
+
     /// The sum of a metric's values over all label sets that contain every part.
     pub fn metric(&self, name: &str, parts: &[&str]) -> f64 {
         let text = mesh_telemetry::istio::expose(&self.shared.registry);

@@ -155,14 +155,7 @@ pub(super) fn mirroring(cluster: &mut Cluster) -> anyhow::Result<()> {
         }
         let call = |path: &str| {
             let url = format!("http://httpbin:8000/{path}");
-            cluster.call(&[
-                "exec",
-                "client",
-                "-n",
-                "mirroring",
-                "-c",
-                "curl",
-                "--",
+            let args = [
                 "curl",
                 "-sS",
                 "--max-time",
@@ -172,7 +165,8 @@ pub(super) fn mirroring(cluster: &mut Cluster) -> anyhow::Result<()> {
                 "-w",
                 "%{http_code}",
                 &url,
-            ])
+            ];
+            cluster.exec_in("mirroring", "client", "curl", &args)
         };
         let seen = |pod: &str, path: &str| -> anyhow::Result<usize> {
             let log = cluster.call(&["logs", pod, "-n", "mirroring", "-c", "httpbin"])?;

@@ -72,13 +72,6 @@ pub(super) fn automatic(cluster: &mut Cluster) -> anyhow::Result<()> {
 /// The status that a client without a proxy gets; `None` where it gets no answer.
 fn status_outside(cluster: &Cluster, url: &str) -> Option<String> {
     let args = [
-        "exec",
-        "client",
-        "-n",
-        "outside",
-        "-c",
-        "curl",
-        "--",
         "curl",
         "-sS",
         "--max-time",
@@ -89,7 +82,7 @@ fn status_outside(cluster: &Cluster, url: &str) -> Option<String> {
         "%{http_code}",
         url,
     ];
-    let printed = cluster.call(&args).ok()?;
+    let printed = cluster.exec_in("outside", "client", "curl", &args).ok()?;
     let status = printed.trim();
     (!status.is_empty() && status != "000").then(|| status.to_owned())
 }

@@ -40,20 +40,13 @@ pub(super) fn outside(cluster: &mut Cluster) -> anyhow::Result<()> {
     let mut order = Vec::new();
     for _ in 0..12 {
         let args = [
-            "exec",
-            "client",
-            "-n",
-            "outside",
-            "-c",
-            "curl",
-            "--",
             "curl",
             "-sS",
             "--max-time",
             "10",
             "http://reviews.default:9080/reviews/0",
         ];
-        let body = cluster.call(&args)?;
+        let body = cluster.exec_in("outside", "client", "curl", &args)?;
         let version = ["v1", "v2", "v3"]
             .into_iter()
             .find(|v| body.contains(&format!("reviews-{v}-")));

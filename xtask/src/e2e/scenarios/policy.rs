@@ -186,9 +186,7 @@ pub(super) fn ask(
     args: &str,
 ) -> anyhow::Result<(String, String)> {
     let script = format!("curl -sS --max-time 8 -w '\\n%{{http_code}}' {args}");
-    let printed = cluster.call(&[
-        "exec", pod, "-n", namespace, "-c", "curl", "--", "sh", "-c", &script,
-    ])?;
+    let printed = cluster.exec_in(namespace, pod, "curl", &["sh", "-c", &script])?;
     let (body, status) = printed
         .trim_end()
         .rsplit_once('\n')
@@ -385,18 +383,12 @@ fn by_address(cluster: &Cluster, url: &str) -> anyhow::Result<()> {
 /// The sum of the counters of the server's proxy whose name has all of these parts.
 fn counted(cluster: &Cluster, parts: &[&str]) -> anyhow::Result<u64> {
     let stats = "http://127.0.0.1:15000/stats?filter=rbac";
-    let printed = cluster.call(&[
-        "exec",
-        "httpbin",
-        "-n",
+    let printed = cluster.exec_in(
         "policies",
-        "-c",
+        "httpbin",
         "istio-proxy",
-        "--",
-        "curl",
-        "-sS",
-        stats,
-    ])?;
+        &["curl", "-sS", stats],
+    )?;
     let named = printed.lines().filter_map(|line| line.split_once(": "));
     Ok(named
         .filter(|(name, _)| parts.iter().all(|part| name.contains(part)))
@@ -467,9 +459,7 @@ fn echoes(
             let script = format!(
                 "exec 3<>/dev/tcp/{place} && echo world >&3 && read -r -t 5 line <&3; echo \"got $line\"; exec 3>&-"
             );
-            let printed = cluster.call(&[
-                "exec", pod, "-n", namespace, "-c", "curl", "--", "bash", "-c", &script,
-            ])?;
+            let printed = cluster.exec_in(namespace, pod, "curl", &["bash", "-c", &script])?;
             let answered = printed.contains("got hello world");
             ensure!(
                 answered == *wanted,

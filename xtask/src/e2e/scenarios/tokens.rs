@@ -432,18 +432,10 @@ fn headers(cluster: &Cluster, key: &Key) -> anyhow::Result<()> {
 fn long(cluster: &Cluster) -> anyhow::Result<()> {
     let asked = |size: usize| {
         let args = format!("-H @/tmp/token {URL}/get");
-        cluster.call(&[
-            "exec",
-            CLIENT.0,
-            "-n",
-            CLIENT.1,
-            "-c",
-            "curl",
-            "--",
-            "sh",
-            "-c",
-            &format!("(printf 'Authorization: Bearer '; head -c {size} /dev/zero | tr '\\0' a) > /tmp/token"),
-        ])?;
+        let script = format!(
+            "(printf 'Authorization: Bearer '; head -c {size} /dev/zero | tr '\\0' a) > /tmp/token"
+        );
+        cluster.exec_in(CLIENT.1, CLIENT.0, "curl", &["sh", "-c", &script])?;
         ask(cluster, CLIENT, &args)
     };
     for (size, wanted) in [(40_000, "401"), (1_000_000, "431"), (40_000, "401")] {

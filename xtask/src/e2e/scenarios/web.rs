@@ -54,9 +54,7 @@ fn asked(
 ) -> anyhow::Result<BTreeMap<String, usize>> {
     // One process a call would take most of the time: the shell loops.
     let script = format!("for i in $(seq {calls}); do curl -sS --max-time 10 {args}; echo; done");
-    let printed = cluster.call(&[
-        "exec", pod, "-n", namespace, "-c", "curl", "--", "sh", "-c", &script,
-    ])?;
+    let printed = cluster.exec_in(namespace, pod, "curl", &["sh", "-c", &script])?;
     let mut counts = BTreeMap::new();
     for server in ["httpd", "tomcat"] {
         let count = printed.lines().filter(|line| names(line, server)).count();
@@ -153,20 +151,12 @@ pub(super) fn by_weight(cluster: &mut Cluster) -> anyhow::Result<()> {
             share(&other, "httpd") > 65.0,
             "the rule does not hold from another namespace: {other:?}"
         );
-        let short = cluster.call(&[
-            "exec",
-            "client",
-            "-n",
+        let short = cluster.exec_in(
             "web-inside",
-            "-c",
+            "client",
             "curl",
-            "--",
-            "curl",
-            "-sS",
-            "--max-time",
-            "5",
-            "http://web-svc:8080",
-        ]);
+            &["curl", "-sS", "--max-time", "5", "http://web-svc:8080"],
+        );
         ensure!(
             short.is_err(),
             "the short name of another namespace's service must not resolve, but: {short:?}"
