@@ -30,12 +30,15 @@ pub struct Args {
 type Judge = fn(&Path) -> anyhow::Result<()>;
 
 const JUDGES: &[(&str, Judge)] = &[
-    ("kubectl-1.20", |mesh| kubectl(mesh, debian_kubectl()?)),
+    // The walk with the oldest and the newest; what those two agree on, the one between them does.
+    ("kubectl-1.20", |mesh| {
+        kubectl_walk(mesh, &debian_kubectl()?)
+    }),
     ("kubectl-1.32", |mesh| {
-        kubectl(mesh, install::kubectl("v32")?)
+        kubectl_commands(mesh, &install::kubectl("v32")?)
     }),
     ("kubectl-1.36", |mesh| {
-        kubectl(mesh, install::kubectl("v36")?)
+        kubectl_walk(mesh, &install::kubectl("v36")?)
     }),
     ("stock-envoy", envoy::run),
     ("stock-envoy-goldens", goldens::run),
@@ -80,14 +83,19 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Its commands one by one, then the whole walk with this kubectl in place of our own commands.
-fn kubectl(mesh: &Path, kubectl: PathBuf) -> anyhow::Result<()> {
-    let cluster = Cluster::start(mesh, Some(&kubectl))?;
-    let verdict = kubectl::commands(&kubectl, &cluster);
+/// Every command that users of the mesh need, one by one.
+fn kubectl_commands(mesh: &Path, kubectl: &Path) -> anyhow::Result<()> {
+    let cluster = Cluster::start(mesh, Some(kubectl))?;
+    let verdict = kubectl::commands(kubectl, &cluster);
     if verdict.is_err() {
         cluster.show_state();
     }
-    verdict.and(cluster.stop())?;
+    verdict.and(cluster.stop())
+}
+
+/// Its commands, then the whole walk with this kubectl in place of our own commands.
+fn kubectl_walk(mesh: &Path, kubectl: &Path) -> anyhow::Result<()> {
+    kubectl_commands(mesh, kubectl)?;
     run::check(
         Command::new(std::env::current_exe()?)
             .args(["e2e", "--driver", "local", "--binary"])
