@@ -16,6 +16,7 @@ pub mod httpbin;
 pub mod images;
 pub mod jwt_server;
 mod manifests;
+pub mod offline;
 pub mod propagate;
 pub mod ratelimit;
 mod serve;

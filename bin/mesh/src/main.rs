@@ -5,6 +5,7 @@
 
 mod all_in_one;
 mod control;
+mod offline;
 mod proxy;
 
 use std::ffi::OsString;
@@ -58,6 +59,8 @@ enum Command {
     Ca(mesh_cli::ca::Args),
     /// Print the versions of this program and of the control plane
     Version(mesh_cli::version::Args),
+    /// Print manifests with the samples' images replaced by the mesh's own, for a cluster that pulls nothing
+    Offline(offline::Args),
     /// Export, import or check a state directory
     State(mesh_cli::state::Args),
     /// Print a shell's completion script
@@ -110,7 +113,14 @@ fn main() -> ExitCode {
 }
 
 /// The commands that no cluster is chosen for.
-const WITHOUT_CLUSTER: [&str; 5] = ["all-in-one", "proxy", "wait", "state", "completion"];
+const WITHOUT_CLUSTER: [&str; 6] = [
+    "all-in-one",
+    "proxy",
+    "wait",
+    "offline",
+    "state",
+    "completion",
+];
 
 /// The command tree. Where the flags that choose a cluster mean nothing, they don't show in the help.
 fn command_line() -> clap::Command {
@@ -180,6 +190,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::ProxyConfig(args) => block_on(mesh_cli::proxy_config::run(args, &global)),
         Command::Ca(args) => block_on(mesh_cli::ca::run(args, &global)),
         Command::Version(args) => block_on(mesh_cli::version::run(args, &global)),
+        Command::Offline(args) => offline::run(&args).map(|()| ExitCode::SUCCESS),
         Command::State(args) => mesh_cli::state::run(args),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut command_line(), "mesh", &mut std::io::stdout());
