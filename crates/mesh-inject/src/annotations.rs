@@ -3,8 +3,14 @@
 use mesh_api::mesh_config::{InterceptionMode, ProxyConfig};
 use serde_json::{Map, Value, json};
 
-use crate::config::Capture;
+use crate::config::{Capture, Readiness};
+use crate::metrics;
+use crate::template::{Builtin, Chosen};
 use crate::{InjectContext, InjectError, PodView};
+
+mod check;
+
+use check::{Lists, interfaces, named_list, quantity};
 
 /// Annotations and labels of Istio that injection reads.
 pub const HONOURED: &[&str] = &[
@@ -12,6 +18,10 @@ pub const HONOURED: &[&str] = &[
     "istio.io/rev",
     "kubectl.kubernetes.io/default-container",
     "kubectl.kubernetes.io/default-logs-container",
+    "prometheus.io/path",
+    "prometheus.io/port",
+    "prometheus.io/scrape",
+    "prometheus.istio.io/merge-metrics",
     "proxy.istio.io/config",
     "proxy.istio.io/overrides",
     "readiness.status.sidecar.istio.io/failureThreshold",
@@ -19,6 +29,7 @@ pub const HONOURED: &[&str] = &[
     "readiness.status.sidecar.istio.io/periodSeconds",
     "sidecar.istio.io/agentLogLevel",
     "sidecar.istio.io/componentLogLevel",
+    "sidecar.istio.io/discoveryAddress",
     "sidecar.istio.io/inject",
     "sidecar.istio.io/interceptionMode",
     "sidecar.istio.io/logLevel",
@@ -28,6 +39,7 @@ pub const HONOURED: &[&str] = &[
     "sidecar.istio.io/proxyImage",
     "sidecar.istio.io/proxyMemory",
     "sidecar.istio.io/proxyMemoryLimit",
+    "sidecar.istio.io/rewriteAppHTTPProbers",
     "sidecar.istio.io/status",
     "sidecar.istio.io/userVolume",
     "sidecar.istio.io/userVolumeMount",
@@ -48,13 +60,10 @@ pub const NOT_IMPLEMENTED: &[&str] = &[
     "ambient.istio.io/bypass-inbound-capture",
     "ambient.istio.io/dns-capture",
     "ambient.istio.io/redirection",
-    "prometheus.istio.io/merge-metrics",
     "readiness.status.sidecar.istio.io/applicationPorts",
     "sidecar.istio.io/bootstrapOverride",
-    "sidecar.istio.io/discoveryAddress",
     "sidecar.istio.io/extraStatTags",
     "sidecar.istio.io/proxyImageType",
-    "sidecar.istio.io/rewriteAppHTTPProbers",
     "sidecar.istio.io/statsCompression",
     "sidecar.istio.io/statsEvictionInterval",
     "sidecar.istio.io/statsFlushInterval",
@@ -65,20 +74,12 @@ pub const NOT_IMPLEMENTED: &[&str] = &[
     "sidecar.istio.io/statsInclusionSuffixes",
 ];
 
-/// Which template a pod asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Template {
-    Sidecar,
-    Gateway,
-}
-
 /// What is injected, after all annotations.
-pub(crate) struct Settings {
-    pub(crate) template: Template,
+pub(crate) struct Settings<'a> {
+    pub(crate) templates: Chosen<'a>,
     pub(crate) native: bool,
     pub(crate) hold: bool,
     pub(crate) proxy: ProxyConfig,
-    /// The pod's own proxy settings, as they were written.
     pub(crate) capture: Capture,
     pub(crate) reroute_interfaces: String,
     pub(crate) exclude_interfaces: String,
@@ -89,57 +90,40 @@ pub(crate) struct Settings {
     pub(crate) component_log_level: String,
     pub(crate) agent_log_level: String,
     pub(crate) readiness: Readiness,
+    pub(crate) rewrite_probes: bool,
+    /// Whether the agent shows the application's metrics with the proxy's.
+    pub(crate) merge_metrics: bool,
     pub(crate) user_volumes: Vec<Value>,
     pub(crate) user_mounts: Vec<Value>,
     pub(crate) warnings: Vec<String>,
 }
 
-/// Timing of the readiness probe, in seconds and failures.
-pub(crate) struct Readiness {
-    pub(crate) initial_delay: u32,
-    pub(crate) period: u32,
-    pub(crate) failure_threshold: u32,
-}
-
-impl Settings {
+impl<'a> Settings<'a> {
     /// Reads the annotations of a pod.
     pub(crate) fn read(
         pod: &PodView<'_>,
-        context: &InjectContext<'_>,
+        context: &InjectContext<'a>,
     ) -> Result<Self, InjectError> {
         let config = context.config;
-        let mut warnings: Vec<String> = pod
-            .annotations()
-            .filter(|name| NOT_IMPLEMENTED.contains(name))
-            .map(|name| {
-                format!(
-                    "annotation {name} is not implemented by this version of mesh and has no effect"
-                )
-            })
-            .collect();
+        let mut warnings = warnings(pod);
         let proxy = proxy_config(pod, context, &mut warnings)?;
         let text = |name: &str, default: &str| pod.annotation(name).unwrap_or(default).to_owned();
-        let number = |name: &str, default: u32| match pod.annotation(name) {
-            Some(value) => value
-                .parse()
-                .map_err(|_| wrong(name, value, "a whole number")),
+        let switch = |name: &str, default: bool| match pod.annotation(name) {
+            Some(value) => parse_bool(name, value),
             None => Ok(default),
         };
-        let native = match pod.annotation("sidecar.istio.io/nativeSidecar") {
-            Some(value) => parse_bool("sidecar.istio.io/nativeSidecar", value)?,
-            None => context.native_sidecars,
-        };
         Ok(Self {
-            template: template(pod, &mut warnings)?,
-            native,
+            templates: Chosen::of(pod, context, &mut warnings)?,
+            native: switch("sidecar.istio.io/nativeSidecar", context.native_sidecars)?,
             hold: proxy.hold_application_until_proxy_starts,
             capture: capture(pod, &config.capture)?,
-            reroute_interfaces: text(
-                "istio.io/reroute-virtual-interfaces",
-                pod.annotation("traffic.sidecar.istio.io/kubevirtInterfaces")
-                    .unwrap_or_default(),
-            ),
-            exclude_interfaces: text("traffic.sidecar.istio.io/excludeInterfaces", ""),
+            reroute_interfaces: match interfaces(pod, "istio.io/reroute-virtual-interfaces")? {
+                list if list.is_empty() => {
+                    interfaces(pod, "traffic.sidecar.istio.io/kubevirtInterfaces")?
+                }
+                list => list,
+            },
+            exclude_interfaces: interfaces(pod, "traffic.sidecar.istio.io/excludeInterfaces")?,
             interception: interception(pod, &proxy, &mut warnings)?,
             proxy,
             image: text("sidecar.istio.io/proxyImage", &config.image),
@@ -149,20 +133,75 @@ impl Settings {
                 "sidecar.istio.io/componentLogLevel",
                 &config.component_log_level,
             ),
-            agent_log_level: text("sidecar.istio.io/agentLogLevel", "default:info"),
-            readiness: Readiness {
-                initial_delay: number("readiness.status.sidecar.istio.io/initialDelaySeconds", 0)?,
-                period: number("readiness.status.sidecar.istio.io/periodSeconds", 15)?,
-                failure_threshold: number("readiness.status.sidecar.istio.io/failureThreshold", 4)?,
-            },
+            agent_log_level: text("sidecar.istio.io/agentLogLevel", &config.agent_log_level),
+            readiness: readiness(pod, config.readiness)?,
+            rewrite_probes: switch(
+                "sidecar.istio.io/rewriteAppHTTPProbers",
+                config.rewrite_probes,
+            )?,
+            merge_metrics: switch(metrics::SWITCH, context.mesh.enable_prometheus_merge)?,
             user_volumes: named_list(pod, "sidecar.istio.io/userVolume")?,
             user_mounts: named_list(pod, "sidecar.istio.io/userVolumeMount")?,
             warnings,
         })
     }
+
+    /// Whether the proxy stands beside an application.
+    pub(crate) fn is_sidecar(&self) -> bool {
+        self.templates.builtin == Some(Builtin::Sidecar)
+    }
+
+    /// Whether the proxy is the application.
+    pub(crate) fn is_gateway(&self) -> bool {
+        self.templates.builtin == Some(Builtin::Gateway)
+    }
 }
 
-fn wrong(name: &str, value: &str, expected: &str) -> InjectError {
+/// What is asked for and has no effect, and what will not go well.
+fn warnings(pod: &PodView<'_>) -> Vec<String> {
+    let mut warnings: Vec<String> = pod
+        .annotations()
+        .filter(|name| NOT_IMPLEMENTED.contains(name))
+        .map(|name| {
+            format!(
+                "annotation {name} is not implemented by this version of mesh and has no effect"
+            )
+        })
+        .collect();
+    let user = |owner: Option<&Value>| {
+        owner.and_then(|owner| owner.get("securityContext")?.get("runAsUser")?.as_i64())
+    };
+    let pod_user = pod.spec.get("securityContext");
+    let pod_user = pod_user.and_then(|security| security.get("runAsUser")?.as_i64());
+    for container in pod.app_containers() {
+        if user(Some(container)).or(pod_user) == Some(1337) {
+            let name = container["name"].as_str().unwrap_or_default();
+            warnings.push(format!(
+                "container {name} runs as user 1337, which is the proxy's: its traffic is not captured; let it run as another user"
+            ));
+        }
+    }
+    warnings
+}
+
+fn readiness(pod: &PodView<'_>, default: Readiness) -> Result<Readiness, InjectError> {
+    let number = |name: &str, default: u32| {
+        let name = format!("readiness.status.sidecar.istio.io/{name}");
+        match pod.annotation(&name) {
+            Some(value) => value
+                .parse()
+                .map_err(|_| wrong(&name, value, "a whole number")),
+            None => Ok(default),
+        }
+    };
+    Ok(Readiness {
+        initial_delay: number("initialDelaySeconds", default.initial_delay)?,
+        period: number("periodSeconds", default.period)?,
+        failure_threshold: number("failureThreshold", default.failure_threshold)?,
+    })
+}
+
+pub(crate) fn wrong(name: &str, value: &str, expected: &str) -> InjectError {
     InjectError::Annotation {
         name: name.to_owned(),
         value: value.to_owned(),
@@ -177,28 +216,6 @@ pub(crate) fn parse_bool(name: &str, value: &str) -> Result<bool, InjectError> {
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
         _ => Err(wrong(name, value, "\"true\" or \"false\"")),
     }
-}
-
-fn template(pod: &PodView<'_>, warnings: &mut Vec<String>) -> Result<Template, InjectError> {
-    let asked = pod
-        .annotation("inject.istio.io/templates")
-        .unwrap_or("sidecar");
-    let mut found = Template::Sidecar;
-    for name in asked
-        .split(',')
-        .map(str::trim)
-        .filter(|name| !name.is_empty())
-    {
-        match name {
-            "sidecar" => {}
-            "gateway" => found = Template::Gateway,
-            other => return Err(InjectError::Template(other.to_owned())),
-        }
-    }
-    if found == Template::Gateway && asked.contains("sidecar") {
-        warnings.push("inject.istio.io/templates: a gateway needs no sidecar; only the template \"gateway\" is used".to_owned());
-    }
-    Ok(found)
 }
 
 /// The mesh's proxy settings with the pod's own over them.
@@ -217,6 +234,24 @@ fn proxy_config(
             format!("annotation {name}: {field} is not implemented by this version of mesh and has no effect")
         }));
         proxy = own;
+    }
+    if let Some(address) = pod.annotation("sidecar.istio.io/discoveryAddress") {
+        let (host, port) = address.rsplit_once(':').unwrap_or_default();
+        if host.is_empty() || port.parse::<u16>().is_err() {
+            return Err(wrong(
+                "sidecar.istio.io/discoveryAddress",
+                address,
+                "a host and a port such as istiod.istio-system.svc:15012",
+            ));
+        }
+        proxy.discovery_address = address.to_owned();
+    }
+    if proxy
+        .proxy_metadata
+        .get("ISTIO_META_DNS_CAPTURE")
+        .is_some_and(|value| value != "false")
+    {
+        warnings.push("proxyMetadata ISTIO_META_DNS_CAPTURE is not implemented by this version of mesh and has no effect".to_owned());
     }
     if let Some(port) = pod.annotation("status.sidecar.istio.io/port") {
         proxy.status_port = port
@@ -247,71 +282,31 @@ fn interception(
 }
 
 fn capture(pod: &PodView<'_>, default: &Capture) -> Result<Capture, InjectError> {
-    let ports = |name: &str, default: &str| {
-        let name = format!("traffic.sidecar.istio.io/{name}");
-        let value = pod.annotation(&name).unwrap_or(default);
-        let right = value == "*"
-            || value
-                .split(',')
-                .filter(|port| !port.is_empty())
-                .all(|port| port.trim().parse::<u16>().is_ok());
-        if right {
-            Ok(compact(value))
-        } else {
-            Err(wrong(
-                &name,
-                value,
-                "a list of ports separated by commas, or \"*\"",
-            ))
-        }
-    };
-    let ranges = |name: &str, default: &str| {
-        let name = format!("traffic.sidecar.istio.io/{name}");
-        let value = pod.annotation(&name).unwrap_or(default);
-        let right = value == "*"
-            || value
-                .split(',')
-                .filter(|range| !range.is_empty())
-                .all(|range| is_cidr(range.trim()));
-        if right {
-            Ok(compact(value))
-        } else {
-            Err(wrong(
-                &name,
-                value,
-                "a list of ranges such as 10.0.0.0/8 separated by commas, or \"*\"",
-            ))
-        }
-    };
+    let lists = Lists(pod);
     Ok(Capture {
-        include_ranges: ranges("includeOutboundIPRanges", &default.include_ranges)?,
-        exclude_ranges: ranges("excludeOutboundIPRanges", &default.exclude_ranges)?,
-        include_inbound_ports: ports("includeInboundPorts", &default.include_inbound_ports)?,
-        exclude_inbound_ports: ports("excludeInboundPorts", &default.exclude_inbound_ports)?,
-        include_outbound_ports: ports("includeOutboundPorts", &default.include_outbound_ports)?,
-        exclude_outbound_ports: ports("excludeOutboundPorts", &default.exclude_outbound_ports)?,
+        include_ranges: lists.ranges("includeOutboundIPRanges", &default.include_ranges, true)?,
+        exclude_ranges: lists.ranges("excludeOutboundIPRanges", &default.exclude_ranges, false)?,
+        include_inbound_ports: lists.ports(
+            "includeInboundPorts",
+            &default.include_inbound_ports,
+            true,
+        )?,
+        exclude_inbound_ports: lists.ports(
+            "excludeInboundPorts",
+            &default.exclude_inbound_ports,
+            false,
+        )?,
+        include_outbound_ports: lists.ports(
+            "includeOutboundPorts",
+            &default.include_outbound_ports,
+            false,
+        )?,
+        exclude_outbound_ports: lists.ports(
+            "excludeOutboundPorts",
+            &default.exclude_outbound_ports,
+            false,
+        )?,
     })
-}
-
-/// The list without blanks and empty entries.
-fn compact(list: &str) -> String {
-    list.split(',')
-        .map(str::trim)
-        .filter(|item| !item.is_empty())
-        .collect::<Vec<_>>()
-        .join(",")
-}
-
-fn is_cidr(text: &str) -> bool {
-    let Some((address, bits)) = text.split_once('/') else {
-        return false;
-    };
-    let limit = match address.parse::<std::net::IpAddr>() {
-        Ok(std::net::IpAddr::V4(_)) => 32,
-        Ok(std::net::IpAddr::V6(_)) => 128,
-        Err(_) => return false,
-    };
-    bits.parse::<u8>().is_ok_and(|bits| bits <= limit)
 }
 
 /// Resources from the annotations alone if there is one, else the injector's.
@@ -328,9 +323,7 @@ fn resources(pod: &PodView<'_>, default: &Value) -> Result<Value, InjectError> {
         let Some(value) = pod.annotation(&name) else {
             continue;
         };
-        if !is_quantity(value) {
-            return Err(wrong(&name, value, "an amount such as 100m or 128Mi"));
-        }
+        quantity(&name, value)?;
         own.entry(kind).or_insert_with(|| json!({}))[resource] = json!(value);
     }
     Ok(if own.is_empty() {
@@ -338,58 +331,4 @@ fn resources(pod: &PodView<'_>, default: &Value) -> Result<Value, InjectError> {
     } else {
         Value::Object(own)
     })
-}
-
-/// A Kubernetes quantity: a decimal number with a suffix.
-fn is_quantity(text: &str) -> bool {
-    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let suffix = &text[number.len()..];
-    let exponent = number.contains(['e', 'E']);
-    number
-        .parse::<f64>()
-        .is_ok_and(|value| value.is_finite() && value >= 0.0)
-        && !exponent
-        && matches!(
-            suffix,
-            "" | "n"
-                | "u"
-                | "m"
-                | "k"
-                | "M"
-                | "G"
-                | "T"
-                | "P"
-                | "E"
-                | "Ki"
-                | "Mi"
-                | "Gi"
-                | "Ti"
-                | "Pi"
-                | "Ei"
-        )
-}
-
-/// A list of volumes or mounts as JSON: a list, or a map by name.
-fn named_list(pod: &PodView<'_>, name: &str) -> Result<Vec<Value>, InjectError> {
-    let Some(text) = pod.annotation(name) else {
-        return Ok(Vec::new());
-    };
-    let expected = "a JSON list of objects with a name, or a JSON map of them by name";
-    match serde_json::from_str(text) {
-        Ok(Value::Array(items))
-            if items
-                .iter()
-                .all(|item| item.get("name").is_some_and(Value::is_string)) =>
-        {
-            Ok(items)
-        }
-        Ok(Value::Object(map)) if map.values().all(Value::is_object) => Ok(map
-            .into_iter()
-            .map(|(key, mut item)| {
-                item["name"] = json!(key);
-                item
-            })
-            .collect()),
-        _ => Err(wrong(name, text, expected)),
-    }
 }

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use mesh_api::{ParseError, yaml};
+use mesh_api::ParseError;
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+mod read;
 
 /// Settings of the injector.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +37,55 @@ pub struct InjectorConfig {
     pub network: String,
     /// What is captured where the pod does not say otherwise.
     pub capture: Capture,
+    /// Pod overlays of users by name, for `inject.istio.io/templates` and [`Self::default_templates`].
+    pub templates: BTreeMap<String, Value>,
+    /// Templates of a pod that names none; default `sidecar`.
+    pub default_templates: Vec<String>,
+    /// Names that stand for several templates.
+    pub aliases: BTreeMap<String, Vec<String>>,
+    /// Whether probes of the application are answered by the agent in its stead; default yes.
+    pub rewrite_probes: bool,
+    /// Timing of the readiness probe; default 0 s, 15 s, 4 failures.
+    pub readiness: Readiness,
+    /// How many times a second apart the proxy may fail to start; default 600, `None` is no startup probe.
+    pub startup_failures: Option<u32>,
+    /// Seccomp profile of proxy and init container.
+    pub seccomp: Option<Value>,
+    /// Secrets to pull the image with; each pod must have them in its own namespace.
+    pub image_pull_secrets: Vec<String>,
+    /// Resources of the init container where they differ from the proxy's.
+    pub init_resources: Option<Value>,
+    /// Whether the containers run privileged; default no.
+    pub privileged: bool,
+    /// Lifecycle hooks of the proxy.
+    pub lifecycle: Option<Value>,
+    /// DNS domain of the cluster; default `cluster.local`.
+    pub cluster_domain: String,
+    /// `host:port` of the authority; empty is the control plane.
+    pub ca_address: String,
+    /// Level of the agent's log; default `default:info`.
+    pub agent_log_level: String,
+}
+
+/// Timing of the readiness probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Readiness {
+    /// Seconds before the first probe.
+    pub initial_delay: u32,
+    /// Seconds between probes.
+    pub period: u32,
+    /// Failures after which the pod is not ready.
+    pub failure_threshold: u32,
+}
+
+impl Default for Readiness {
+    fn default() -> Self {
+        Self {
+            initial_delay: 0,
+            period: 15,
+            failure_threshold: 4,
+        }
+    }
 }
 
 /// What is captured. Lists are separated by commas; `*` is everything, an empty list is nothing.
@@ -141,68 +192,22 @@ impl Default for InjectorConfig {
             mesh_id: String::new(),
             network: String::new(),
             capture: Capture::default(),
+            templates: BTreeMap::new(),
+            default_templates: vec!["sidecar".to_owned()],
+            aliases: BTreeMap::new(),
+            rewrite_probes: true,
+            readiness: Readiness::default(),
+            startup_failures: Some(600),
+            seccomp: None,
+            image_pull_secrets: Vec::new(),
+            init_resources: None,
+            privileged: false,
+            lifecycle: None,
+            cluster_domain: "cluster.local".to_owned(),
+            ca_address: String::new(),
+            agent_log_level: "default:info".to_owned(),
         }
     }
-}
-
-/// The key `config`. Templates are compiled in, so a text that brings its own is refused.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct ConfigKey {
-    policy: Option<Policy>,
-    always_inject_selector: Vec<Selector>,
-    never_inject_selector: Vec<Selector>,
-    injected_annotations: BTreeMap<String, String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Policy {
-    Enabled,
-    Disabled,
-}
-
-/// The key `values`: the part of the chart's values that injection uses.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct ValuesKey {
-    global: Global,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Global {
-    hub: String,
-    tag: String,
-    image_pull_policy: String,
-    #[serde(rename = "meshID")]
-    mesh_id: String,
-    network: String,
-    multi_cluster: MultiCluster,
-    proxy: Proxy,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct MultiCluster {
-    cluster_name: String,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Proxy {
-    image: String,
-    log_level: Option<String>,
-    component_log_level: Option<String>,
-    resources: Option<Value>,
-    #[serde(rename = "includeIPRanges")]
-    include_ip_ranges: Option<String>,
-    #[serde(rename = "excludeIPRanges")]
-    exclude_ip_ranges: Option<String>,
-    include_inbound_ports: Option<String>,
-    exclude_inbound_ports: Option<String>,
-    include_outbound_ports: Option<String>,
-    exclude_outbound_ports: Option<String>,
 }
 
 impl InjectorConfig {
@@ -211,74 +216,9 @@ impl InjectorConfig {
     /// # Errors
     /// A text that is not YAML or JSON, an unknown setting, or a value of the wrong form; the path begins with `config` or `values`.
     pub fn from_config_map(config: &str, values: &str) -> Result<Self, ParseError> {
-        let config: ConfigKey = key(config, "config")?;
-        let global = key::<ValuesKey>(values, "values")?.global;
-        let proxy = global.proxy;
-        let default = Self::default();
-        let or = |value: String, default: String| if value.is_empty() { default } else { value };
-        Ok(Self {
-            enabled: config.policy != Some(Policy::Disabled),
-            always_inject: config.always_inject_selector,
-            never_inject: config.never_inject_selector,
-            injected_annotations: config.injected_annotations,
-            image: image(&global.hub, &proxy.image, &global.tag, default.image),
-            image_pull_policy: global.image_pull_policy,
-            resources: proxy.resources.unwrap_or(default.resources),
-            log_level: proxy.log_level.unwrap_or(default.log_level),
-            component_log_level: proxy
-                .component_log_level
-                .unwrap_or(default.component_log_level),
-            cluster_id: or(global.multi_cluster.cluster_name, default.cluster_id),
-            mesh_id: global.mesh_id,
-            network: global.network,
-            capture: Capture {
-                include_ranges: proxy
-                    .include_ip_ranges
-                    .unwrap_or(default.capture.include_ranges),
-                exclude_ranges: proxy.exclude_ip_ranges.unwrap_or_default(),
-                include_inbound_ports: proxy
-                    .include_inbound_ports
-                    .unwrap_or(default.capture.include_inbound_ports),
-                exclude_inbound_ports: proxy.exclude_inbound_ports.unwrap_or_default(),
-                include_outbound_ports: proxy.include_outbound_ports.unwrap_or_default(),
-                exclude_outbound_ports: proxy.exclude_outbound_ports.unwrap_or_default(),
-            },
-        })
-    }
-}
-
-/// The image from its parts; an image with a registry or a tag stands for itself.
-fn image(hub: &str, name: &str, tag: &str, default: String) -> String {
-    if name.is_empty() && hub.is_empty() && tag.is_empty() {
-        return default;
-    }
-    if name.contains(['/', ':']) {
-        return name.to_owned();
-    }
-    let name = if name.is_empty() { "mesh" } else { name };
-    let tag = if tag.is_empty() {
-        env!("CARGO_PKG_VERSION")
-    } else {
-        tag
-    };
-    if hub.is_empty() {
-        format!("{name}:{tag}")
-    } else {
-        format!("{hub}/{name}:{tag}")
-    }
-}
-
-/// Reads one key of the ConfigMap.
-fn key<T: serde::de::DeserializeOwned + Default>(text: &str, name: &str) -> Result<T, ParseError> {
-    let wrong = |message: String| ParseError {
-        path: name.to_owned(),
-        message,
-        expected: String::new(),
-    };
-    let documents = yaml::documents(text, name).map_err(|error| wrong(error.to_string()))?;
-    match documents.as_slice() {
-        [] => Ok(T::default()),
-        [value] => T::deserialize(value).map_err(|error| wrong(error.to_string())),
-        _ => Err(wrong("more than one document".to_owned())),
+        let mut result = Self::default();
+        read::config_key(config, &mut result)?;
+        read::values_key(values, &mut result)?;
+        Ok(result)
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::annotations::parse_bool;
-use crate::{InjectContext, InjectError, PROXY_CONTAINER, PodView, STATUS_ANNOTATION, Skip};
+use crate::{InjectContext, InjectError, PodView, STATUS_ANNOTATION, Skip};
 
 const INJECT: &str = "sidecar.istio.io/inject";
 const SYSTEM_NAMESPACES: &[&str] = &[
@@ -26,10 +26,13 @@ pub(crate) fn skip(
     {
         return Ok(Some(Skip::HostNetwork));
     }
+    if is_windows(pod) {
+        return Ok(Some(Skip::Windows));
+    }
     if SYSTEM_NAMESPACES.contains(&context.namespace) {
         return Ok(Some(Skip::SystemNamespace));
     }
-    if pod.annotation(STATUS_ANNOTATION).is_some() && pod.container(PROXY_CONTAINER).is_some() {
+    if is_injected(pod) {
         return Ok(Some(Skip::AlreadyInjected));
     }
     if let Some(asked) = pod
@@ -62,6 +65,36 @@ pub(crate) fn skip(
     } else {
         Some(Skip::PolicyDisabled)
     })
+}
+
+/// Whether all that an earlier injection says that it added is there.
+fn is_injected(pod: &PodView<'_>) -> bool {
+    let status: Option<serde_json::Value> = pod
+        .annotation(STATUS_ANNOTATION)
+        .and_then(|text| serde_json::from_str(text).ok());
+    let Some(status) = status else {
+        return false;
+    };
+    let names: Vec<&serde_json::Value> = ["initContainers", "containers"]
+        .iter()
+        .filter_map(|list| status.get(*list)?.as_array())
+        .flatten()
+        .collect();
+    let there = |name: &&serde_json::Value| {
+        name.as_str()
+            .is_some_and(|name| pod.container(name).is_some())
+    };
+    // A template of users may add no container at all; then the revision tells.
+    (!names.is_empty() || status.get("revision").is_some()) && names.iter().all(there)
+}
+
+/// Whether a pod can only run on Windows: by its declared system, or by the nodes that it wants.
+fn is_windows(pod: &PodView<'_>) -> bool {
+    let named = |value: Option<&serde_json::Value>| value.is_some_and(|value| value == "windows");
+    let selected = |label: &str| named(pod.spec.get("nodeSelector").and_then(|s| s.get(label)));
+    named(pod.spec.get("os").and_then(|os| os.get("name")))
+        || selected("kubernetes.io/os")
+        || selected("beta.kubernetes.io/os")
 }
 
 /// The revision whose webhook is called for a pod, by the labels of its namespace and its own; `None` for no webhook.

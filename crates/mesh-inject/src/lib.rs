@@ -10,8 +10,12 @@ pub mod config;
 
 mod annotations;
 mod decision;
+mod manifest;
+mod metrics;
 mod overlay;
+mod probes;
 mod sidecar;
+mod template;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -22,6 +26,7 @@ use serde_json::{Map, Value};
 pub use annotations::{HONOURED, NOT_IMPLEMENTED};
 pub use config::InjectorConfig;
 pub use decision::webhook_revision;
+pub use manifest::{Injected, inject_manifest};
 pub use workload::Workload;
 
 /// Annotation that tells what was injected; a pod that has it and the proxy is left alone.
@@ -75,6 +80,8 @@ pub struct Patched {
 pub enum Skip {
     /// The pod shares the node's network, where capture would hit the node.
     HostNetwork,
+    /// The pod runs on Windows, where the proxy does not.
+    Windows,
     /// Pods of this namespace belong to the cluster itself.
     SystemNamespace,
     /// The label or annotation `sidecar.istio.io/inject` says no.
@@ -91,6 +98,7 @@ impl std::fmt::Display for Skip {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::HostNetwork => "the pod uses host networking",
+            Self::Windows => "the pod is for nodes with Windows",
             Self::SystemNamespace => "the namespace belongs to the cluster itself",
             Self::AskedNotTo => "sidecar.istio.io/inject is false",
             Self::NeverSelected => "a selector of neverInjectSelector matches",
@@ -118,11 +126,16 @@ pub enum InjectError {
         /// What would be right.
         expected: String,
     },
-    /// A template that this version does not have.
+    /// A template that there is not.
     #[error(
-        "injecting a sidecar: inject.istio.io/templates: template {0:?} is not available; \"sidecar\" and \"gateway\" are"
+        "injecting a sidecar: inject.istio.io/templates: there is no template {name:?}; available are {available}"
     )]
-    Template(String),
+    Template {
+        /// The template.
+        name: String,
+        /// Those that there are.
+        available: String,
+    },
     /// A gateway pod without the container that is to be filled in.
     #[error(
         "injecting a gateway: the pod has no container named \"istio-proxy\"; add one with image \"auto\""
@@ -149,11 +162,11 @@ pub fn inject(pod: &Value, context: &InjectContext<'_>) -> Result<Outcome, Injec
 pub fn fill(pod: &Value, context: &InjectContext<'_>) -> Result<Outcome, InjectError> {
     let view = PodView::new(pod)?;
     let settings = annotations::Settings::read(&view, context)?;
-    let injected = sidecar::injected(pod, &view, &settings, context)?;
+    let (injected, warnings) = sidecar::injected(pod, &view, settings, context)?;
     Ok(Outcome::Patched(Patched {
         patch: json_patch::diff(pod, &injected),
         pod: injected,
-        warnings: settings.warnings,
+        warnings,
     }))
 }
 

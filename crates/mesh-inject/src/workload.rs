@@ -50,6 +50,16 @@ impl Workload {
                 name: deployment.to_owned(),
             };
         }
+        // OpenShift: a controller of pods is made for each version of a DeploymentConfig.
+        if kind == "ReplicationController"
+            && let Some(config) = pod.label("deploymentconfig")
+        {
+            return Self {
+                api_version: "apps.openshift.io/v1".to_owned(),
+                kind: "DeploymentConfig".to_owned(),
+                name: config.to_owned(),
+            };
+        }
         if kind == "Job"
             && let Some((cron, minute)) = name.rsplit_once('-')
             && (8..=10).contains(&minute.len())
