@@ -71,7 +71,7 @@ pub(super) fn memory(binary: &Path) -> anyhow::Result<()> {
 
 fn table(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.pages(PAGES)?;
-    let proxies = proxies(cluster);
+    let proxies = proxies(cluster)?;
     let before: Vec<_> = proxies
         .iter()
         .map(|&pid| memory_of(pid))
@@ -95,13 +95,16 @@ fn table(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// The processes of the cluster that are proxies.
-fn proxies(cluster: &Cluster) -> Vec<u32> {
+fn proxies(cluster: &Cluster) -> anyhow::Result<Vec<u32>> {
     let is_proxy = |pid: &u32| {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<_> = command.split(|byte| *byte == 0).collect();
         matches!(words.get(1..3), Some([b"proxy", b"sidecar" | b"router"]))
     };
-    family(cluster.pid()).into_iter().filter(is_proxy).collect()
+    Ok(family(cluster.pid()?)
+        .into_iter()
+        .filter(is_proxy)
+        .collect())
 }
 
 /// Proportional and private memory in MiB (proc(5), smaps_rollup).

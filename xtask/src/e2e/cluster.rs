@@ -1,4 +1,4 @@
-//! A local cluster under test: started, talked to by the command line, stopped, and looked after for leftovers.
+//! A cluster under test, with the mesh and the samples in it: talked to by the command line, and looked after for leftovers.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -16,16 +16,46 @@ use crate::run;
 /// What the walk needs running beside Bookinfo.
 const SAMPLES: &[&str] = &["bookinfo", "httpbin", "helloworld", "curl"];
 
-/// A running local cluster.
+/// Where all-in-one finds the files of [`SAMPLES`]; a Kubernetes gets them applied.
+const MANIFESTS: &[&str] = &[
+    "bookinfo/platform/kube/bookinfo.yaml",
+    "bookinfo/networking/bookinfo-gateway.yaml",
+    "httpbin/httpbin.yaml",
+    "httpbin/httpbin-gateway.yaml",
+    "helloworld/helloworld.yaml",
+    "helloworld/helloworld-gateway.yaml",
+    "curl/curl.yaml",
+];
+
+const NO_PROCESS: &str = "only a local cluster has a main process";
+
+/// A running cluster.
 pub struct Cluster {
     binary: PathBuf,
     kubectl: Option<PathBuf>,
     place: tempfile::TempDir,
-    child: Child,
+    home: Home,
     /// The ingress gateway, `http://ADDRESS:PORT`.
     pub gateway: String,
-    /// From the start of the process to the first 200 of the product page.
+    /// From the start of the process, or from the first sample, to the first 200 of the product page.
     pub first_page: Duration,
+}
+
+enum Home {
+    /// The main process of a local cluster.
+    Local(Child),
+    /// Some Kubernetes.
+    Remote(Remote),
+}
+
+/// A Kubernetes that others run.
+pub struct Remote {
+    /// How to reach it.
+    pub kubeconfig: PathBuf,
+    /// Where in the kubeconfig; its current context if none.
+    pub context: Option<String>,
+    /// The samples run from the mesh's image: nothing is pulled.
+    pub own_images: bool,
 }
 
 impl Cluster {
@@ -40,7 +70,7 @@ impl Cluster {
             binary: binary.to_owned(),
             kubectl: kubectl.map(Path::to_owned),
             place,
-            child,
+            home: Home::Local(child),
             gateway: String::new(),
             first_page: Duration::ZERO,
         };
@@ -48,12 +78,78 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Installs the mesh on a Kubernetes, as a user would.
+    pub fn install(binary: &Path, kubectl: Option<&Path>, remote: Remote) -> anyhow::Result<Self> {
+        let cluster = Self {
+            binary: binary.to_owned(),
+            kubectl: kubectl.map(Path::to_owned),
+            place: tempfile::Builder::new().prefix("mesh-cluster-").tempdir()?,
+            home: Home::Remote(remote),
+            gateway: String::new(),
+            first_page: Duration::ZERO,
+        };
+        // Round robin is strictly in turn with one worker.
+        let one_worker = "meshConfig.defaultConfig.concurrency=1";
+        print!("{}", cluster.mesh(&["install", "-y", "--set", one_worker])?);
+        Ok(cluster)
+    }
+
+    /// Applies the samples where [`Self::start`] has not done so, and waits for the first page.
+    pub fn deploy(&mut self) -> anyhow::Result<()> {
+        if matches!(self.home, Home::Local(_)) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        self.apply(
+            "{apiVersion: v1, kind: Namespace, metadata: {name: default, labels: {istio-injection: enabled}}}",
+        )?;
+        for file in MANIFESTS {
+            self.apply(&std::fs::read_to_string(
+                run::root().join("samples").join(file),
+            )?)?;
+        }
+        self.gateway = self.gateway_address()?;
+        // Images may have to be pulled.
+        self.first_page_within(began, Duration::from_secs(300))
+    }
+
+    /// The load balancer's address where there is one, else the first node's with the gateway's node port.
+    fn gateway_address(&self) -> anyhow::Result<String> {
+        let service = self.get(&["service", "istio-ingressgateway", "-n", "istio-system"])?;
+        let balancer = &service["status"]["loadBalancer"]["ingress"][0];
+        if let Some(address) = balancer["ip"].as_str().or(balancer["hostname"].as_str()) {
+            return Ok(format!("http://{address}"));
+        }
+        let ports = service["spec"]["ports"].as_array();
+        let port = ports.into_iter().flatten().find(|port| port["port"] == 80);
+        let port = port.and_then(|port| port["nodePort"].as_u64());
+        let port =
+            port.context("the ingress gateway has neither a load balancer nor a node port")?;
+        let nodes = self.get(&["nodes"])?;
+        let addresses = nodes["items"][0]["status"]["addresses"].as_array();
+        let address = addresses
+            .into_iter()
+            .flatten()
+            .find(|address| address["type"] == "InternalIP")
+            .and_then(|address| address["address"].as_str())
+            .context("the first node has no address")?;
+        Ok(format!("http://{address}:{port}"))
+    }
+
+    fn main_process(&mut self) -> anyhow::Result<&mut Child> {
+        match &mut self.home {
+            Home::Local(child) => Ok(child),
+            Home::Remote(_) => bail!(NO_PROCESS),
+        }
+    }
+
     /// Sends SIGKILL to the main process and starts another one on the same state directory.
     pub fn kill_and_restart(&mut self) -> anyhow::Result<()> {
-        self.child.kill()?;
-        self.child.wait()?;
+        let child = self.main_process()?;
+        child.kill()?;
+        child.wait()?;
         let began = Instant::now();
-        self.child = launch(&self.binary, self.place.path())?;
+        self.home = Home::Local(launch(&self.binary, self.place.path())?);
         self.await_first_page(began)
     }
 
@@ -68,9 +164,12 @@ impl Cluster {
         })
     }
 
-    /// The process id of the main process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+    /// The process id of a local cluster's main process.
+    pub fn pid(&self) -> anyhow::Result<u32> {
+        match &self.home {
+            Home::Local(child) => Ok(child.id()),
+            Home::Remote(_) => bail!(NO_PROCESS),
+        }
     }
 
     fn await_first_page(&mut self, began: Instant) -> anyhow::Result<()> {
@@ -85,11 +184,13 @@ impl Cluster {
         let runtime = http::runtime()?;
         let mut last = String::from("no address was printed");
         while began.elapsed() < limit {
-            if let Some(status) = self.child.try_wait()? {
-                bail!("mesh all-in-one ended with {status}:\n{}", self.printed());
+            if let Home::Local(child) = &mut self.home {
+                if let Some(status) = child.try_wait()? {
+                    bail!("mesh all-in-one ended with {status}:\n{}", self.printed());
+                }
+                self.gateway = self.printed_url("/productpage").unwrap_or_default();
             }
-            if let Some(url) = self.printed_url("/productpage") {
-                self.gateway = url;
+            if !self.gateway.is_empty() {
                 let client = Client::new(&self.gateway);
                 match runtime.block_on(client.get("/productpage", &[])) {
                     Ok(answer) if answer.status == 200 => {
@@ -119,17 +220,32 @@ impl Cluster {
     }
 
     fn kubeconfig(&self) -> PathBuf {
-        self.place.path().join("state/kubeconfig")
+        match &self.home {
+            Home::Local(_) => self.place.path().join("state/kubeconfig"),
+            Home::Remote(remote) => remote.kubeconfig.clone(),
+        }
+    }
+
+    /// A program that talks to this cluster.
+    fn program(&self, program: &Path, args: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command
+            .env("KUBECONFIG", self.kubeconfig())
+            .env("HOME", self.place.path());
+        if let Home::Remote(Remote {
+            context: Some(context),
+            ..
+        }) = &self.home
+        {
+            command.args(["--context", context]);
+        }
+        command.args(args);
+        command
     }
 
     /// A command of the tool under test (`mesh`, or `kubectl` where it was asked for).
     pub fn tool(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(self.kubectl.as_ref().unwrap_or(&self.binary));
-        command
-            .env("KUBECONFIG", self.kubeconfig())
-            .env("HOME", self.place.path())
-            .args(args);
-        command
+        self.program(self.kubectl.as_ref().unwrap_or(&self.binary), args)
     }
 
     /// Runs the binary under test to its end, which a command that is to fail must reach by itself.
@@ -152,18 +268,19 @@ impl Cluster {
 
     /// Runs one of our own commands, whatever the tool is, and gives what it printed.
     pub fn mesh(&self, args: &[&str]) -> anyhow::Result<String> {
-        let mut command = Command::new(&self.binary);
-        command
-            .env("KUBECONFIG", self.kubeconfig())
-            .env("HOME", self.place.path())
-            .args(args);
-        run::output(&mut command)
+        run::output(&mut self.program(&self.binary, args))
     }
 
     /// Applies YAML text.
     pub fn apply(&self, yaml: &str) -> anyhow::Result<String> {
         let file = self.place.path().join("apply.yaml");
         std::fs::write(&file, yaml)?;
+        let own_images = matches!(&self.home, Home::Remote(remote) if remote.own_images);
+        if own_images && yaml.contains("image:") {
+            let mut offline = Command::new(&self.binary);
+            let offline = offline.args(["offline", "-f"]).arg(&file);
+            std::fs::write(&file, run::output(offline)?)?;
+        }
         self.call(&["apply", "-f", &file.to_string_lossy()])
     }
 
@@ -226,25 +343,30 @@ impl Cluster {
         self.exec(pod, container, &all)
     }
 
-    /// Waits until `done` says so, 20 s at most; `what` is for the error.
+    /// Waits until `done` says so, 20 s at most (three times as long on a Kubernetes); `what` is for the error.
     pub fn wait<T>(
         &self,
         what: &str,
         mut done: impl FnMut() -> anyhow::Result<Option<T>>,
     ) -> anyhow::Result<T> {
+        let (limit, pause) = match &self.home {
+            Home::Local(_) => (Duration::from_secs(20), Duration::from_millis(5)),
+            Home::Remote(_) => (Duration::from_secs(60), Duration::from_millis(500)),
+        };
         let began = Instant::now();
         let mut last = None;
-        while began.elapsed() < Duration::from_secs(20) {
+        while began.elapsed() < limit {
             match done() {
                 Ok(Some(found)) => return Ok(found),
                 Ok(None) => {}
                 Err(error) => last = Some(error),
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(pause);
         }
+        let waited = format!("waited {} s for {what}", limit.as_secs());
         match last {
-            Some(error) => Err(error.context(format!("waited 20 s for {what}"))),
-            None => bail!("waited 20 s for {what}"),
+            Some(error) => Err(error.context(waited)),
+            None => bail!(waited),
         }
     }
 
@@ -291,15 +413,16 @@ impl Cluster {
         }
     }
 
-    /// Stops the cluster by SIGTERM and looks for what it left behind.
+    /// Stops a local cluster by SIGTERM and looks for what it left behind; takes the samples and the mesh out of another one.
     pub fn stop(mut self) -> anyhow::Result<()> {
-        let family = family(self.child.id());
-        kill(
-            Pid::from_raw(i32::try_from(self.child.id())?),
-            Signal::SIGTERM,
-        )?;
+        let Ok(child) = self.main_process() else {
+            return self.remove();
+        };
+        let pid = child.id();
+        let family = family(pid);
+        kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGTERM)?;
         let began = Instant::now();
-        while self.child.try_wait()?.is_none() {
+        while child.try_wait()?.is_none() {
             if began.elapsed() > Duration::from_secs(60) {
                 bail!(
                     "mesh all-in-one did not end 60 s after SIGTERM:\n{}",
@@ -320,25 +443,47 @@ impl Cluster {
         }
         Ok(())
     }
+
+    /// Leaves everything running, and says where.
+    pub fn keep(self) {
+        println!("kept; export KUBECONFIG={}", self.kubeconfig().display());
+        let mut kept = std::mem::ManuallyDrop::new(self);
+        kept.place.disable_cleanup(true);
+    }
+
+    fn remove(&self) -> anyhow::Result<()> {
+        for file in MANIFESTS {
+            self.delete_all(&std::fs::read_to_string(
+                run::root().join("samples").join(file),
+            )?)?;
+        }
+        // What was applied before and is no longer said goes away.
+        self.apply("{apiVersion: v1, kind: Namespace, metadata: {name: default}}")?;
+        print!("{}", self.mesh(&["uninstall", "--purge", "-y"])?);
+        Ok(())
+    }
 }
 
 impl Drop for Cluster {
-    /// A scenario that failed leaves no cluster behind either.
+    /// A scenario that failed leaves no local cluster behind either.
     fn drop(&mut self) {
         let running = |child: &mut Child| matches!(child.try_wait(), Ok(None));
-        if !running(&mut self.child) {
+        let Home::Local(child) = &mut self.home else {
+            return;
+        };
+        if !running(child) {
             return;
         }
-        if let Ok(pid) = i32::try_from(self.child.id()) {
+        if let Ok(pid) = i32::try_from(child.id()) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
         let began = Instant::now();
-        while running(&mut self.child) && began.elapsed() < Duration::from_secs(60) {
+        while running(child) && began.elapsed() < Duration::from_secs(60) {
             std::thread::sleep(Duration::from_millis(20));
         }
         // Nothing where it has ended; else its own children end with it.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }
 

@@ -211,7 +211,7 @@ pub(super) fn survives(cluster: &mut Cluster) -> anyhow::Result<()> {
     cluster.apply(
         "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: kept}\ndata: {answer: \"42\"}\n",
     )?;
-    let before = family(cluster.pid());
+    let before = family(cluster.pid()?);
     cluster.kill_and_restart()?;
     gone(&before)?;
     let kept = cluster.get(&["configmap", "kept"])?;

@@ -79,7 +79,7 @@ impl Capture {
             std::fs::read_to_string(format!("/proc/{pid}/net/dev"))
                 .is_ok_and(|text| text.contains("cni0"))
         };
-        let node = family(cluster.pid())
+        let node = family(cluster.pid()?)
             .into_iter()
             .find(has_bridge)
             .context("no process of the cluster is in a network with the bridge cni0")?;
