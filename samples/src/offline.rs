@@ -12,7 +12,7 @@ use crate::images::{self, Image};
 ///
 /// ```
 /// let mut pod = serde_json::json!({"kind": "Pod", "spec": {"containers": [
-///     {"name": "ratings", "image": "docker.io/istio/examples-bookinfo-ratings-v1:1.20.3"},
+///     {"name": "ratings", "image": "registry.example/istio/examples-bookinfo-ratings-v1:1.20.3"},
 /// ]}});
 /// assert_eq!(mesh_samples::offline::rewrite(&mut pod, "mesh:1.0.0"), 1);
 /// let container = &pod["spec"]["containers"][0];
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn the_container_says_what_the_image_would_have_said() {
         let changed = container(json!({
-            "image": "docker.io/istio/examples-bookinfo-reviews-v3:1.20.3",
+            "image": "registry.example/istio/examples-bookinfo-reviews-v3:1.20.3",
             "imagePullPolicy": "Always",
             "env": [{"name": "STAR_COLOR", "value": "blue"}, {"name": "LOG_DIR", "value": "/tmp"}],
         }));

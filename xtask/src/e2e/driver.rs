@@ -41,7 +41,7 @@ pub enum Images {
 /// What the drivers of a Kubernetes are told.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Kubernetes version of a cluster that is made, such as v1.36.0; its driver's own default if not given.
+    /// Kubernetes version of a cluster that is made, such as v1.36.4; its driver's own default if not given.
     #[arg(long, value_name = "VERSION")]
     kubernetes_version: Option<String>,
     /// Name of a cluster that is made.

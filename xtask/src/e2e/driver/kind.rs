@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn a_cluster_is_made_loaded_asked_and_deleted() -> anyhow::Result<()> {
         let mut shell = Recorded::new(include_str!("kind.txt"));
-        let kind = kind(Some("v1.36.0"));
+        let kind = kind(Some("v1.36.4"));
         kind.create(&mut shell)?;
         kind.load(&mut shell, Path::new("/place/mesh.tar"))?;
         kind.logs(&mut shell, Path::new("/place/failure"))?;
