@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use crate::annotations::{Settings, parse_bool};
 use crate::PodView;
+use crate::annotations::{Settings, parse_bool};
 
 /// Variable of the proxy that tells where the application's own metrics are.
 const VARIABLE: &str = "ISTIO_PROMETHEUS_ANNOTATIONS";

@@ -109,7 +109,10 @@ fn moved(
     let mut replaced = Map::new();
     if *action == "httpGet" {
         replaced = original.clone();
-        if replaced.get("scheme").is_some_and(|scheme| scheme == "HTTPS") {
+        if replaced
+            .get("scheme")
+            .is_some_and(|scheme| scheme == "HTTPS")
+        {
             replaced.insert("scheme".into(), "HTTP".into());
         }
     }

@@ -40,10 +40,12 @@ pub(crate) fn injected(
     let mut result = pod.clone();
     place(&mut result, &parts, &settings, &mut warnings);
     if let Some(fields) = result.as_object_mut() {
-        let overlays = settings.templates.overlays.iter();
-        overlays
-            .filter_map(|overlay| overlay.as_object())
-            .for_each(|overlay| overlay::merge(fields, overlay));
+        for overlay in &settings.templates.overlays {
+            overlay::merge(
+                fields,
+                &relocated(overlay, settings.native && !settings.is_gateway()),
+            );
+        }
     }
     own_over(&mut result, view, &settings);
     let merged = metrics::merged(view, &settings);
@@ -156,6 +158,31 @@ fn place(pod: &mut Value, parts: &Parts, settings: &Settings<'_>, warnings: &mut
     if settings.is_gateway() {
         gateway_ports(spec);
     }
+}
+
+/// The overlay with what it says of the proxy in the list where the proxy is: whoever writes one need not know which kind of sidecar it meets.
+fn relocated(overlay: &Value, native: bool) -> Map<String, Value> {
+    let mut overlay = overlay.as_object().cloned().unwrap_or_default();
+    let (from, to) = match native {
+        true => ("containers", "initContainers"),
+        false => ("initContainers", "containers"),
+    };
+    let Some(spec) = overlay.get_mut("spec").and_then(Value::as_object_mut) else {
+        return overlay;
+    };
+    let Some(items) = spec.get_mut(from).and_then(Value::as_array_mut) else {
+        return overlay;
+    };
+    let (moved, rest): (Vec<Value>, Vec<Value>) = std::mem::take(items)
+        .into_iter()
+        .partition(|container| container["name"] == PROXY_CONTAINER);
+    *items = rest;
+    if !moved.is_empty() {
+        let mut there = take(spec, to);
+        there.extend(moved);
+        spec.insert(to.into(), there.into());
+    }
+    overlay
 }
 
 fn take(spec: &mut Map<String, Value>, list: &str) -> Vec<Value> {

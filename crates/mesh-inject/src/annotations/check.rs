@@ -17,7 +17,13 @@ impl Lists<'_, '_> {
         star: bool,
     ) -> Result<String, InjectError> {
         let port = |port: &str| port.parse::<u16>().is_ok();
-        self.list(name, default, star, port, "a list of ports separated by commas")
+        self.list(
+            name,
+            default,
+            star,
+            port,
+            "a list of ports separated by commas",
+        )
     }
 
     /// A list of ranges, without blanks.

@@ -206,7 +206,10 @@ pub(super) fn values_key(text: &str, into: &mut InjectorConfig) -> Result<(), Pa
     into.network = global.network;
     into.init_resources = global.proxy_init.resources;
     let given = |text: String| Some(text).filter(|text| !text.is_empty());
-    set(&mut into.cluster_id, given(global.multi_cluster.cluster_name));
+    set(
+        &mut into.cluster_id,
+        given(global.multi_cluster.cluster_name),
+    );
     set(&mut into.agent_log_level, given(global.logging.level));
     proxy(global.proxy, into);
     Ok(())

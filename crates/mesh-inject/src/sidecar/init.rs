@@ -16,11 +16,7 @@ const VARIABLES: &[&str] = &[
 ];
 
 /// Makes the container; `user` is who the proxy runs as.
-pub(super) fn container(
-    settings: &Settings<'_>,
-    context: &InjectContext<'_>,
-    user: i64,
-) -> Value {
+pub(super) fn container(settings: &Settings<'_>, context: &InjectContext<'_>, user: i64) -> Value {
     let config = context.config;
     let capabilities = match config.privileged {
         true => json!({ "add": ["NET_ADMIN", "NET_RAW"] }),

@@ -1,5 +1,9 @@
 //! Golden tests: each folder of `tests/golden` has a pod, perhaps settings, and what comes out. `UPDATE_GOLDEN=1` rewrites the latter.
 
+mod annotations;
+mod manifests;
+mod properties;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -56,19 +60,20 @@ impl Settings {
         }
     }
 
+    fn context<'a>(&'a self, labels: &'a BTreeMap<String, String>) -> InjectContext<'a> {
+        InjectContext {
+            namespace: &self.namespace,
+            namespace_labels: labels,
+            mesh: &self.mesh,
+            config: &self.config,
+            revision: "default",
+            native_sidecars: self.native,
+            workload: None,
+        }
+    }
+
     fn inject(&self, pod: &Value) -> Result<Outcome, mesh_inject::InjectError> {
-        inject(
-            pod,
-            &InjectContext {
-                namespace: &self.namespace,
-                namespace_labels: &BTreeMap::new(),
-                mesh: &self.mesh,
-                config: &self.config,
-                revision: "default",
-                native_sidecars: self.native,
-                workload: None,
-            },
-        )
+        inject(pod, &self.context(&BTreeMap::new()))
     }
 }
 
@@ -78,7 +83,7 @@ fn cases() -> Vec<PathBuf> {
         .map(|entry| entry.expect("entry").path())
         .collect();
     folders.sort();
-    assert!(folders.len() >= 15, "golden cases are missing");
+    assert!(folders.len() >= 60, "golden cases are missing");
     folders
 }
 
@@ -137,7 +142,7 @@ fn the_patch_makes_the_injected_pod_which_is_left_alone_the_next_time() {
         );
         injected += 1;
     }
-    assert!(injected >= 10);
+    assert!(injected >= 40);
 }
 
 #[test]
