@@ -1,14 +1,19 @@
 //! Traffic capture for a sidecar: the rules of Istio's `istio-iptables`, as nftables rules or as iptables-restore text.
 //!
-//! [`Config::from_args`] reads the flags of `istio-iptables`; [`Config::plan`] makes the rules, in its order; [`run_init`] is the whole tool.
-//! Interception mode REDIRECT is here; TPROXY, DNS capture and what goes with them are refused by name.
+//! [`Config::read`] reads the flags and variables of `istio-iptables`; [`Config::plan`] makes the rules, in its order; [`run_init`] is the whole
+//! tool. By default the rules go to the kernel by netlink: no program, no file and no lock is needed, only CAP_NET_ADMIN in the pod's network
+//! namespace. Rules of others, by whatever program, are left alone.
 
 mod args;
 mod iptables;
 mod plan;
+mod routes;
+mod validate;
 
 use std::io::Write;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::nft::{self, Family, NftError};
 use crate::ns;
@@ -16,8 +21,12 @@ use crate::ns;
 pub use args::{ArgsError, HELP};
 pub use plan::Plan;
 
-/// The nftables table that holds the rules.
+/// The nftables table that holds the rules of address translation; every configuration has it.
 pub const TABLE: &str = "istio-proxy-nat";
+/// All our tables, in the order of iptables' nat, mangle and raw.
+const TABLES: [&str; 3] = [TABLE, "istio-proxy-mangle", "istio-proxy-raw"];
+/// Where the pod's servers of DNS are named.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Which ports or networks: all, or these.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,8 +37,8 @@ pub enum Which<T> {
     Only(Vec<T>),
 }
 
-/// An IPv4 network.
-pub type Network = (Ipv4Addr, u8);
+/// A network of IPv4 or IPv6, and the length of its prefix.
+pub type Network = (IpAddr, u8);
 
 /// Who the rules leave alone: the proxy's own traffic.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,12 +55,46 @@ pub enum Exemption {
 }
 
 /// Which program puts the rules in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     /// nftables over netlink, by this process itself.
     Nftables,
-    /// The programs `iptables-save` and `iptables-restore`, for IPv4 only.
-    Iptables,
+    /// Programs named after this one, such as `iptables-save` and `ip6tables-restore`, for the table nat.
+    Iptables {
+        /// `iptables`, `iptables-legacy` or `iptables-nft`.
+        program: String,
+    },
+}
+
+/// How inbound connections reach the proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interception {
+    /// Their destination is changed; the application sees the proxy's address.
+    Redirect,
+    /// They come as they are.
+    Tproxy,
+}
+
+/// Which DNS queries go to the agent (port 15053).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DnsCapture {
+    /// `--redirect-dns`: those to the servers.
+    pub redirect: bool,
+    /// `--capture-all-dns`: those to anybody.
+    pub all: bool,
+    /// The pod's servers; [`run_init`] reads them from `/etc/resolv.conf`.
+    pub servers: Vec<IpAddr>,
+}
+
+/// How the rules are tried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Validation {
+    /// `--run-validation`.
+    pub run: bool,
+    /// `--iptables-probe-port`: the connection is made to this port of the pod (15002).
+    pub port: u16,
+    /// `--probe-timeout` (5 s).
+    pub timeout: Duration,
 }
 
 /// What to capture. The defaults are those of the flags.
@@ -65,6 +108,12 @@ pub struct Config {
     pub tunnel_port: u16,
     /// Who is exempt (uid and gid 1337).
     pub exemption: Exemption,
+    /// `-m` (REDIRECT).
+    pub interception: Interception,
+    /// `-t`: the mark of packets that the proxy gets although they are for another address (1337).
+    pub tproxy_mark: u32,
+    /// `-r`: the routing table for them (133).
+    pub tproxy_table: u32,
     /// `-b`: inbound ports that are captured (none).
     pub inbound: Which<u16>,
     /// `-d`: inbound ports that are not, where all are.
@@ -79,12 +128,30 @@ pub struct Config {
     pub outbound_ports_exclude: Vec<u16>,
     /// `-c`: interfaces that are left alone.
     pub exclude_interfaces: Vec<String>,
+    /// `-k`: interfaces of virtual machines, whose inbound traffic is what the machine sends out.
+    pub reroute_interfaces: Vec<String>,
+    /// `ISTIO_OUTBOUND_OWNER_GROUPS`: groups whose sockets are captured (all).
+    pub owner_groups: Which<u32>,
+    /// `ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE`: groups whose sockets are not, where all are.
+    pub owner_groups_exclude: Vec<u32>,
+    /// `ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR`: what an application reaches of itself without capture (127.0.0.1/32).
+    pub loopback: (Ipv4Addr, u8),
+    /// Which DNS queries go to the agent.
+    pub dns: DnsCapture,
+    /// `--drop-invalid`: packets that belong to no connection are dropped.
+    pub drop_invalid: bool,
+    /// How the rules are tried out.
+    pub validation: Validation,
     /// `--backend`.
     pub backend: Backend,
     /// `-n`: only print.
     pub dry_run: bool,
+    /// `--skip-rule-apply`: set no rules; for trying out those that there are.
+    pub skip_apply: bool,
     /// `--cleanup-only`: only remove.
     pub cleanup_only: bool,
+    /// `--network-namespace`: a file that stands for the namespace to work in; the present one.
+    pub network_namespace: Option<PathBuf>,
 }
 
 /// Why capture was not set up.
@@ -93,9 +160,17 @@ pub enum CaptureError {
     /// A flag is wrong.
     #[error(transparent)]
     Args(#[from] ArgsError),
-    /// The kernel refused.
+    /// The kernel refused rules.
     #[error(transparent)]
     Nft(#[from] NftError),
+    /// The kernel refused the routing that TPROXY needs.
+    #[error("routing of marked packets, {what}: {errno}; CAP_NET_ADMIN is needed")]
+    Route {
+        /// The part that was refused.
+        what: String,
+        /// Why.
+        errno: nix::Error,
+    },
     /// The other backend's program failed.
     #[error("running {program}: {reason}; with --backend nftables no program is needed")]
     Program {
@@ -104,9 +179,45 @@ pub enum CaptureError {
         /// What it said.
         reason: String,
     },
+    /// The other backend can't do that.
+    #[error(
+        "--backend iptables does not apply {0}, it only prints the rules (--dry-run); use --backend nftables"
+    )]
+    Backend(&'static str),
+    /// The proxy's user does not exist here, and its mark is needed for something else.
+    #[error(
+        "interception mode TPROXY needs the proxy's user {0:?} in this user namespace; use REDIRECT"
+    )]
+    TproxyByMark(Vec<u32>),
+    /// The namespace can't be entered.
+    #[error("entering the network namespace {path}: {source}")]
+    Namespace {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The servers of DNS are not known.
+    #[error("reading {RESOLV_CONF} for the servers of DNS: {0}; --capture-all-dns needs none")]
+    Resolv(std::io::Error),
+    /// The rules don't do what they should.
+    #[error(
+        "validating the capture rules: {0}; is the init container of this pod, or the CNI plugin, in order?"
+    )]
+    Validation(String),
     /// The report could not be written.
     #[error("writing the report: {0}")]
     Write(#[from] std::io::Error),
+}
+
+impl CaptureError {
+    /// What the process ends with: 126 where the rules were tried out in vain, by which a CNI plugin knows that it has to mend the pod.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Validation(_) => 126,
+            _ => 1,
+        }
+    }
 }
 
 /// `mesh init`: reads the flags, sets up (or removes, or prints) the rules of the calling thread's network namespace, and reports.
@@ -114,42 +225,128 @@ pub enum CaptureError {
 /// Doing it twice is doing it once: what an earlier run set up is replaced in one transaction.
 ///
 /// # Errors
-/// When a flag is wrong or the rules can't be put in; nothing was changed then.
+/// When a flag is wrong or the rules can't be put in; none was changed then.
 pub fn run_init(args: &[String], out: &mut dyn Write) -> Result<(), CaptureError> {
     if args.iter().any(|a| a == "--help" || a == "-h") {
         return Ok(out.write_all(HELP.as_bytes())?);
     }
-    let mut config = Config::from_args(args)?;
-    if let Exemption::Owner { uids, .. } = &config.exemption
-        && !uids.iter().all(|uid| ns::is_mapped(*uid).unwrap_or(true))
-    {
-        config.exemption = Exemption::Mark(crate::sockets::EXEMPT_MARK);
+    let mut config = Config::read(args, |name| std::env::var(name).ok())?;
+    if config.dns.redirect && !config.dns.all {
+        let text = std::fs::read_to_string(RESOLV_CONF).map_err(CaptureError::Resolv)?;
+        config.dns.servers = name_servers(&text);
     }
-    let plan = config.plan();
+    config.exempt_by_mark_where_needed()?;
     if config.dry_run {
-        let text = match config.backend {
-            Backend::Nftables => plan.table().to_text(),
-            Backend::Iptables => iptables::restore_text(&plan),
-        };
-        return Ok(out.write_all(text.as_bytes())?);
+        return Ok(out.write_all(config.text().as_bytes())?);
+    }
+    if let Some(path) = &config.network_namespace {
+        ns::enter_network(path).map_err(|source| CaptureError::Namespace {
+            path: path.clone(),
+            source,
+        })?;
     }
     if config.cleanup_only {
-        match config.backend {
-            Backend::Nftables => nft::delete_table(Family::Inet, TABLE)?,
-            Backend::Iptables => iptables::cleanup()?,
-        }
+        config.cleanup()?;
         writeln!(out, "capture: removed")?;
         return Ok(());
     }
-    match config.backend {
-        Backend::Nftables => plan.table().replace()?,
-        Backend::Iptables => iptables::apply(&plan)?,
+    if !config.skip_apply {
+        let plan = config.plan();
+        config.apply(&plan)?;
+        writeln!(out, "{}", config.report(&plan))?;
     }
-    writeln!(out, "{}", config.report(&plan))?;
+    if config.validation.run {
+        validate::run(&config).map_err(CaptureError::Validation)?;
+        writeln!(
+            out,
+            "capture: a connection to this pod reached the proxy's port"
+        )?;
+    }
     Ok(())
 }
 
+/// The servers of DNS in the text of a resolv.conf(5), each once.
+fn name_servers(text: &str) -> Vec<IpAddr> {
+    let mut servers: Vec<IpAddr> = Vec::new();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let server = (words.next() == Some("nameserver")).then(|| words.next());
+        if let Some(ip) = server.flatten().and_then(|word| word.parse().ok())
+            && !servers.contains(&ip)
+        {
+            servers.push(ip);
+        }
+    }
+    servers
+}
+
 impl Config {
+    /// The rules as text, as `--dry-run` prints them.
+    pub fn text(&self) -> String {
+        let plan = self.plan();
+        let routes: String = routes::of(self)
+            .iter()
+            .map(|route| format!("# {route}\n"))
+            .collect();
+        let rules = match self.backend {
+            Backend::Nftables => {
+                let tables: Vec<String> = plan.tables().iter().map(nft::Table::to_text).collect();
+                tables.join("\n")
+            }
+            Backend::Iptables { .. } => iptables::restore_text(&plan),
+        };
+        format!("{routes}{rules}")
+    }
+
+    /// In a user namespace without the proxy's uid its sockets carry a mark instead.
+    fn exempt_by_mark_where_needed(&mut self) -> Result<(), CaptureError> {
+        let Exemption::Owner { uids, .. } = &self.exemption else {
+            return Ok(());
+        };
+        if uids.iter().all(|uid| ns::is_mapped(*uid).unwrap_or(true)) {
+            return Ok(());
+        }
+        // The mark of the proxy's sockets and the one of TPROXY are the same number.
+        if self.interception == Interception::Tproxy {
+            return Err(CaptureError::TproxyByMark(uids.clone()));
+        }
+        self.exemption = Exemption::Mark(crate::sockets::EXEMPT_MARK);
+        Ok(())
+    }
+
+    fn apply(&self, plan: &Plan) -> Result<(), CaptureError> {
+        match &self.backend {
+            Backend::Nftables => {
+                let tables = plan.tables();
+                let absent: Vec<_> = TABLES
+                    .into_iter()
+                    .filter(|name| !tables.iter().any(|table| table.name == *name))
+                    .map(|name| (Family::Inet, name))
+                    .collect();
+                nft::replace_all(&tables, &absent)?;
+            }
+            Backend::Iptables { program } => {
+                if plan.tables().len() > 1 {
+                    return Err(CaptureError::Backend(
+                        "TPROXY, DNS capture and --drop-invalid",
+                    ));
+                }
+                iptables::apply(program, plan)?;
+            }
+        }
+        routes::apply(self)
+    }
+
+    fn cleanup(&self) -> Result<(), CaptureError> {
+        match &self.backend {
+            Backend::Nftables => {
+                nft::replace_all(&[], &TABLES.map(|name| (Family::Inet, name)))?;
+            }
+            Backend::Iptables { program } => iptables::cleanup(program)?,
+        }
+        routes::remove(self)
+    }
+
     /// One line that says what is captured now.
     fn report(&self, plan: &Plan) -> String {
         let exempt = match &self.exemption {
@@ -165,13 +362,36 @@ impl Config {
             Which::All => format!("every port but {:?}", self.inbound_exclude),
             Which::Only(ports) => format!("ports {ports:?}"),
         };
-        let (rules, backend) = match self.backend {
-            Backend::Nftables => (plan.len(), "nftables"),
-            Backend::Iptables => (iptables::rules(plan).count(), "iptables (IPv4 only)"),
+        let mode = match self.interception {
+            Interception::Redirect => "",
+            Interception::Tproxy => " by TPROXY",
+        };
+        let dns = match (&self.dns.redirect, self.dns.all) {
+            (false, _) => String::new(),
+            (true, true) => ", all DNS to port 15053".to_owned(),
+            (true, false) => format!(", DNS to {:?} to port 15053", self.dns.servers),
+        };
+        let backend = match &self.backend {
+            Backend::Nftables => "nftables",
+            Backend::Iptables { program } => program,
         };
         format!(
-            "capture: outbound {outbound} to port {}, inbound {inbound} to port {}; exempt: {exempt}; {} rules by {backend}",
-            self.outbound_port, self.inbound_port, rules
+            "capture: outbound {outbound} to port {}, inbound {inbound} to port {}{mode}{dns}; exempt: {exempt}; {} rules by {backend}",
+            self.outbound_port,
+            self.inbound_port,
+            plan.len()
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_read_as_the_resolver_reads_them() {
+        let text = "# nameserver 1.1.1.1\nsearch a.b\nnameserver 10.96.0.10\n nameserver\tfd00::1 \nnameserver 10.96.0.10\nnameserver x\n";
+        let expected: [IpAddr; 2] = ["10.96.0.10".parse().unwrap(), "fd00::1".parse().unwrap()];
+        assert_eq!(name_servers(text), expected);
     }
 }

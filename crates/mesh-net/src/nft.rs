@@ -43,6 +43,8 @@ pub enum ChainType {
     Nat,
     /// Accepts and drops.
     Filter,
+    /// As `Filter`, and a packet whose mark was changed is routed again; hooks in at the output only.
+    Route,
 }
 
 /// A chain that the kernel calls.
@@ -82,10 +84,12 @@ pub enum Match {
     Source(Ipv4Addr, u8),
     /// The destination address lies in a network.
     Destination(Ipv4Addr, u8),
-    /// The source is this address.
-    Source6(Ipv6Addr),
-    /// The destination is this address.
-    Destination6(Ipv6Addr),
+    /// The source address lies in a network of IPv6.
+    Source6(Ipv6Addr, u8),
+    /// The destination address lies in a network of IPv6.
+    Destination6(Ipv6Addr, u8),
+    /// The source port, of the transport protocol matched before.
+    SourcePort(u16),
     /// The destination port, of the transport protocol matched before.
     DestinationPort(u16),
     /// The uid that owns the socket.
@@ -94,6 +98,12 @@ pub enum Match {
     SocketGid(u32),
     /// The packet's mark.
     Mark(u32),
+    /// The mark that the packet's connection remembers.
+    ConnectionMark(u32),
+    /// The packet belongs to a connection that is known, or to one that came of it.
+    KnownConnection,
+    /// The packet belongs to no connection and can't begin one.
+    Invalid,
     /// The source address is in this set of the table.
     SourceIn(String),
     /// The opposite.
@@ -121,6 +131,16 @@ pub enum Action {
     InTurn(Vec<String>),
     /// Sets the packet's mark.
     SetMark(u32),
+    /// Sets the connection's mark to the packet's.
+    SaveMark,
+    /// Sets the packet's mark to the connection's.
+    RestoreMark,
+    /// Gives the packet to the socket that listens transparently on a local port, of IPv4 or IPv6 as the rule matched.
+    TransparentProxy(u16),
+    /// Keeps the packet's connection in a table of its own, by number.
+    ConnectionZone(u16),
+    /// No further rule of this hook sees the packet.
+    Accept,
     /// Gives the packet this host's address as its source.
     Masquerade,
     /// Answers with a TCP reset.
@@ -204,6 +224,20 @@ impl Table {
     pub fn update(&self, before: &Self) -> Result<(), NftError> {
         netlink::commit(&encode::update(before, self))
     }
+}
+
+/// Puts several tables into the kernel in one transaction, and takes those named `absent` away; each table replaces what it held before.
+///
+/// # Errors
+/// When the kernel refuses a part; nothing was changed then.
+pub fn replace_all(tables: &[Table], absent: &[(Family, &str)]) -> Result<(), NftError> {
+    let gone = absent
+        .iter()
+        .flat_map(|(family, name)| encode::delete(*family, name));
+    let messages: Vec<_> = gone
+        .chain(tables.iter().flat_map(encode::replace))
+        .collect();
+    netlink::commit(&messages)
 }
 
 /// Deletes a table; one that does not exist is no error.

@@ -1,4 +1,18 @@
-//! User namespaces as seen from inside.
+//! Namespaces: the user namespace as seen from inside, and the way into another network namespace.
+
+use std::path::Path;
+
+use nix::sched::{CloneFlags, setns};
+
+/// Moves the calling thread into the network namespace that a file stands for, such as `/run/netns/a` or `/proc/7/ns/net`.
+///
+/// # Errors
+/// When the file is no network namespace, or CAP_SYS_ADMIN is missing.
+pub fn enter_network(path: &Path) -> std::io::Result<()> {
+    let file = std::fs::File::open(path)?;
+    setns(file, CloneFlags::CLONE_NEWNET)?;
+    Ok(())
+}
 
 /// Whether a user id has a meaning in this user namespace (user_namespaces(7), `uid_map`).
 ///

@@ -43,6 +43,14 @@ const META_SKGID: u32 = 11;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 
+const CT_STATE: u32 = 0;
+const CT_MARK: u32 = 3;
+const CT_ZONE: u32 = 17;
+/// Bits of a connection's state (enum ip_conntrack_info, nf_conntrack_common.h).
+const STATE_INVALID: u32 = 1;
+const STATE_ESTABLISHED: u32 = 2;
+const STATE_RELATED: u32 = 4;
+
 const BASE_NETWORK: u32 = 1;
 const BASE_TRANSPORT: u32 = 2;
 
@@ -331,6 +339,7 @@ fn chain_type(kind: ChainType) -> &'static str {
     match kind {
         ChainType::Nat => "nat",
         ChainType::Filter => "filter",
+        ChainType::Route => "route",
     }
 }
 
@@ -363,14 +372,27 @@ fn equals(list: Attributes, bytes: &[u8], not: bool) -> Attributes {
     expression(list, "cmp", data)
 }
 
-fn masked(list: Attributes, mask: [u8; 4]) -> Attributes {
+fn masked<const N: usize>(list: Attributes, mask: [u8; N]) -> Attributes {
+    let length = u32::try_from(N).unwrap_or(u32::MAX);
     let data = Attributes::default()
         .number(1, REG_1)
         .number(2, REG_1)
-        .number(3, 4)
+        .number(3, length)
         .nested(4, value(&mask))
-        .nested(5, value(&[0; 4]));
+        .nested(5, value(&[0; N]));
     expression(list, "bitwise", data)
+}
+
+fn load_connection(list: Attributes, key: u32) -> Attributes {
+    let data = Attributes::default().number(1, REG_1).number(2, key);
+    expression(list, "ct", data)
+}
+
+/// Compares the state of the packet's connection with a set of states.
+fn state(list: Attributes, states: u32, not: bool) -> Attributes {
+    // What is left under the mask is nothing, or it is not.
+    let list = masked(load_connection(list, CT_STATE), states.to_ne_bytes());
+    equals(list, &[0; 4], !not)
 }
 
 fn compare(list: Attributes, condition: &Match, not: bool) -> Attributes {
@@ -397,14 +419,21 @@ fn compare(list: Attributes, condition: &Match, not: bool) -> Attributes {
             *prefix,
             not,
         ),
-        Match::Source6(address) => equals(
+        Match::Source6(address, prefix) => network6(
             load_payload(list, BASE_NETWORK, 8, 16),
-            &address.octets(),
+            *address,
+            *prefix,
             not,
         ),
-        Match::Destination6(address) => equals(
+        Match::Destination6(address, prefix) => network6(
             load_payload(list, BASE_NETWORK, 24, 16),
-            &address.octets(),
+            *address,
+            *prefix,
+            not,
+        ),
+        Match::SourcePort(port) => equals(
+            load_payload(list, BASE_TRANSPORT, 0, 2),
+            &port.to_be_bytes(),
             not,
         ),
         Match::DestinationPort(port) => equals(
@@ -415,6 +444,11 @@ fn compare(list: Attributes, condition: &Match, not: bool) -> Attributes {
         Match::SocketUid(uid) => equals(load_meta(list, META_SKUID), &uid.to_ne_bytes(), not),
         Match::SocketGid(gid) => equals(load_meta(list, META_SKGID), &gid.to_ne_bytes(), not),
         Match::Mark(mark) => equals(load_meta(list, META_MARK), &mark.to_ne_bytes(), not),
+        Match::ConnectionMark(mark) => {
+            equals(load_connection(list, CT_MARK), &mark.to_ne_bytes(), not)
+        }
+        Match::KnownConnection => state(list, STATE_ESTABLISHED | STATE_RELATED, not),
+        Match::Invalid => state(list, STATE_INVALID, not),
         Match::SourceIn(set) => {
             const INVERTED: u32 = 1;
             let list = load_payload(list, BASE_NETWORK, 12, 4);
@@ -433,6 +467,19 @@ fn network(list: Attributes, address: std::net::Ipv4Addr, prefix: u8, not: bool)
         .unwrap_or(0);
     let value = (u32::from(address) & mask).to_be_bytes();
     let list = if prefix >= 32 {
+        list
+    } else {
+        masked(list, mask.to_be_bytes())
+    };
+    equals(list, &value, not)
+}
+
+fn network6(list: Attributes, address: std::net::Ipv6Addr, prefix: u8, not: bool) -> Attributes {
+    let mask = u128::MAX
+        .checked_shl(128 - u32::from(prefix.min(128)))
+        .unwrap_or(0);
+    let value = (u128::from(address) & mask).to_be_bytes();
+    let list = if prefix >= 128 {
         list
     } else {
         masked(list, mask.to_be_bytes())
@@ -476,6 +523,18 @@ fn value(bytes: &[u8]) -> Attributes {
     Attributes::default().raw(1, bytes)
 }
 
+/// Sets the packet's mark to what is in the register.
+fn set_mark(list: Attributes) -> Attributes {
+    let data = Attributes::default().number(2, META_MARK).number(3, REG_1);
+    expression(list, "meta", data)
+}
+
+/// Sets something of the packet's connection to what is in the register.
+fn set_connection(list: Attributes, key: u32) -> Attributes {
+    let data = Attributes::default().number(2, key).number(4, REG_1);
+    expression(list, "ct", data)
+}
+
 fn act(list: Attributes, action: &Action) -> Attributes {
     match action {
         Action::Counter => expression(list, "counter", Attributes::default()),
@@ -508,14 +567,20 @@ fn act(list: Attributes, action: &Action) -> Attributes {
         }
         // The encoder makes the map that this needs.
         Action::InTurn(_) => list,
-        Action::SetMark(mark) => {
-            let list = immediate(list, REG_1, value(&mark.to_ne_bytes()));
-            expression(
-                list,
-                "meta",
-                Attributes::default().number(2, META_MARK).number(3, REG_1),
-            )
+        Action::SetMark(mark) => set_mark(immediate(list, REG_1, value(&mark.to_ne_bytes()))),
+        Action::SaveMark => set_connection(load_meta(list, META_MARK), CT_MARK),
+        Action::RestoreMark => set_mark(load_connection(list, CT_MARK)),
+        Action::ConnectionZone(zone) => {
+            let list = immediate(list, REG_1, value(&zone.to_ne_bytes()));
+            set_connection(list, CT_ZONE)
         }
+        Action::TransparentProxy(port) => {
+            let list = immediate(list, REG_1, value(&port.to_be_bytes()));
+            // Without a family and an address: whatever the packet is, to the address that it goes to.
+            let data = Attributes::default().number(1, 0).number(3, REG_1);
+            expression(list, "tproxy", data)
+        }
+        Action::Accept => immediate(list, REG_VERDICT, verdict(VERDICT_ACCEPT, None)),
         Action::Masquerade => expression(list, "masq", Attributes::default()),
         Action::RejectTcp => expression(
             list,

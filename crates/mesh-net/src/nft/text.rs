@@ -35,6 +35,7 @@ fn chain(out: &mut String, chain: &Chain) {
         let kind = match base.kind {
             ChainType::Nat => "nat",
             ChainType::Filter => "filter",
+            ChainType::Route => "route",
         };
         let hook = match base.hook {
             Hook::Prerouting => "prerouting",
@@ -79,7 +80,7 @@ pub(super) fn rule(rule: &Rule) -> String {
 fn is_port(condition: &Match) -> bool {
     match condition {
         Match::Not(inner) => is_port(inner),
-        other => matches!(other, Match::DestinationPort(_)),
+        other => matches!(other, Match::DestinationPort(_) | Match::SourcePort(_)),
     }
 }
 
@@ -90,8 +91,8 @@ fn is_address(condition: &Match) -> bool {
             other,
             Match::Source(..)
                 | Match::Destination(..)
-                | Match::Source6(_)
-                | Match::Destination6(_)
+                | Match::Source6(..)
+                | Match::Destination6(..)
                 | Match::SourceIn(_)
         ),
     }
@@ -117,18 +118,34 @@ fn condition_text(condition: &Match, transport: &str, negated: bool) -> String {
         Match::Destination(address, prefix) => {
             format!("ip daddr {not}{}", network(*address, *prefix))
         }
-        Match::Source6(address) => format!("ip6 saddr {not}{address}"),
-        Match::Destination6(address) => format!("ip6 daddr {not}{address}"),
+        Match::Source6(address, prefix) => {
+            format!("ip6 saddr {not}{}", network6(*address, *prefix))
+        }
+        Match::Destination6(address, prefix) => {
+            format!("ip6 daddr {not}{}", network6(*address, *prefix))
+        }
+        Match::SourcePort(port) => format!("{transport} sport {not}{port}"),
         Match::DestinationPort(port) => format!("{transport} dport {not}{port}"),
         Match::SocketUid(uid) => format!("meta skuid {not}{uid}"),
         Match::SocketGid(gid) => format!("meta skgid {not}{gid}"),
         Match::Mark(mark) => format!("meta mark {not}{mark:#x}"),
+        Match::ConnectionMark(mark) => format!("ct mark {not}{mark:#x}"),
+        Match::KnownConnection => format!("ct state {not}established,related"),
+        Match::Invalid => format!("ct state {not}invalid"),
         Match::SourceIn(set) => format!("ip saddr {not}@{set}"),
     }
 }
 
 fn network(address: std::net::Ipv4Addr, prefix: u8) -> String {
     if prefix >= 32 {
+        address.to_string()
+    } else {
+        format!("{address}/{prefix}")
+    }
+}
+
+fn network6(address: std::net::Ipv6Addr, prefix: u8) -> String {
+    if prefix >= 128 {
         address.to_string()
     } else {
         format!("{address}/{prefix}")
@@ -158,6 +175,11 @@ fn action_text(action: &Action) -> String {
             )
         }
         Action::SetMark(mark) => format!("meta mark set {mark:#x}"),
+        Action::SaveMark => "ct mark set mark".to_owned(),
+        Action::RestoreMark => "meta mark set ct mark".to_owned(),
+        Action::TransparentProxy(port) => format!("tproxy to :{port}"),
+        Action::ConnectionZone(zone) => format!("ct zone set {zone}"),
+        Action::Accept => "accept".to_owned(),
         Action::Masquerade => "masquerade".to_owned(),
         Action::RejectTcp => "reject with tcp reset".to_owned(),
         Action::RejectUnreachable => "reject with icmp port-unreachable".to_owned(),
@@ -195,6 +217,11 @@ mod tests {
                 "numgen inc mod 2 vmap { 0 : goto a, 1 : goto b }",
             ),
             (Action::SetMark(0x4000), "meta mark set 0x4000"),
+            (Action::SaveMark, "ct mark set mark"),
+            (Action::RestoreMark, "meta mark set ct mark"),
+            (Action::TransparentProxy(15006), "tproxy to :15006"),
+            (Action::ConnectionZone(1), "ct zone set 1"),
+            (Action::Accept, "accept"),
             (Action::Masquerade, "masquerade"),
             (Action::RejectTcp, "reject with tcp reset"),
             (

@@ -29,6 +29,8 @@ macro_rules! tests {
 
 const TESTS: &[Test] = tests![
     false golden::rules_are_what_they_were,
+    false golden::a_dry_run_prints_the_same,
+    false golden::every_flag_of_the_help_has_a_case,
     false golden::flags_that_can_not_be_used_are_named,
     false golden::a_switch_that_is_off_is_no_switch,
     true kernel::connections_go_to_the_endpoints_strictly_in_turn,
