@@ -1,4 +1,4 @@
-//! The agent's ports: readiness, health, metrics (with the application's own), the end of the process.
+//! The agent's ports: readiness, health, metrics (with the application's own), probes of the application, the end of the process.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -15,6 +15,8 @@ use tokio::sync::watch;
 
 use crate::serve::Answer;
 use crate::shared::Shared;
+
+pub(crate) mod probes;
 
 /// The application gets this long to answer a scrape.
 const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -87,7 +89,10 @@ pub async fn agent(
             Answer::status(StatusCode::FORBIDDEN, "only from this pod\n")
         }
         (_, "/quitquitquit") => Answer::status(StatusCode::METHOD_NOT_ALLOWED, "use POST\n"),
-        _ => Answer::status(StatusCode::NOT_FOUND, ""),
+        (_, path) => match shared.options.app_probes.get(path) {
+            Some(probe) => probes::answer(&shared, probe, &request).await,
+            None => Answer::status(StatusCode::NOT_FOUND, ""),
+        },
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use crate::agent::probes::{self, AppProbe};
 use crate::identity::IdentityOptions;
 
 /// Which kind of proxy.
@@ -84,6 +85,8 @@ pub struct ProxyOptions {
     pub termination_drain: Duration,
     /// Where the application's own metrics are, from `ISTIO_PROMETHEUS_ANNOTATIONS` (port, path).
     pub app_metrics: Option<(u16, String)>,
+    /// Probes of the application that the agent makes, by the path that stands for them, from `ISTIO_KUBE_APP_PROBERS`.
+    pub app_probes: BTreeMap<String, AppProbe>,
 }
 
 /// Why the environment cannot be used.
@@ -129,7 +132,7 @@ impl ProxyOptions {
 
     /// The same from given variables. `POD_NAME`, `POD_NAMESPACE`, `INSTANCE_IP`, `SERVICE_ACCOUNT`, `PROXY_CONFIG` (JSON, Istio's
     /// `ProxyConfig`), `ISTIO_META_*`, `ISTIO_CPU_LIMIT`, `TERMINATION_DRAIN_DURATION_SECONDS`, `ENVOY_STATUS_PORT`,
-    /// `ENVOY_PROMETHEUS_PORT`, `MESH_STATE_DIR`, `ISTIO_PROMETHEUS_ANNOTATIONS` count, and for the identity `CA_ADDR`, `TRUST_DOMAIN`,
+    /// `ENVOY_PROMETHEUS_PORT`, `MESH_STATE_DIR`, `ISTIO_PROMETHEUS_ANNOTATIONS`, `ISTIO_KUBE_APP_PROBERS` count, and for the identity `CA_ADDR`, `TRUST_DOMAIN`,
     /// `SECRET_TTL`, `SECRET_GRACE_PERIOD_RATIO`, `SECRET_GRACE_PERIOD_RATIO_JITTER`, `CA_ROOT_CA`, `MESH_TOKEN_FILE`, `MESH_CREDENTIALS_DIR`.
     pub fn from_vars(
         role: Role,
@@ -177,6 +180,7 @@ impl ProxyOptions {
                 .map(app_metrics)
                 .transpose()?
                 .flatten(),
+            app_probes: app_probes(get("ISTIO_KUBE_APP_PROBERS"))?,
         };
         options.metadata = options.node_metadata(&vars);
         Ok(options)
@@ -398,6 +402,14 @@ fn app_metrics(text: &str) -> Result<Option<(u16, String)>, OptionsError> {
         .parse()
         .map_err(|_| bad(name, text, format!("port {port:?} is not a port")))?;
     Ok(Some((port, field("path", "/metrics"))))
+}
+
+/// The application's own probes, as the injector passes them on.
+fn app_probes(text: Option<&str>) -> Result<BTreeMap<String, AppProbe>, OptionsError> {
+    let Some(text) = text else {
+        return Ok(BTreeMap::new());
+    };
+    probes::parse(text).map_err(|reason| bad("ISTIO_KUBE_APP_PROBERS", text, reason))
 }
 
 /// Lines of `key="value"`, as the downward API writes them.

@@ -180,3 +180,70 @@ fn a_port_in_use_is_named() {
         "{error}"
     );
 }
+
+/// Whether the last answer to the probe of that name has this status.
+fn probed(agent: u16, name: &str, status: u16) {
+    let reply = ask(agent, "GET", &format!("/app-health/app/{name}"), LOCAL);
+    assert_eq!(reply.status, status, "{name}: {}", reply.body);
+}
+
+#[tokio::test]
+async fn the_agent_probes_the_application() {
+    let (dir, app) = (tempfile::tempdir().expect("a folder"), App::start("a"));
+    let (nobody, open) = (free_port().port(), app.address.port());
+    let probes = serde_json::json!({
+        "/app-health/app/livez": { "httpGet": { "path": "/live", "port": open }, "timeoutSeconds": 5 },
+        "/app-health/app/gone": { "httpGet": { "path": "/live", "port": nobody } },
+        "/app-health/app/plain": { "httpGet": { "path": "/live", "port": open, "scheme": "HTTPS" } },
+        "/app-health/app/tcp": { "tcpSocket": { "port": open } },
+        "/app-health/app/closed": { "tcpSocket": { "port": nobody } },
+        "/app-health/app/grpc": { "grpc": { "port": open, "service": "s" } },
+        "/app-health/app/readyz": { "httpGet": { "path": "/status/503", "port": open } },
+    });
+    let vars = BTreeMap::from([("ISTIO_KUBE_APP_PROBERS".to_owned(), probes.to_string())]);
+    let mut options =
+        ProxyOptions::from_vars(Role::Sidecar, vars, Path::new("/nowhere")).expect("options");
+    options.discovery.clear();
+    options.state_dir = Some(dir.path().to_owned());
+    let agent = free_port().port();
+    options.ports = Ports {
+        admin: 0,
+        agent,
+        health: 0,
+        metrics: 0,
+    };
+    let process = std::thread::spawn(move || run(options));
+    wait(|| std::net::TcpStream::connect(("127.0.0.1", agent)).is_ok());
+    for (name, status) in [
+        ("livez", 200),
+        ("readyz", 503),
+        ("tcp", 200),
+        ("gone", 500),
+        ("plain", 500),
+        ("closed", 500),
+        // It speaks HTTP/2, but is no health service.
+        ("grpc", 500),
+        ("unknown", 404),
+    ] {
+        probed(agent, name, status);
+    }
+    // The kubelet's headers reach the application, but for those of its connection to us.
+    let headers = "host: kubelet\r\nx-probe: 1\r\nconnection: keep-alive\r\n";
+    let reply = ask(agent, "GET", "/app-health/app/livez", headers);
+    let lines: Vec<&str> = reply.body.lines().collect();
+    assert!(
+        lines.contains(&"GET /live HTTP/1.1") && lines.contains(&"x-probe: 1"),
+        "{lines:?}"
+    );
+    assert!(
+        lines.contains(&format!("host: {}", app.address).as_str()),
+        "{lines:?}"
+    );
+    assert!(
+        !lines.iter().any(|line| line.starts_with("connection:")),
+        "{lines:?}"
+    );
+    assert_eq!(ask(agent, "POST", "/quitquitquit", LOCAL).status, 200);
+    wait(|| process.is_finished());
+    process.join().expect("no panic").expect("a clean end");
+}
