@@ -235,7 +235,10 @@ pub fn run_init(args: &[String], out: &mut dyn Write) -> Result<(), CaptureError
         let text = std::fs::read_to_string(RESOLV_CONF).map_err(CaptureError::Resolv)?;
         config.dns.servers = name_servers(&text);
     }
-    config.exempt_by_mark_where_needed()?;
+    // What is taken away does not depend on who was exempt.
+    if !config.cleanup_only {
+        config.exempt_by_mark_where_needed()?;
+    }
     if config.dry_run {
         return Ok(out.write_all(config.text().as_bytes())?);
     }

@@ -135,8 +135,13 @@ pub enum Action {
     SaveMark,
     /// Sets the packet's mark to the connection's.
     RestoreMark,
-    /// Gives the packet to the socket that listens transparently on a local port, of IPv4 or IPv6 as the rule matched.
-    TransparentProxy(u16),
+    /// Gives the packet to the socket that listens transparently on a local port.
+    TransparentProxy {
+        /// Packets of IPv6, else of IPv4.
+        v6: bool,
+        /// The port.
+        port: u16,
+    },
     /// Keeps the packet's connection in a table of its own, by number.
     ConnectionZone(u16),
     /// No further rule of this hook sees the packet.

@@ -269,7 +269,7 @@ fn target(rule: &Rule) -> String {
         [Action::RestoreMark] => " -j CONNMARK --restore-mark".to_owned(),
         [Action::ConnectionZone(zone)] => format!(" -j CT --zone {zone}"),
         [
-            Action::TransparentProxy(port),
+            Action::TransparentProxy { port, .. },
             Action::SetMark(mark),
             Action::Accept,
         ] => {

@@ -574,10 +574,11 @@ fn act(list: Attributes, action: &Action) -> Attributes {
             let list = immediate(list, REG_1, value(&zone.to_ne_bytes()));
             set_connection(list, CT_ZONE)
         }
-        Action::TransparentProxy(port) => {
+        Action::TransparentProxy { v6, port } => {
             let list = immediate(list, REG_1, value(&port.to_be_bytes()));
-            // Without a family and an address: whatever the packet is, to the address that it goes to.
-            let data = Attributes::default().number(1, 0).number(3, REG_1);
+            let family = if *v6 { NFPROTO_IPV6 } else { NFPROTO_IPV4 };
+            // Without an address: whatever the packet's is.
+            let data = Attributes::default().number(1, family).number(3, REG_1);
             expression(list, "tproxy", data)
         }
         Action::Accept => immediate(list, REG_VERDICT, verdict(VERDICT_ACCEPT, None)),

@@ -177,7 +177,9 @@ fn action_text(action: &Action) -> String {
         Action::SetMark(mark) => format!("meta mark set {mark:#x}"),
         Action::SaveMark => "ct mark set mark".to_owned(),
         Action::RestoreMark => "meta mark set ct mark".to_owned(),
-        Action::TransparentProxy(port) => format!("tproxy to :{port}"),
+        Action::TransparentProxy { v6, port } => {
+            format!("tproxy {} to :{port}", if *v6 { "ip6" } else { "ip" })
+        }
         Action::ConnectionZone(zone) => format!("ct zone set {zone}"),
         Action::Accept => "accept".to_owned(),
         Action::Masquerade => "masquerade".to_owned(),
@@ -219,7 +221,13 @@ mod tests {
             (Action::SetMark(0x4000), "meta mark set 0x4000"),
             (Action::SaveMark, "ct mark set mark"),
             (Action::RestoreMark, "meta mark set ct mark"),
-            (Action::TransparentProxy(15006), "tproxy to :15006"),
+            (
+                Action::TransparentProxy {
+                    v6: true,
+                    port: 15006,
+                },
+                "tproxy ip6 to :15006",
+            ),
             (Action::ConnectionZone(1), "ct zone set 1"),
             (Action::Accept, "accept"),
             (Action::Masquerade, "masquerade"),

@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket,
+};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
@@ -16,7 +18,7 @@ use nix::unistd::{Uid, geteuid, setfsuid};
 
 use crate::namespace::on_links;
 
-fn echo(address: SocketAddr, name: &'static str) {
+pub fn echo(address: SocketAddr, name: &'static str) {
     let listener = TcpListener::bind(address).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -26,11 +28,11 @@ fn echo(address: SocketAddr, name: &'static str) {
     });
 }
 
-fn call(address: SocketAddr) -> String {
+pub fn call(address: SocketAddr) -> String {
     read(TcpStream::connect(address).unwrap())
 }
 
-fn read(mut stream: TcpStream) -> String {
+pub fn read(mut stream: TcpStream) -> String {
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     text
@@ -259,22 +261,25 @@ pub fn thousands_of_endpoints_and_chains_fit_one_transaction() {
     assert!(!nft::table_exists(Family::Ip, "wrong").unwrap());
 }
 
-const POD: Ipv4Addr = Ipv4Addr::new(10, 7, 7, 1);
-const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 7, 7, 2);
+pub const POD: Ipv4Addr = Ipv4Addr::new(10, 7, 7, 1);
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 7, 7, 2);
 /// Addresses beyond the client's end of the link.
-const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 5);
+pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 5);
 const EXCLUDED: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 5);
+pub const POD6: Ipv6Addr = Ipv6Addr::new(0xfd00, 7, 7, 7, 0, 0, 0, 1);
+pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 7, 7, 7, 0, 0, 0, 2);
+pub const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 5);
 /// A user that the rules exempt; an ordinary user's namespace does not map it, and the rules take the mark instead.
-const PROXY: u32 = 4242;
+pub const PROXY: u32 = 4242;
 
 /// A second network namespace at the other end of the pod's link, with a thread in it that makes calls.
-struct Neighbour {
+pub struct Neighbour {
     calls: Sender<(SocketAddr, Sender<String>)>,
 }
 
 impl Neighbour {
     /// Gives this namespace the link, and starts the neighbour with its servers.
-    fn start() -> Self {
+    pub fn start() -> Self {
         let pod = File::open("/proc/thread-self/ns/net").unwrap();
         let (ready, wait) = channel();
         let (calls, incoming) = channel::<(SocketAddr, Sender<String>)>();
@@ -285,9 +290,15 @@ impl Neighbour {
                 links.up("lo").await?;
                 links.address("lo", OUTSIDE, 32).await?;
                 links.address("lo", EXCLUDED, 32).await?;
+                links.address("lo", OUTSIDE6, 128).await?;
                 links.address("eth1", CLIENT, 24).await?;
-                links.up("eth1").await
+                links.address("eth1", CLIENT6, 64).await?;
+                links.up("eth1").await?;
+                links.default_route(POD).await
             });
+            // Its own address is not ready for a second.
+            echo((Ipv6Addr::UNSPECIFIED, 81).into(), "outside");
+            name_server((OUTSIDE, 53).into(), "server");
             for (ip, port) in [(OUTSIDE, 80), (OUTSIDE, 25), (EXCLUDED, 80)] {
                 echo((ip, port).into(), "outside");
             }
@@ -299,21 +310,40 @@ impl Neighbour {
         wait.recv().unwrap();
         on_links(async |links| {
             links.address("eth0", POD, 24).await?;
+            links.address("eth0", POD6, 64).await?;
             links.up("eth0").await?;
-            links.default_route(CLIENT).await
+            links.default_route(CLIENT).await?;
+            links.default_route6(CLIENT6).await
         });
         Self { calls }
     }
 
-    fn call(&self, ip: Ipv4Addr, port: u16) -> String {
+    pub fn call(&self, ip: impl Into<IpAddr>, port: u16) -> String {
         let (answer, wait) = channel();
-        self.calls.send(((ip, port).into(), answer)).unwrap();
+        let to = SocketAddr::new(ip.into(), port);
+        self.calls.send((to, answer)).unwrap();
         wait.recv().unwrap()
     }
 }
 
+/// Answers every datagram with its name.
+pub fn name_server(address: SocketAddr, name: &'static str) {
+    serve(UdpSocket::bind(address).unwrap(), name);
+}
+
+/// Answers every datagram with a name.
+pub fn serve(socket: UdpSocket, name: &'static str) {
+    std::thread::spawn(move || {
+        let mut buffer = [0; 64];
+        loop {
+            let (_, from) = socket.recv_from(&mut buffer).unwrap();
+            socket.send_to(name.as_bytes(), from).unwrap();
+        }
+    });
+}
+
 /// Answers with its name and where the connection was going.
-fn sidecar(port: u16, name: &'static str) {
+pub fn sidecar(port: u16, name: &'static str) {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -326,12 +356,12 @@ fn sidecar(port: u16, name: &'static str) {
     });
 }
 
-fn app(ip: Ipv4Addr, port: u16) -> String {
-    call((ip, port).into())
+pub fn app(ip: impl Into<IpAddr>, port: u16) -> String {
+    call(SocketAddr::new(ip.into(), port))
 }
 
-/// A call as the proxy makes it: by its user, or marked where that user does not exist.
-fn proxy(ip: Ipv4Addr, port: u16) -> String {
+/// What the proxy does: by its user, or with a mark where that user does not exist.
+pub fn as_proxy<T>(work: impl FnOnce(Option<u32>) -> T) -> T {
     let by_user = ns::is_mapped(PROXY).unwrap();
     // A socket belongs to the file system uid of the thread that made it.
     let user = |uid| {
@@ -339,23 +369,32 @@ fn proxy(ip: Ipv4Addr, port: u16) -> String {
             setfsuid(uid);
         }
     };
+    user(Uid::from_raw(PROXY));
+    let done = work((!by_user).then_some(sockets::EXEMPT_MARK));
+    user(geteuid());
+    done
+}
+
+/// A call as the proxy makes it.
+pub fn proxy(ip: impl Into<IpAddr>, port: u16) -> String {
+    let address = SocketAddr::new(ip.into(), port);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
-    let options = sockets::ConnectOptions {
-        mark: (!by_user).then_some(sockets::EXEMPT_MARK),
-        ..Default::default()
-    };
-    user(Uid::from_raw(PROXY));
-    let stream = runtime.block_on(sockets::connect((ip, port).into(), options));
-    user(geteuid());
+    let stream = as_proxy(|mark| {
+        let options = sockets::ConnectOptions {
+            mark,
+            ..Default::default()
+        };
+        runtime.block_on(sockets::connect(address, options))
+    });
     let stream = stream.unwrap().into_std().unwrap();
     stream.set_nonblocking(false).unwrap();
     read(stream)
 }
 
-fn init(args: &[&str]) -> String {
+pub fn init(args: &[&str]) -> String {
     let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
     let mut report = Vec::new();
     run_init(&args, &mut report).unwrap();

@@ -6,6 +6,7 @@
 
 mod golden;
 mod kernel;
+mod modes;
 mod namespace;
 
 use std::process::{Command, ExitCode};
@@ -38,6 +39,12 @@ const TESTS: &[Test] = tests![
     true kernel::a_udp_flow_follows_its_service_once_it_is_forgotten,
     true kernel::thousands_of_endpoints_and_chains_fit_one_transaction,
     true kernel::a_sidecar_gets_what_is_captured_and_nothing_else,
+    true modes::transparent_connections_keep_both_of_their_addresses,
+    true modes::queries_of_the_application_go_to_the_agent,
+    true modes::ipv6_is_captured_likewise,
+    true modes::a_virtual_machine_behind_an_interface_is_captured,
+    true modes::validation_tells_rules_that_work_from_none,
+    true modes::another_network_namespace_can_be_named,
     true kernel::a_marked_connection_is_left_alone,
     false kernel::splice_carries_both_ways_and_keeps_half_closed_connections,
 ];

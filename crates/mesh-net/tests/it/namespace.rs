@@ -1,7 +1,7 @@
 //! Namespaces for a test, and links in them.
 
 use std::fs::File;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
@@ -64,12 +64,17 @@ impl Links {
     pub async fn address(
         &self,
         link: &str,
-        ip: Ipv4Addr,
+        ip: impl Into<IpAddr>,
         prefix: u8,
     ) -> Result<(), rtnetlink::Error> {
         let index = self.index(link).await?;
-        let add = self.0.address().add(index, IpAddr::V4(ip), prefix);
+        let add = self.0.address().add(index, ip.into(), prefix);
         add.execute().await
+    }
+
+    pub async fn default_route6(&self, gateway: Ipv6Addr) -> Result<(), rtnetlink::Error> {
+        let route = RouteMessageBuilder::<Ipv6Addr>::new().gateway(gateway);
+        self.0.route().add(route.build()).execute().await
     }
 
     pub async fn default_route(&self, gateway: Ipv4Addr) -> Result<(), rtnetlink::Error> {

@@ -21,14 +21,17 @@ impl Config {
         plan.add(Kind::Mangle, DIVERT, [], mark.clone());
         plan.add(Kind::Mangle, DIVERT, [], Action::Accept);
         for outside in not_loopback() {
-            let matches = outside.into_iter().chain([tcp()]).collect();
             // Nothing that follows may see the packet: it would remember the mark for the whole connection.
             let actions = vec![
                 Action::Counter,
-                Action::TransparentProxy(self.inbound_port),
+                Action::TransparentProxy {
+                    v6: outside.contains(&Match::Ipv6),
+                    port: self.inbound_port,
+                },
                 mark.clone(),
                 Action::Accept,
             ];
+            let matches = outside.into_iter().chain([tcp()]).collect();
             plan.push(Kind::Mangle, TPROXY, Rule { matches, actions });
         }
         plan.add(Kind::Mangle, PREROUTING, [tcp()], jump(INBOUND));
