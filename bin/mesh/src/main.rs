@@ -46,6 +46,8 @@ enum Command {
     Describe(mesh_cli::describe::Args),
     /// Delete objects
     Delete(mesh_cli::delete::Args),
+    /// Add the sidecar to the pods in manifests, and print the result
+    KubeInject(mesh_cli::kube_inject::Args),
     /// Print the log of a container
     Logs(mesh_cli::logs::Args),
     /// Run a command in a container
@@ -184,6 +186,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Get(args) => block_on(mesh_cli::get::run(args, &global)),
         Command::Describe(args) => block_on(mesh_cli::describe::run(args, &global)),
         Command::Delete(args) => block_on(mesh_cli::delete::run(args, &global)),
+        Command::KubeInject(args) => block_on(mesh_cli::kube_inject::run(args, &global)),
         Command::Logs(args) => block_on(mesh_cli::logs::run(args, &global)),
         Command::Exec(args) => block_on(mesh_cli::exec::run(args, &global)),
         Command::Wait(args) => block_on(mesh_cli::wait::run(args)),
@@ -197,9 +200,13 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Init { flags } => {
-            mesh_net::capture::run_init(&flags, &mut std::io::stdout())
-                .context("setting up traffic capture")?;
-            Ok(ExitCode::SUCCESS)
+            let done = mesh_net::capture::run_init(&flags, &mut std::io::stdout());
+            let Err(error) = done else {
+                return Ok(ExitCode::SUCCESS);
+            };
+            let code = error.exit_code();
+            eprintln!("error: setting up traffic capture: {error}");
+            Ok(ExitCode::from(code))
         }
         Command::Sample { name, args } => {
             mesh_samples::run(&name, &args).map(|()| ExitCode::SUCCESS)

@@ -48,7 +48,8 @@ pub(crate) fn read(paths: &[PathBuf], recursive: bool) -> anyhow::Result<Vec<Man
     Ok(manifests)
 }
 
-fn text(path: &Path) -> anyhow::Result<(String, String)> {
+/// The name of a file and its text; `-` is standard input.
+pub(crate) fn text(path: &Path) -> anyhow::Result<(String, String)> {
     if path == Path::new("-") {
         let mut text = String::new();
         std::io::stdin()

@@ -14,6 +14,7 @@ pub mod exec;
 pub mod get;
 pub mod global;
 pub mod install;
+pub mod kube_inject;
 pub mod logs;
 pub mod out;
 pub mod proxy_config;
