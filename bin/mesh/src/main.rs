@@ -38,6 +38,16 @@ struct Mesh {
 enum Command {
     /// Run a local cluster with the mesh in it: API, control plane, gateway, and samples on request
     AllInOne(all_in_one::Args),
+    /// Install the mesh into a cluster, or change an installation
+    Install(mesh_cli::installer::Args),
+    /// Remove an installation from a cluster
+    Uninstall(mesh_cli::uninstall::Args),
+    /// Check an installation object by object
+    VerifyInstall(mesh_cli::verify_install::Args),
+    /// Print the objects of an installation
+    Manifest(mesh_cli::manifest::Args),
+    /// Show the built-in profiles of an installation
+    Profile(mesh_cli::profile::Args),
     /// Apply manifests
     Apply(mesh_cli::apply::Args),
     /// Show objects
@@ -115,13 +125,15 @@ fn main() -> ExitCode {
 }
 
 /// The commands that no cluster is chosen for.
-const WITHOUT_CLUSTER: [&str; 6] = [
+const WITHOUT_CLUSTER: [&str; 8] = [
     "all-in-one",
     "proxy",
     "wait",
     "offline",
     "state",
     "completion",
+    "manifest",
+    "profile",
 ];
 
 /// The command tree. Where the flags that choose a cluster mean nothing, they don't show in the help.
@@ -182,6 +194,11 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::AllInOne(args) => all_in_one::run(args),
         Command::Proxy(args) => proxy::run(args),
         Command::Control(args) => block_on(control::run(args, &global)),
+        Command::Install(args) => block_on(mesh_cli::installer::run(args, &global)),
+        Command::Uninstall(args) => block_on(mesh_cli::uninstall::run(args, &global)),
+        Command::VerifyInstall(args) => block_on(mesh_cli::verify_install::run(args, &global)),
+        Command::Manifest(args) => mesh_cli::manifest::run(args, &global),
+        Command::Profile(args) => mesh_cli::profile::run(args, &global),
         Command::Apply(args) => block_on(mesh_cli::apply::run(args, &global)),
         Command::Get(args) => block_on(mesh_cli::get::run(args, &global)),
         Command::Describe(args) => block_on(mesh_cli::describe::run(args, &global)),

@@ -17,6 +17,7 @@ use crate::ApiServer;
 use crate::errors::{ApiError, FieldError};
 use crate::rbac::{CLUSTER_ROLE_BINDINGS, GROUP, ROLE_BINDINGS};
 use crate::registry::Resource;
+use crate::schema::check;
 
 /// Defaults that the schema can't say.
 pub fn defaults(storage: &str, object: &mut Value) {
@@ -107,7 +108,9 @@ pub fn prepare_create(
         "apps/deployments" | "apps/replicasets" | "apps/statefulsets" | "apps/daemonsets"
         | "batch/cronjobs" => object["status"] = json!({}),
         "autoscaling/horizontalpodautoscalers" | "policy/poddisruptionbudgets" => {
-            object["status"] = json!({})
+            object["status"] = json!({});
+            // The numbers that are always there; else the next write, even one that changes nothing, would add them.
+            check::fill_defaults(object, &resource.schema);
         }
         "batch/jobs" => batch::prepare_job(object),
         "apiextensions.k8s.io/customresourcedefinitions" => crd::prepare(None, object),

@@ -30,14 +30,15 @@ pub struct Args {
 
 /// What became of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Change {
+pub(crate) enum Change {
     Created,
     Configured,
     Unchanged,
 }
 
 impl Change {
-    fn word(self) -> &'static str {
+    /// The word for it.
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Created => "created",
             Self::Configured => "configured",
@@ -158,7 +159,7 @@ async fn apply(
 }
 
 /// A dry run leaves the version as it is, so the content decides.
-fn change(before: Option<&Value>, after: &Value) -> Change {
+pub(crate) fn change(before: Option<&Value>, after: &Value) -> Change {
     let content = |object: &Value| {
         let mut object = object.clone();
         if let Some(metadata) = object["metadata"].as_object_mut() {

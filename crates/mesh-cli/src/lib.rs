@@ -14,11 +14,16 @@ pub mod exec;
 pub mod get;
 pub mod global;
 pub mod install;
+pub mod installer;
 pub mod kube_inject;
 pub mod logs;
+pub mod manifest;
 pub mod out;
+pub mod profile;
 pub mod proxy_config;
 pub mod state;
+pub mod uninstall;
+pub mod verify_install;
 pub mod version;
 pub mod wait;
 

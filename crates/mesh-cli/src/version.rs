@@ -23,7 +23,8 @@ pub struct Args {
     pub output: Option<Output>,
 }
 
-fn form(text: &str) -> Result<Output, String> {
+/// YAML or JSON.
+pub(crate) fn form(text: &str) -> Result<Output, String> {
     match text {
         "yaml" => Ok(Output::Yaml),
         "json" => Ok(Output::Json),

@@ -89,6 +89,22 @@ async fn ask(port: u16) -> anyhow::Result<u16> {
         .context("not an HTTP answer")
 }
 
+/// A time as Go writes it, in whole units: `300s`, `5m`, `1h`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => 0,
+    };
+    match number.parse::<u32>() {
+        Ok(number) if factor > 0 => Ok(Duration::from_secs(u64::from(number) * factor)),
+        _ => Err(format!("{text:?} is not a time, such as 300s or 5m")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

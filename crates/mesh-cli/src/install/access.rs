@@ -4,30 +4,33 @@
 
 use serde_json::{Value, json};
 
-use super::{InstallOptions, NAMESPACE, metadata, revisioned};
+use super::metadata;
+use super::resolve::Resolved;
 
 const GROUP: &str = "rbac.authorization.k8s.io";
 const READ: &[&str] = &["get", "list", "watch"];
 
 /// The rights of the control plane, whose service account is `account`.
-pub(super) fn control_plane(options: &InstallOptions, account: &str, labels: &Value) -> [Value; 4] {
-    let everywhere = format!("{}-{NAMESPACE}", revisioned("istiod-clusterrole", options));
+pub(super) fn control_plane(settings: &Resolved, account: &str, labels: &Value) -> [Value; 4] {
+    let namespace = &settings.namespace;
+    let everywhere = format!("{}-{namespace}", settings.revisioned("istiod-clusterrole"));
     let cluster_wide = json!({ "name": everywhere, "labels": labels });
-    let own = metadata(account, labels.clone());
+    let own = metadata(account, namespace, labels.clone());
+    let subject = (namespace.as_str(), account);
     [
         role("ClusterRole", &cluster_wide, &cluster_rules()),
-        binding("ClusterRoleBinding", &cluster_wide, "ClusterRole", account),
+        binding("ClusterRoleBinding", &cluster_wide, "ClusterRole", subject),
         role("Role", &own, &own_rules()),
-        binding("RoleBinding", &own, "Role", account),
+        binding("RoleBinding", &own, "Role", subject),
     ]
 }
 
 /// A gateway may read the Secrets of its namespace: the control plane asks for this before it hands one out as a credential.
-pub(super) fn gateway(name: &str, account: &str, labels: &Value) -> [Value; 2] {
-    let own = metadata(&format!("{name}-sds"), labels.clone());
+pub(super) fn gateway(name: &str, namespace: &str, account: &str, labels: &Value) -> [Value; 2] {
+    let own = metadata(&format!("{name}-sds"), namespace, labels.clone());
     [
         role("Role", &own, &[rule(&[""], &["secrets"], READ)]),
-        binding("RoleBinding", &own, "Role", account),
+        binding("RoleBinding", &own, "Role", (namespace, account)),
     ]
 }
 
@@ -107,11 +110,11 @@ fn role(kind: &str, metadata: &Value, rules: &[Value]) -> Value {
     json!({ "apiVersion": format!("{GROUP}/v1"), "kind": kind, "metadata": metadata, "rules": rules })
 }
 
-/// Gives the role of the same name to a service account of the control plane's namespace.
-fn binding(kind: &str, metadata: &Value, role: &str, account: &str) -> Value {
+/// Gives the role of the same name to a service account, by its namespace and name.
+fn binding(kind: &str, metadata: &Value, role: &str, (namespace, account): (&str, &str)) -> Value {
     json!({
         "apiVersion": format!("{GROUP}/v1"), "kind": kind, "metadata": metadata,
         "roleRef": { "apiGroup": GROUP, "kind": role, "name": metadata["name"] },
-        "subjects": [{ "kind": "ServiceAccount", "name": account, "namespace": NAMESPACE }],
+        "subjects": [{ "kind": "ServiceAccount", "name": account, "namespace": namespace }],
     })
 }

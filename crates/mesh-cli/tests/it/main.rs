@@ -3,5 +3,8 @@
 mod authority;
 mod commands;
 mod install;
+mod installing;
+mod kubernetes;
+mod manifest;
 mod state;
 mod world;

@@ -216,6 +216,24 @@ impl World {
         path
     }
 
+    /// The kubeconfig of the cluster, as its administrator.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.directory.path().join("kubeconfig")
+    }
+
+    /// Runs a command line as a user who may do nothing.
+    pub async fn nobody(&self, line: &str) -> Ran {
+        let admin = std::fs::read_to_string(self.kubeconfig()).expect("kubeconfig");
+        let kubeconfig = self.file("nobody", &admin.replace("user: {}", "user: {as: nobody}"));
+        let buffer = Buffer::default();
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        let result = run(&words, kubeconfig, Out::new(buffer.clone())).await;
+        Ran {
+            out: buffer.text(),
+            result,
+        }
+    }
+
     /// Runs a command line; `@name` stands for the path of a file.
     pub async fn mesh(&self, line: &str) -> Ran {
         let buffer = Buffer::default();
@@ -265,6 +283,11 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
         mesh_cli::version::Args::augment_args(clap::Command::new("version")),
         mesh_cli::ca::Args::augment_args(clap::Command::new("ca")),
         mesh_cli::proxy_config::Args::augment_args(clap::Command::new("proxy-config")),
+        mesh_cli::manifest::Args::augment_args(clap::Command::new("manifest")),
+        mesh_cli::installer::Args::augment_args(clap::Command::new("install")),
+        mesh_cli::uninstall::Args::augment_args(clap::Command::new("uninstall")),
+        mesh_cli::verify_install::Args::augment_args(clap::Command::new("verify-install")),
+        mesh_cli::profile::Args::augment_args(clap::Command::new("profile")),
     ]);
     let matches = command
         .try_get_matches_from(std::iter::once("mesh".to_owned()).chain(words.iter().cloned()))?;
@@ -300,6 +323,35 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
             .await
         }
         "ca" => mesh_cli::ca::run(mesh_cli::ca::Args::from_arg_matches(arguments)?, &global).await,
+        "install" => {
+            mesh_cli::installer::run(
+                mesh_cli::installer::Args::from_arg_matches(arguments)?,
+                &global,
+            )
+            .await
+        }
+        "uninstall" => {
+            mesh_cli::uninstall::run(
+                mesh_cli::uninstall::Args::from_arg_matches(arguments)?,
+                &global,
+            )
+            .await
+        }
+        "verify-install" => {
+            mesh_cli::verify_install::run(
+                mesh_cli::verify_install::Args::from_arg_matches(arguments)?,
+                &global,
+            )
+            .await
+        }
+        "manifest" => mesh_cli::manifest::run(
+            mesh_cli::manifest::Args::from_arg_matches(arguments)?,
+            &global,
+        ),
+        "profile" => mesh_cli::profile::run(
+            mesh_cli::profile::Args::from_arg_matches(arguments)?,
+            &global,
+        ),
         "proxy-config" => {
             mesh_cli::proxy_config::run(
                 mesh_cli::proxy_config::Args::from_arg_matches(arguments)?,
