@@ -9,6 +9,7 @@ use clap::Parser;
 
 mod bench;
 mod differential;
+mod dist;
 mod e2e;
 mod judges;
 mod pki;
@@ -31,6 +32,8 @@ enum Task {
     Judges(judges::Args),
     /// Send the same requests through a stock Envoy and our proxy with the same xDS, and compare everything.
     Differential(differential::Args),
+    /// Build the static binary, and write the image archive.
+    Dist(dist::Args),
     /// Measure the proxy beside its peers on this machine.
     Bench(bench::Args),
 }
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Task::E2e(args) => e2e::run(&args),
         Task::Judges(args) => judges::run(&args),
         Task::Differential(args) => differential::run(&args),
+        Task::Dist(args) => dist::run(&args),
         Task::Bench(args) => bench::run(&args),
     };
     match outcome {
