@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use mesh_api::{ParseError, yaml};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{InjectorConfig, Selector};
 
@@ -93,8 +93,8 @@ struct Proxy {
     resources: Option<Value>,
     cluster_domain: Option<String>,
     privileged: bool,
-    lifecycle: Option<Value>,
-    seccomp_profile: Option<Value>,
+    lifecycle: Map<String, Value>,
+    seccomp_profile: Map<String, Value>,
     readiness_initial_delay_seconds: Option<u32>,
     readiness_period_seconds: Option<u32>,
     readiness_failure_threshold: Option<u32>,
@@ -265,8 +265,8 @@ fn set<T>(field: &mut T, value: Option<T>) {
 }
 
 /// Charts write `{}` for "not set".
-fn filled(value: Option<Value>) -> Option<Value> {
-    value.filter(|value| value.as_object().is_none_or(|map| !map.is_empty()))
+fn filled(map: Map<String, Value>) -> Option<Value> {
+    (!map.is_empty()).then(|| map.into())
 }
 
 /// The image from its parts, `None` where nothing is said; an image with a registry or a tag stands for itself.

@@ -1,6 +1,7 @@
 //! Golden tests: each folder of `tests/golden` has a pod, perhaps settings, and what comes out. `UPDATE_GOLDEN=1` rewrites the latter.
 
 mod annotations;
+mod kubernetes;
 mod manifests;
 mod properties;
 
