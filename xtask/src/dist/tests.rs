@@ -1,10 +1,12 @@
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::path::PathBuf;
+use std::process::Command;
 
 use flate2::read::GzDecoder;
 use serde_json::{Value, json};
 
-use super::*;
+use super::{Args, Name, architecture, image, run};
 
 /// A program that needs nothing of the system: what it was called by, and whom it runs as.
 const PROGRAM: &str = r#"
