@@ -40,6 +40,8 @@ enum Command {
     AllInOne(all_in_one::Args),
     /// Install the mesh into a cluster, or change an installation
     Install(mesh_cli::installer::Args),
+    /// Bring an installation to this version
+    Upgrade(mesh_cli::upgrade::Args),
     /// Remove an installation from a cluster
     Uninstall(mesh_cli::uninstall::Args),
     /// Check an installation object by object
@@ -195,6 +197,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Proxy(args) => proxy::run(args),
         Command::Control(args) => block_on(control::run(args, &global)),
         Command::Install(args) => block_on(mesh_cli::installer::run(args, &global)),
+        Command::Upgrade(args) => block_on(mesh_cli::upgrade::run(args, &global)),
         Command::Uninstall(args) => block_on(mesh_cli::uninstall::run(args, &global)),
         Command::VerifyInstall(args) => block_on(mesh_cli::verify_install::run(args, &global)),
         Command::Manifest(args) => mesh_cli::manifest::run(args, &global),

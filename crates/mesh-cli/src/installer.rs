@@ -31,6 +31,14 @@ pub struct Args {
     /// What is asked for.
     #[command(flatten)]
     pub settings: Settings,
+    /// How it is done.
+    #[command(flatten)]
+    pub how: How,
+}
+
+/// How an installation is done.
+#[derive(Debug, Clone, clap::Args)]
+pub struct How {
     /// Don't ask
     #[arg(short = 'y', long)]
     pub skip_confirmation: bool,
@@ -51,7 +59,16 @@ pub struct Args {
 /// Settings that can't be taken; a cluster that can't be reached, that refuses, or that has another mesh; a part that does not become ready.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let spec = args.settings.spec(namespace(global))?;
-    let plan = Plan::new(&spec)?;
+    carry_out(&spec, &args.how, global).await
+}
+
+/// Installs what a spec asks for.
+pub(crate) async fn carry_out(
+    spec: &Value,
+    how: &How,
+    global: &Global,
+) -> anyhow::Result<ExitCode> {
+    let plan = Plan::new(spec)?;
     for warning in &plan.warnings {
         eprintln!("Warning: {warning}");
     }
@@ -62,20 +79,20 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         );
     }
     let cluster = global.cluster().await?;
-    let mut session = preflight::look(&cluster, &plan, &args).await?;
-    if args.dry_run {
+    let mut session = preflight::look(&cluster, &plan, how).await?;
+    if how.dry_run {
         return dry_run(&mut session, &plan, global).await;
     }
     let question = format!(
         "This installs mesh {VERSION}, profile {:?}, revision {:?}, into namespace {} of {}.",
         plan.profile, plan.revision, plan.namespace, cluster.server
     );
-    confirm(&question, args.skip_confirmation)?;
+    confirm(&question, how.skip_confirmation)?;
     for component in &plan.components {
-        install(&session, &plan, component, &args, global).await?;
+        install(&session, &plan, component, how, global).await?;
         // The record needs its namespace.
         if component.name == "Base" {
-            record::write(&session, &plan, &spec, Phase::Installing).await?;
+            record::write(&session, &plan, spec, Phase::Installing).await?;
         }
     }
     let gone = owned::prune(&session, &plan).await?;
@@ -85,7 +102,7 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
             gone.join(", ")
         ))?;
     }
-    record::write(&session, &plan, &spec, Phase::Installed).await?;
+    record::write(&session, &plan, spec, Phase::Installed).await?;
     for note in ready::pending(&session, &plan).await? {
         global.out.line(format_args!("! {note}"))?;
     }
@@ -137,7 +154,7 @@ async fn install(
     session: &Session<'_>,
     plan: &Plan,
     component: &Component,
-    args: &Args,
+    how: &How,
     global: &Global,
 ) -> anyhow::Result<()> {
     let title = title(component.name);
@@ -154,7 +171,7 @@ async fn install(
             Change::Unchanged => {}
         }
     }
-    ready::wait(session, plan, component, args.readiness_timeout)
+    ready::wait(session, plan, component, how.readiness_timeout)
         .await
         .with_context(|| half(title))?;
     let all = component.objects.len();

@@ -23,6 +23,7 @@ pub mod profile;
 pub mod proxy_config;
 pub mod state;
 pub mod uninstall;
+pub mod upgrade;
 pub mod verify_install;
 pub mod version;
 pub mod wait;

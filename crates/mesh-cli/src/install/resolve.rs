@@ -418,3 +418,87 @@ fn image<const N: usize>(name: &str, hubs: [&String; N], tags: [&String; N]) -> 
         hub => format!("{hub}/{name}:{tag}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::path;
+    use super::super::schema::{Type, settings};
+    use super::super::{Plan, profile};
+    use super::*;
+
+    /// Values to try, the first of which that is not the default must change something.
+    fn samples(path: &str, kind: Type) -> Vec<Value> {
+        let special = match path.rsplit(['.', ']']).next().unwrap_or_default() {
+            "meshConfig" => json!({ "trustDomain": "other" }),
+            "overlays" => return Vec::new(),
+            "level" => json!("default:debug"),
+            "aliases" => json!({ "x": ["sidecar"] }),
+            "templates" => json!({ "x": "spec: {}" }),
+            "defaultTemplates" => json!(["sidecar"]),
+            "alwaysInjectSelector" | "neverInjectSelector" => {
+                json!([{ "matchLabels": { "x": "y" } }])
+            }
+            "podDisruptionBudget" => json!({ "maxUnavailable": 2 }),
+            "env" if kind == Type::Objects => json!([{ "name": "XDS_AUTH", "value": "y" }]),
+            _ => Value::Null,
+        };
+        if !special.is_null() {
+            return vec![special];
+        }
+        match kind {
+            Type::Text => vec![json!("other")],
+            Type::Bool => vec![json!(true), json!(false)],
+            Type::Int => vec![json!(7)],
+            Type::Percent => vec![json!("33%")],
+            Type::Texts => vec![json!(["x"])],
+            Type::Map => vec![json!({ "x": "y" })],
+            Type::Object => vec![json!({ "x": "y" })],
+            Type::Objects => vec![json!([{ "x": "y" }])],
+            Type::OneOf(names) => names.split('|').map(Value::from).collect(),
+            Type::No(_) => Vec::new(),
+        }
+    }
+
+    fn tried(base: &Value, steps: &[path::Step], value: Value) -> Result<Plan, InstallError> {
+        let mut spec = base.clone();
+        path::set(&mut spec, steps, value).expect("a path of the table");
+        Plan::new(&spec)
+    }
+
+    /// Nothing is accepted and ignored.
+    #[test]
+    fn every_setting_has_an_effect() {
+        let mut base = profile("default").expect("profile");
+        base["components"]["egressGateways"][0]["enabled"] = json!(true);
+        base["components"]["base"]["enabled"] = json!(false);
+        let mut remote = profile("remote").expect("profile");
+        remote["values"]["global"]["remotePilotAddress"] = json!("192.0.2.7");
+        remote["values"]["istiodRemote"]["injectionURL"] = json!("https://x/inject");
+        remote["components"]["base"]["enabled"] = json!(false);
+        let (plan, remote_plan) = (Plan::new(&base), Plan::new(&remote));
+        let (plan, remote_plan) = (plan.expect("plan"), remote_plan.expect("plan"));
+        let mut idle = Vec::new();
+        for (path, kind) in settings() {
+            let samples = samples(path, kind);
+            if path == "profile" || samples.is_empty() {
+                continue;
+            }
+            let far = ["remotePilotAddress", "istiodRemote"];
+            let (base, plan) = match far.iter().any(|word| path.contains(word)) {
+                true => (&remote, &remote_plan),
+                false => (&base, &plan),
+            };
+            let steps = path::parse(&path.replace("[]", "[0]")).expect(path);
+            let changed = samples.into_iter().any(|value| {
+                // Refused is not ignored: what it says together with others was looked at.
+                tried(base, &steps, value).map_or(true, |after| {
+                    (after.components != plan.components) || after.namespace != plan.namespace
+                })
+            });
+            if !changed {
+                idle.push(path);
+            }
+        }
+        assert!(idle.is_empty(), "accepted without effect: {idle:?}");
+    }
+}

@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 
-use super::Args;
+use super::How;
 use super::objects::{Session, is_ours, label};
 use super::record::{self, Phase};
 use crate::cluster::Cluster;
@@ -26,12 +26,12 @@ const VERBS: [&str; 5] = ["get", "list", "create", "patch", "delete"];
 pub(super) async fn look<'a>(
     cluster: &'a Cluster,
     plan: &Plan,
-    args: &Args,
+    how: &How,
 ) -> anyhow::Result<Session<'a>> {
-    version(cluster, args.force).await?;
+    version(cluster, how.force).await?;
     let mut session = Session::new(cluster).await?;
     rights(&session, plan).await?;
-    others(&mut session, plan, args.force).await?;
+    others(&mut session, plan, how.force).await?;
     if let Some(found) = record::read(&session, &plan.namespace, &plan.revision).await?
         && found.phase == Phase::Installing
     {

@@ -322,6 +322,45 @@ async fn a_dry_run_changes_nothing() {
 }
 
 #[tokio::test]
+async fn an_upgrade_keeps_what_was_asked_for() {
+    let (world, client, player) = played(Fate::Ready).await;
+    let error = world.mesh("upgrade -y").await.error();
+    assert!(
+        error.contains("there is no installation of revision \"default\""),
+        "{error}"
+    );
+    let settings = "--set profile=minimal --set components.base.enabled=false --set components.pilot.k8s.nodeSelector.disk=ssd";
+    world.mesh(&format!("install -y {settings}")).await.ok();
+    let record = "/api/v1/namespaces/istio-system/configmaps/mesh-installed-state";
+    let newer = json!({ "data": { "version": "999.0.0" } });
+    send(&client, "PATCH", record, &newer)
+        .await
+        .expect("patched");
+    let error = world.mesh("upgrade -y").await.error();
+    assert!(error.contains("version 999.0.0 is installed"), "{error}");
+    let spec = get(&client, record).await.expect("record")["data"]["spec"]
+        .as_str()
+        .expect("spec")
+        .to_owned();
+    let version = env!("CARGO_PKG_VERSION");
+    let older = json!({ "data": { "version": "0.0.9", "spec": spec.replace(&format!("tag: {version}"), "tag: 0.0.9") } });
+    send(&client, "PATCH", record, &older)
+        .await
+        .expect("patched");
+    world.mesh("upgrade -y").await.ok();
+    let deployment = get(
+        &client,
+        "/apis/apps/v1/namespaces/istio-system/deployments/istiod",
+    )
+    .await
+    .expect("istiod");
+    let pod = &deployment["spec"]["template"]["spec"];
+    assert_eq!(pod["nodeSelector"]["disk"], "ssd");
+    assert_eq!(pod["containers"][0]["image"], format!("mesh:{version}"));
+    player.abort();
+}
+
+#[tokio::test]
 async fn what_it_waits_for_is_named() {
     let (world, client, player) = played(Fate::NoImage).await;
     let error = world

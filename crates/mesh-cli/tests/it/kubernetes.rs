@@ -68,7 +68,9 @@ fn compare(path: &str, before: &Value, after: &Value) {
     match (before, after) {
         (Value::Object(before), Value::Object(after)) => {
             for (key, value) in before {
-                let there = after.get(key).unwrap_or_else(|| panic!("{path}.{key} is lost"));
+                let there = after
+                    .get(key)
+                    .unwrap_or_else(|| panic!("{path}.{key} is lost"));
                 compare(&format!("{path}.{key}"), value, there);
             }
         }

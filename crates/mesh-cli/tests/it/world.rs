@@ -285,6 +285,7 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
         mesh_cli::proxy_config::Args::augment_args(clap::Command::new("proxy-config")),
         mesh_cli::manifest::Args::augment_args(clap::Command::new("manifest")),
         mesh_cli::installer::Args::augment_args(clap::Command::new("install")),
+        mesh_cli::upgrade::Args::augment_args(clap::Command::new("upgrade")),
         mesh_cli::uninstall::Args::augment_args(clap::Command::new("uninstall")),
         mesh_cli::verify_install::Args::augment_args(clap::Command::new("verify-install")),
         mesh_cli::profile::Args::augment_args(clap::Command::new("profile")),
@@ -326,6 +327,13 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
         "install" => {
             mesh_cli::installer::run(
                 mesh_cli::installer::Args::from_arg_matches(arguments)?,
+                &global,
+            )
+            .await
+        }
+        "upgrade" => {
+            mesh_cli::upgrade::run(
+                mesh_cli::upgrade::Args::from_arg_matches(arguments)?,
                 &global,
             )
             .await
