@@ -54,7 +54,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// The archive of the image `mesh` with this version's tag, in its usual place: of this binary of any size, or of one that is built.
-#[allow(dead_code, reason = "for the drivers of the end-to-end walk")]
 pub fn archive(binary: Option<&Path>) -> anyhow::Result<PathBuf> {
     let name = Name::new("mesh", env!("CARGO_PKG_VERSION"))?;
     match binary {

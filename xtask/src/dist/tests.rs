@@ -45,8 +45,11 @@ fn program(folder: &std::path::Path, statically: bool) -> PathBuf {
     binary
 }
 
-/// Reads an archive: path to type, mode, owner, target of a link, content.
-fn entries(archive: &[u8]) -> BTreeMap<String, (u8, u32, u32, String, Vec<u8>)> {
+/// Type, mode, owner, target of a link, content.
+type Found = (u8, u32, u32, String, Vec<u8>);
+
+/// Reads an archive, by path.
+fn entries(archive: &[u8]) -> BTreeMap<String, Found> {
     let mut found = BTreeMap::new();
     let mut at = 0;
     while archive[at..at + 512].iter().any(|byte| *byte != 0) {
@@ -194,9 +197,8 @@ fn layer_is_right_and_runs(plain: &[u8], folder: &std::path::Path) {
     let authorities =
         String::from_utf8(inside["etc/ssl/certs/ca-certificates.crt"].4.clone()).unwrap();
     assert!(authorities.matches("BEGIN CERTIFICATE").count() > 50);
-    for line in ["istio-proxy:x:1337:1337:"] {
-        assert!(String::from_utf8_lossy(&inside["etc/passwd"].4).contains(line));
-    }
+    let users = String::from_utf8_lossy(&inside["etc/passwd"].4);
+    assert!(users.contains("istio-proxy:x:1337:1337:"), "{users}");
     // Every folder comes before what is in it.
     let tar = folder.join("layer.tar");
     std::fs::write(&tar, plain).unwrap();

@@ -47,7 +47,7 @@ pub struct Options {
     /// Name of a cluster that is made.
     #[arg(long, value_name = "NAME", default_value = "mesh-e2e")]
     cluster_name: String,
-    /// The image archive that is loaded into it, as `cargo xtask dist` makes it.
+    /// The image archive that is loaded into it; made as by `cargo xtask dist` where none is given.
     #[arg(long, value_name = "FILE")]
     image_archive: Option<PathBuf>,
     /// The kubeconfig of the driver of that name.
@@ -116,12 +116,13 @@ pub fn run(
         Driver::Minikube => Box::new(minikube::Minikube { name, version }),
     };
     let mut shell = Real::new(&kubeconfig);
-    let archive = options.image_archive.as_ref().context(
-        "a cluster that is made is told what to load: --image-archive FILE (`cargo xtask dist` makes one)",
-    )?;
+    let archive = match &options.image_archive {
+        Some(archive) => archive.clone(),
+        None => crate::dist::archive(None)?,
+    };
     provider.create(&mut shell)?;
     let outcome = (|| {
-        provider.load(&mut shell, archive)?;
+        provider.load(&mut shell, &archive)?;
         let mut cluster = Cluster::install(binary, kubectl, options.remote(kubeconfig.clone()))?;
         let provider = Some((&*provider, &mut shell as &mut dyn Shell));
         walk_and_collect(&mut cluster, options, provider, walk)
