@@ -78,27 +78,37 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Installs the mesh on a Kubernetes, as a user would.
-    pub fn install(binary: &Path, kubectl: Option<&Path>, remote: Remote) -> anyhow::Result<Self> {
-        let cluster = Self {
+    /// A Kubernetes without the mesh as yet.
+    pub fn remote(binary: &Path, kubectl: Option<&Path>, remote: Remote) -> anyhow::Result<Self> {
+        Ok(Self {
             binary: binary.to_owned(),
             kubectl: kubectl.map(Path::to_owned),
             place: tempfile::Builder::new().prefix("mesh-cluster-").tempdir()?,
             home: Home::Remote(remote),
             gateway: String::new(),
             first_page: Duration::ZERO,
-        };
-        // Round robin is strictly in turn with one worker.
-        let one_worker = "meshConfig.defaultConfig.concurrency=1";
-        print!("{}", cluster.mesh(&["install", "-y", "--set", one_worker])?);
-        Ok(cluster)
+        })
     }
 
-    /// Applies the samples where [`Self::start`] has not done so, and waits for the first page.
+    /// Is it a local cluster of ours?
+    pub fn is_local(&self) -> bool {
+        matches!(self.home, Home::Local(_))
+    }
+
+    /// Installs the mesh and applies the samples where [`Self::start`] has not done so, and waits for the first page.
     pub fn deploy(&mut self) -> anyhow::Result<()> {
-        if matches!(self.home, Home::Local(_)) {
+        if self.is_local() {
             return Ok(());
         }
+        // Small requests: a node of two processors has room for all. And round robin is strictly in turn with one worker.
+        let settings = [
+            "--set",
+            "profile=demo",
+            "--set",
+            "meshConfig.defaultConfig.concurrency=1",
+        ];
+        let install = [&["install", "-y"], &settings[..]].concat();
+        print!("{}", self.mesh(&install)?);
         let began = Instant::now();
         self.apply(
             "{apiVersion: v1, kind: Namespace, metadata: {name: default, labels: {istio-injection: enabled}}}",
@@ -229,15 +239,17 @@ impl Cluster {
     /// A program that talks to this cluster.
     fn program(&self, program: &Path, args: &[&str]) -> Command {
         let mut command = Command::new(program);
-        command
-            .env("KUBECONFIG", self.kubeconfig())
-            .env("HOME", self.place.path());
-        if let Home::Remote(Remote {
-            context: Some(context),
-            ..
-        }) = &self.home
-        {
-            command.args(["--context", context]);
+        command.env("KUBECONFIG", self.kubeconfig());
+        match &self.home {
+            Home::Local(_) => {
+                command.env("HOME", self.place.path());
+            }
+            // Programs that a kubeconfig names look for their credentials at home.
+            Home::Remote(remote) => {
+                if let Some(context) = &remote.context {
+                    command.args(["--context", context]);
+                }
+            }
         }
         command.args(args);
         command
@@ -343,7 +355,7 @@ impl Cluster {
         self.exec(pod, container, &all)
     }
 
-    /// Waits until `done` says so, 20 s at most (three times as long on a Kubernetes); `what` is for the error.
+    /// Waits until `done` says so, 20 s at most (180 s on a Kubernetes); `what` is for the error.
     pub fn wait<T>(
         &self,
         what: &str,
@@ -351,7 +363,7 @@ impl Cluster {
     ) -> anyhow::Result<T> {
         let (limit, pause) = match &self.home {
             Home::Local(_) => (Duration::from_secs(20), Duration::from_millis(5)),
-            Home::Remote(_) => (Duration::from_secs(60), Duration::from_millis(500)),
+            Home::Remote(_) => (Duration::from_secs(180), Duration::from_millis(500)),
         };
         let began = Instant::now();
         let mut last = None;

@@ -105,7 +105,7 @@ pub fn run(
             let kubeconfig = options.kubeconfig.clone().context(
                 "the driver kubeconfig is told its cluster by --kubeconfig FILE or the variable KUBECONFIG",
             )?;
-            let cluster = Cluster::install(binary, kubectl, options.remote(kubeconfig))?;
+            let cluster = Cluster::remote(binary, kubectl, options.remote(kubeconfig))?;
             return walk_to_the_end(cluster, options, walk);
         }
         Driver::Kind => Box::new(kind::Kind {
@@ -123,7 +123,7 @@ pub fn run(
     provider.create(&mut shell)?;
     let outcome = (|| {
         provider.load(&mut shell, &archive)?;
-        let mut cluster = Cluster::install(binary, kubectl, options.remote(kubeconfig.clone()))?;
+        let mut cluster = Cluster::remote(binary, kubectl, options.remote(kubeconfig.clone()))?;
         let provider = Some((&*provider, &mut shell as &mut dyn Shell));
         walk_and_collect(&mut cluster, options, provider, walk)
     })();
@@ -166,7 +166,7 @@ fn walk_to_the_end(
     outcome.and(stopped)
 }
 
-/// Deploys the samples and walks; what tells of a failure is collected.
+/// Installs, deploys the samples and walks; what tells of a failure is collected.
 fn walk_and_collect(
     cluster: &mut Cluster,
     options: &Options,

@@ -38,7 +38,8 @@ pub(super) fn outside(cluster: &mut Cluster) -> anyhow::Result<()> {
         Ok((pod["status"]["phase"] == "Running").then_some(()))
     })?;
     let mut order = Vec::new();
-    for _ in 0..12 {
+    let calls = if cluster.is_local() { 12 } else { 40 };
+    for _ in 0..calls {
         let args = [
             "curl",
             "-sS",
@@ -52,8 +53,9 @@ pub(super) fn outside(cluster: &mut Cluster) -> anyhow::Result<()> {
             .find(|v| body.contains(&format!("reviews-{v}-")));
         order.push(version.with_context(|| format!("no version in {body}"))?);
     }
+    // Other clusters choose at random.
     ensure!(
-        (3..order.len()).all(|i| order[i] == order[i - 3]),
+        !cluster.is_local() || (3..order.len()).all(|i| order[i] == order[i - 3]),
         "not in turn: {order:?}"
     );
     let kinds: std::collections::BTreeSet<_> = order.iter().collect();
@@ -125,7 +127,10 @@ pub(super) fn control_plane_away(cluster: &mut Cluster) -> anyhow::Result<()> {
         let deployment = cluster.get(&["deployment", "istiod", "-n", "istio-system"])?;
         Ok((deployment["status"]["availableReplicas"] == 1).then_some(()))
     })?;
-    cluster.apply(SUBSETS)?;
+    // The webhook that validates may be reached a moment later than the pod is ready.
+    cluster.wait("a rule to be taken again", || {
+        cluster.apply(SUBSETS).map(Some)
+    })?;
     cluster.apply(&weighted(&[("v2", 100)]))?;
     live(
         cluster,
