@@ -163,6 +163,17 @@ pub enum CaptureError {
     /// The kernel refused rules.
     #[error(transparent)]
     Nft(#[from] NftError),
+    /// The kernel does not have what the rules need.
+    #[error(
+        "{source}. Capture needs nf_tables with nat for both address families (Linux 5.2 or newer), and the modules {modules}: load them on the \
+         node (`modprobe -a {modules}`), also at its start (/etc/modules-load.d)"
+    )]
+    Kernel {
+        /// What was refused.
+        source: NftError,
+        /// The modules that these rules need.
+        modules: String,
+    },
     /// The kernel refused the routing that TPROXY needs.
     #[error("routing of marked packets, {what}: {errno}; CAP_NET_ADMIN is needed")]
     Route {
@@ -326,7 +337,7 @@ impl Config {
                     .filter(|name| !tables.iter().any(|table| table.name == *name))
                     .map(|name| (Family::Inet, name))
                     .collect();
-                nft::replace_all(&tables, &absent)?;
+                nft::replace_all(&tables, &absent).map_err(|error| self.refused(error))?;
             }
             Backend::Iptables { program } => {
                 if plan.tables().len() > 1 {
@@ -338,6 +349,24 @@ impl Config {
             }
         }
         routes::apply(self)
+    }
+
+    /// What the kernel's refusal means: who has no module must be told which, for the pod can't load it.
+    fn refused(&self, error: NftError) -> CaptureError {
+        if !error.lacks_kernel_part() {
+            return error.into();
+        }
+        let mut modules = vec!["nf_tables", "nft_chain_nat", "nft_redir"];
+        if self.interception == Interception::Tproxy {
+            modules.push("nft_tproxy");
+        }
+        if self.interception == Interception::Tproxy || self.dns.redirect || self.drop_invalid {
+            modules.push("nft_ct");
+        }
+        CaptureError::Kernel {
+            source: error,
+            modules: modules.join(" "),
+        }
     }
 
     fn cleanup(&self) -> Result<(), CaptureError> {
@@ -390,6 +419,35 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_without_a_module_is_told_which() {
+        let refused = |errno| NftError::Refused {
+            what: "add the table istio-proxy-nat".to_owned(),
+            errno,
+        };
+        let config = Config {
+            interception: Interception::Tproxy,
+            ..Config::default()
+        };
+        for errno in [nix::Error::ENOENT, nix::Error::EOPNOTSUPP] {
+            let text = config.refused(refused(errno)).to_string();
+            let command = "`modprobe -a nf_tables nft_chain_nat nft_redir nft_tproxy nft_ct`";
+            assert!(text.contains(command), "{text}");
+        }
+        let text = Config::default()
+            .refused(NftError::Open(nix::Error::EPROTONOSUPPORT))
+            .to_string();
+        assert!(
+            text.contains("nft_redir`") && !text.contains("nft_tproxy"),
+            "{text}"
+        );
+        let text = config.refused(refused(nix::Error::EPERM)).to_string();
+        assert!(
+            text.contains("CAP_NET_ADMIN") && !text.contains("modprobe"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn servers_are_read_as_the_resolver_reads_them() {

@@ -37,6 +37,19 @@ pub enum NftError {
     },
 }
 
+impl NftError {
+    /// Whether the kernel was asked for something that it does not have, built in or as a module that it could load.
+    pub fn lacks_kernel_part(&self) -> bool {
+        match self {
+            Self::Open(errno) => *errno == Errno::EPROTONOSUPPORT,
+            Self::Socket(_) => false,
+            Self::Refused { errno, .. } => {
+                [Errno::ENOENT, Errno::EOPNOTSUPP, Errno::EAFNOSUPPORT].contains(errno)
+            }
+        }
+    }
+}
+
 fn hint(errno: Errno) -> &'static str {
     match errno {
         Errno::EPERM | Errno::EACCES => " (CAP_NET_ADMIN in this network namespace is needed)",
