@@ -102,6 +102,17 @@ impl ResponseBody {
         }
     }
 
+    /// Takes what there is of a local answer away; the answer is how long it was, where it was anything.
+    pub fn leave_out(&mut self) -> Option<u64> {
+        let Content::Local(bytes, report) = &mut self.content else {
+            return None;
+        };
+        if let Some(report) = report {
+            report.response_bytes = 0;
+        }
+        bytes.take().map(|bytes| bytes.len() as u64)
+    }
+
     /// Limits how fast it goes to the client.
     pub fn slow_down(&mut self, throttle: Box<Throttle>) {
         self.throttle = Some(throttle);

@@ -15,6 +15,7 @@ mod hashing;
 mod http;
 mod http2;
 mod limits;
+mod local;
 mod mirrors;
 mod pki;
 mod process;
