@@ -10,6 +10,14 @@ use crate::strategy::certificates::{self, REQUESTS as SIGNING_REQUESTS};
 
 const NAME: Column = ("Name", "string", 0);
 const AGE: Column = ("Age", "string", 0);
+const SIGNING_COLUMNS: [Column; 6] = [
+    NAME,
+    AGE,
+    ("SignerName", "string", 0),
+    ("Requestor", "string", 0),
+    ("RequestedDuration", "string", 0),
+    ("Condition", "string", 0),
+];
 
 /// The columns of a resource by storage key.
 pub fn columns(storage: &str) -> Vec<Column> {
@@ -105,16 +113,7 @@ pub fn columns(storage: &str) -> Vec<Column> {
                 ("ServiceAccounts", "string", 1),
             ];
         }
-        SIGNING_REQUESTS => {
-            return vec![
-                NAME,
-                AGE,
-                ("SignerName", "string", 0),
-                ("Requestor", "string", 0),
-                ("RequestedDuration", "string", 0),
-                ("Condition", "string", 0),
-            ];
-        }
+        SIGNING_REQUESTS => return SIGNING_COLUMNS.to_vec(),
         ROLES | CLUSTER_ROLES => return vec![NAME, ("Created At", "date", 0)],
         "core/namespaces" => &[("Status", "string", 0)],
         "core/configmaps" => &[("Data", "integer", 0)],
