@@ -66,11 +66,24 @@ enum Content {
 }
 
 /// Tells a connection that its response is through, when dropped.
-pub struct InFlight(pub Rc<Downstream>);
+pub struct InFlight {
+    connection: Rc<Downstream>,
+    era: u32,
+}
+
+impl InFlight {
+    /// For a request that begins now.
+    pub fn new(connection: &Rc<Downstream>) -> Self {
+        Self {
+            era: connection.era(),
+            connection: connection.clone(),
+        }
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.finish();
+        self.connection.finish(self.era);
     }
 }
 

@@ -61,6 +61,8 @@ pub struct Exchange {
     pub is_grpc: bool,
     /// Number that decides splits.
     pub random: u64,
+    /// The version of the filter chain that it began under ([`Downstream::era`]).
+    pub era: u32,
     /// When the request's headers were there.
     pub started: Instant,
     /// `http` or `https`, as the client sees it.
@@ -81,7 +83,7 @@ pub async fn handle(
     let snapshot = connection.worker.snapshot();
     let manager = connection.manager(&accepted, &snapshot);
     let last = connection.begin(&manager, !request.body().is_end_stream());
-    let guard = InFlight(connection.clone());
+    let guard = InFlight::new(&connection);
     let http1 = request.version() < Version::HTTP_2;
     let head = request.method() == Method::HEAD;
     let mut response = forward(&connection, &manager, &snapshot, request).await;
@@ -127,6 +129,7 @@ async fn forward(
         authority,
         is_grpc: report.is_grpc,
         random: worker.random(),
+        era: connection.era(),
         started: report.started,
         scheme: scheme(&parts.headers),
         version: parts.version,
@@ -368,8 +371,7 @@ async fn tunnel(
     if exchange.connection.direction == Direction::Outbound {
         report.peer = host.peer.clone();
     }
-    let shared = worker.shared.clone();
-    match upgrade::terminate(asked, &host, cluster, report, shared).await {
+    match upgrade::terminate(asked, &host, cluster, report, exchange).await {
         Ok(response) => response,
         Err((error, report)) => {
             tracing::debug!(endpoint = %host.address, %error, "connecting");
@@ -440,12 +442,7 @@ fn pass_on(
     count_attempts(matched, extras.attempts, &mut done.response);
     if let Some(upgrade) = upgrade {
         let mut response = done.response;
-        upgrade.join(
-            &mut response,
-            done.lease,
-            report,
-            exchange.connection.worker.shared.clone(),
-        );
+        upgrade.join(&mut response, done.lease, report, exchange);
         return response.map(|_| ResponseBody::empty());
     }
     let (mut head, incoming) = done.response.into_parts();

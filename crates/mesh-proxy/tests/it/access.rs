@@ -175,8 +175,8 @@ fn rules_refuse_and_count_and_shadow_rules_only_count() {
     assert_eq!(client.get("/", "").status, 200, "the connection goes on");
     assert_eq!(stat(&proxy, "http.test.rbac.allowed"), 2);
     assert_eq!(stat(&proxy, "http.test.rbac.denied"), 1);
-    assert_eq!(stat(&proxy, "http.test.rbac.dry_shadow_allowed"), 2);
-    assert_eq!(stat(&proxy, "http.test.rbac.dry_shadow_denied"), 1);
+    assert_eq!(stat(&proxy, "http.test.rbac.dry_.shadow_allowed"), 2);
+    assert_eq!(stat(&proxy, "http.test.rbac.dry_.shadow_denied"), 1);
 }
 
 fn provider(source: jwt::jwt_provider::JwksSourceSpecifier) -> jwt::JwtAuthentication {

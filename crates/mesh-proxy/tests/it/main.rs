@@ -5,6 +5,7 @@
 
 mod access;
 mod balancing;
+mod changes;
 mod config;
 mod control;
 mod drain;

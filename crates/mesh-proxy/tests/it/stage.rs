@@ -33,6 +33,10 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn start(state: &XdsState) -> Self {
+        Self::start_with(state, |_| {})
+    }
+
+    pub fn start_with(state: &XdsState, change: impl FnOnce(&mut ProxyOptions)) -> Self {
         let mut options =
             ProxyOptions::from_vars(Role::Sidecar, BTreeMap::new(), Path::new("/nowhere"))
                 .expect("options");
@@ -41,6 +45,7 @@ impl Proxy {
         options
             .metadata
             .insert("WORKLOAD_NAME".to_owned(), "client".into());
+        change(&mut options);
         let shared = Shared::new(options);
         let refused = shared.publish(state);
         assert!(refused.is_empty(), "{refused:?}");
