@@ -69,7 +69,9 @@ pub fn with_grpc_status(
 
 /// Makes an answer of ours one to HEAD: its length is told, its body is not sent (RFC 9110 section 9.3.2).
 pub fn leave_out_body(response: &mut Response<ResponseBody>) {
-    if let Some(length) = response.body_mut().leave_out() {
+    let length = response.body_mut().leave_out();
+    // Never with 204 (RFC 9110 section 8.6).
+    if let Some(length) = length.filter(|_| response.status() != StatusCode::NO_CONTENT) {
         response
             .headers_mut()
             .entry(CONTENT_LENGTH)

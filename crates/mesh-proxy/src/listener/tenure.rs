@@ -15,6 +15,9 @@ use tokio::sync::Notify;
 use super::{Closing, Downstream};
 use crate::clock;
 
+/// Requests that run while their filter chain changes mostly end within so many seconds; their connections go on then.
+const MOMENT: u32 = 1;
+
 /// A filter chain, to be found again in later snapshots.
 pub struct Place {
     listener: Arc<str>,
@@ -127,6 +130,8 @@ fn end_of(drain: Duration) -> u32 {
 pub(super) struct Lapse {
     /// The chain itself is gone: the connection ends with what runs on it.
     leaving: Cell<bool>,
+    /// The second in which that began.
+    since: Cell<u32>,
     /// The second in which the connection is closed.
     ends: Cell<Option<u32>>,
     /// Counts versions of the chain.
@@ -157,6 +162,7 @@ impl Downstream {
             Fate::Gone => {}
         }
         if self.lapse.ends.get().is_none() {
+            self.lapse.since.set(clock::now());
             self.lapse.ends.set(Some(end_of(drain)));
         }
     }
@@ -183,18 +189,17 @@ impl Downstream {
         }
     }
 
-    /// Called every second: closes what has had its time. From half of it on, a connection with requests of earlier versions takes no new
-    /// ones, so that none is lost when it is closed.
+    /// Called every second: closes what has had its time. A connection with requests of earlier versions that don't end in a moment is told to
+    /// end, too, so that no other request is lost when it is closed.
     pub(super) fn check_lapse(&self) {
         let Some(end) = self.lapse.ends.get() else {
             return;
         };
         let now = clock::now();
-        let half = self.worker.shared.options.drain.as_secs() / 2;
         if end <= now {
             tracing::debug!(remote = %self.remote, "closed: its filter chain was changed, and the drain time is over");
             self.close(Closing::Now);
-        } else if u64::from(end - now) <= half && !self.is_leaving() {
+        } else if !self.is_leaving() && now.saturating_sub(self.lapse.since.get()) > MOMENT {
             self.end_gracefully();
         }
     }
