@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -239,6 +239,10 @@ impl Client {
 
     /// Nothing more comes: the proxy closed the connection.
     pub fn is_closed(&mut self) -> bool {
-        matches!(self.0.read(&mut [0; 1024]), Ok(0)) || self.0.peek(&mut [0]).is_err()
+        match self.0.read(&mut [0; 1024]) {
+            Ok(n) => n == 0,
+            // That is the time of this client, which is over with the connection still open.
+            Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut),
+        }
     }
 }
