@@ -1107,3 +1107,70 @@ fn envoy_filters() {
         ],
     );
 }
+
+/// What is not even of the right form is told in the words of YAML, with the place.
+#[test]
+fn wrong_types_are_told_in_plain_words() {
+    for (kind, spec, message) in [
+        (
+            "VirtualService",
+            json!({ "hosts": "a" }),
+            "spec.hosts: the text \"a\" is given; expected a list",
+        ),
+        (
+            "VirtualService",
+            json!({ "http": [{ "timeout": -1 }] }),
+            "spec.http[0].timeout: the number -1 is given; expected a text",
+        ),
+        (
+            "VirtualService",
+            json!({ "http": [{ "match": [{ "uri": "/" }] }] }),
+            "spec.http[0].match[0].uri: the text \"/\" is given; expected an object with fields",
+        ),
+        (
+            "VirtualService",
+            json!({ "http": [{ "route": [{ "weight": 1.5 }] }] }),
+            "spec.http[0].route[0].weight: the number 1.5 is given; expected a whole number",
+        ),
+        (
+            "Gateway",
+            json!({ "servers": [{ "port": { "number": "80" } }] }),
+            "spec.servers[0].port.number: the text \"80\" is given; expected a whole number from 0",
+        ),
+        (
+            "Gateway",
+            json!({ "servers": [{ "port": { "number": -80 } }] }),
+            "spec.servers[0].port.number: the number -80 is given; expected a whole number from 0",
+        ),
+        (
+            "Gateway",
+            json!({ "servers": [{ "tls": { "httpsRedirect": "yes" } }] }),
+            "spec.servers[0].tls.httpsRedirect: the text \"yes\" is given; expected true or false",
+        ),
+        (
+            "DestinationRule",
+            json!({ "trafficPolicy": { "portLevelSettings": [{ "port": 80 }] } }),
+            "spec.trafficPolicy.portLevelSettings[0].port: the number 80 is given; expected an object with fields",
+        ),
+        (
+            "PeerAuthentication",
+            json!({ "mtls": { "mode": "strict" } }),
+            "spec.mtls.mode: unknown value `strict`; expected one of `UNSET`, `DISABLE`, `PERMISSIVE`, `STRICT`",
+        ),
+        (
+            "Telemetry",
+            json!({ "tracing": {} }),
+            "spec.tracing: an object is given; expected a list",
+        ),
+    ] {
+        let info = mesh_api::KINDS
+            .iter()
+            .find(|info| info.kind == kind)
+            .expect("a kind");
+        let raw = json!({
+            "apiVersion": format!("{}/{}", info.group, info.versions[0].name), "kind": kind, "metadata": { "name": "a" }, "spec": spec,
+        });
+        let error = parse(&raw).expect_err("a wrong type");
+        assert_eq!(error.to_string(), message);
+    }
+}
