@@ -306,8 +306,7 @@ impl MeshConfig {
                 ("trustDomains", !data.trust_domains.is_empty()),
             ];
             let given = given.into_iter().filter(|(_, given)| *given);
-            unsupported
-                .extend(given.map(|(field, _)| format!("caCertificates[{index}].{field}")));
+            unsupported.extend(given.map(|(field, _)| format!("caCertificates[{index}].{field}")));
         }
         unsupported.extend(proxy.unsupported.iter().cloned());
         config.default_config = proxy;
