@@ -1,7 +1,8 @@
 //! The control plane as registration authority: it judges who asks for what, lets a signer of the cluster sign (a
 //! CertificateSigningRequest of `certificates.k8s.io/v1` that it approves), and judges the certificate before it hands it on.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use base64::Engine;
@@ -22,7 +23,9 @@ use tokio::time::Instant;
 use crate::serving::now;
 
 /// Requests to signers at a time: a flood of proxies must not become one of the API.
-const PLACES: usize = 64;
+const PLACES: usize = 256;
+/// Of these for one identity: a workload that asks without end must leave room for the others.
+const PER_IDENTITY: usize = 64;
 /// Shortest validity that Kubernetes takes, in seconds.
 const MIN_SECONDS: u64 = 600;
 /// Rounds of approving a request that others keep changing.
@@ -193,6 +196,8 @@ pub(crate) enum SignError {
     Late { signer: String, patience: Duration },
     #[error("the certificate of the signer {signer} is not handed on: {source}")]
     Answer { signer: String, source: IssuedError },
+    #[error("{0} has {PER_IDENTITY} requests at signers already; try again")]
+    Busy(String),
     #[error("making a certificate request: {0}")]
     Request(String),
     #[error("the request ended unexpectedly: {0}")]
@@ -209,6 +214,7 @@ impl SignError {
             Self::Denied { .. } => "signer_denied",
             Self::Failed { .. } | Self::Gone(_) => "signer_failed",
             Self::Late { .. } => "signer_timeout",
+            Self::Busy(_) => "signer_busy",
             Self::Answer { .. } => "signer_answer",
         }
     }
@@ -235,6 +241,45 @@ pub(crate) struct Registration {
 pub(crate) struct Desk {
     client: kube::Client,
     places: Semaphore,
+    /// Requests under way, by identity.
+    under_way: Mutex<HashMap<String, usize>>,
+}
+
+/// A request under way; not one any more when it is dropped.
+struct UnderWay {
+    desk: Arc<Desk>,
+    identity: String,
+}
+
+impl UnderWay {
+    fn begin(desk: &Arc<Desk>, identity: String) -> Result<Self, SignError> {
+        let mut all = desk
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let own = all.entry(identity.clone()).or_default();
+        if *own >= PER_IDENTITY {
+            return Err(SignError::Busy(identity));
+        }
+        *own += 1;
+        Ok(Self {
+            desk: Arc::clone(desk),
+            identity,
+        })
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let all = &self.desk.under_way;
+        let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = all.get_mut(&self.identity) {
+            *own = own.saturating_sub(1);
+            if *own == 0 {
+                all.remove(&self.identity);
+            }
+        }
+    }
 }
 
 impl std::fmt::Debug for Desk {
@@ -248,6 +293,7 @@ impl Desk {
         Arc::new(Self {
             client,
             places: Semaphore::new(PLACES),
+            under_way: Mutex::default(),
         })
     }
 }
@@ -277,7 +323,9 @@ impl Registration {
     ) -> Result<Issued, SignError> {
         let signer = self.signer(asked)?;
         let trusted = self.trusted(&signer)?;
-        let answer = self.sign(pem, &signer, lifetime).await?;
+        let identity = names.first().map(ToString::to_string);
+        let under_way = UnderWay::begin(&self.desk, identity.unwrap_or_default())?;
+        let answer = self.sign(pem, &signer, lifetime, Some(under_way)).await?;
         issued::workload(&answer, checked, names, &trusted, now(), max_lifetime)
             .map_err(|source| SignError::Answer { signer, source })
     }
@@ -292,7 +340,7 @@ impl Registration {
         let trusted = self.trusted(&signer)?;
         let (pem, key_pem) =
             csr::make_server(names).map_err(|error| SignError::Request(error.to_string()))?;
-        let answer = self.sign(&pem, &signer, lifetime).await?;
+        let answer = self.sign(&pem, &signer, lifetime, None).await?;
         let issued = issued::server(&answer, &key_pem, names, &trusted, now())
             .map_err(|source| SignError::Answer { signer, source })?;
         let leaf = Leaf {
@@ -345,14 +393,23 @@ impl Registration {
     }
 
     /// Lets the signer sign. What was begun is finished and tidied up, also when the caller has gone meanwhile.
-    async fn sign(&self, pem: &str, signer: &str, lifetime: u64) -> Result<String, SignError> {
+    async fn sign(
+        &self,
+        pem: &str,
+        signer: &str,
+        lifetime: u64,
+        under_way: Option<UnderWay>,
+    ) -> Result<String, SignError> {
         if lifetime < MIN_SECONDS {
             return Err(SignError::TooShort(lifetime));
         }
         let object = object(pem, signer, lifetime)?;
         let (desk, signer) = (Arc::clone(&self.desk), signer.to_owned());
         let patience = self.external.patience;
-        let work = tokio::spawn(async move { desk.serve(object, signer, patience).await });
+        let work = tokio::spawn(async move {
+            let _under_way = under_way;
+            desk.serve(object, signer, patience).await
+        });
         work.await
             .unwrap_or_else(|error| Err(SignError::Ended(error.to_string())))
     }
@@ -562,6 +619,21 @@ mod tests {
     use super::*;
 
     const KIND: &str = "ISTIOD_RA_KUBERNETES_API";
+
+    #[tokio::test]
+    async fn one_identity_leaves_room_for_others() {
+        let router = axum::Router::new();
+        let desk = Desk::new(kube::Client::new(router, "default"));
+        let begin = |name: &str| UnderWay::begin(&desk, name.to_owned());
+        let mut all: Vec<_> = (0..PER_IDENTITY).map(|_| begin("one")).collect();
+        assert!(all.iter().all(Result::is_ok));
+        assert!(matches!(begin("one"), Err(SignError::Busy(_))));
+        assert!(begin("two").is_ok());
+        all.pop();
+        assert!(begin("one").is_ok());
+        drop(all);
+        assert!(desk.under_way.lock().expect("no panic").is_empty());
+    }
 
     #[test]
     fn settings_are_read_as_istio_has_them() {

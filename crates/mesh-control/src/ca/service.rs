@@ -128,6 +128,7 @@ impl From<Error> for Status {
             Error::Signer(error) => match error {
                 SignError::Signer(..) | SignError::TooShort(_) => Status::invalid_argument(text),
                 SignError::Denied { .. } => Status::permission_denied(text),
+                SignError::Busy(_) => Status::resource_exhausted(text),
                 SignError::Api { .. } | SignError::Late { .. } => Status::unavailable(text),
                 _ => Status::internal(text),
             },

@@ -1,12 +1,14 @@
 //! The root when somebody meddles with it: Secrets that are deleted or changed, proxies that lie or are dead while it changes, and a flood
 //! on the plain port.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use mesh_identity::ca::Authority;
 use mesh_identity::trust::TrustBundle;
+use mesh_xds::channel::CredentialSource;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
@@ -149,7 +151,11 @@ async fn nobody_speaks_for_a_dead_proxy_and_an_operator_goes_on_without_it() {
     let plane = start(&api).await;
     let old = ready(&plane, &api).await;
     let old_root = old.fingerprints().remove(0);
-    let token = |name: &str| source(&old, Some(name), None);
+    let trust = Arc::new(Mutex::new(old.clone()));
+    let token = |name: &'static str| -> CredentialSource {
+        let trust = Arc::clone(&trust);
+        Arc::new(move || source(&trust.lock().unwrap(), Some(name), None)())
+    };
     let trusts = || vec![old_root.clone()];
     let honest = Truster::start(&plane, token("bound"), "reviews-v1", trusts(), &old_root);
     // It has a good token, and says that it is the pod whose proxy is dead.
@@ -169,6 +175,7 @@ async fn nobody_speaks_for_a_dead_proxy_and_an_operator_goes_on_without_it() {
     })
     .await;
     let new_root = both.fingerprints().remove(1);
+    *trust.lock().unwrap() = both.clone();
     let waits_for = async |names: &[&str]| {
         until("those who are waited for", async || {
             let said = said(&api)?;
