@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use mesh_cli::global::Global;
-use mesh_control::{Control, Lifetimes, Options, Range};
+use mesh_control::{Control, External, Lifetimes, Options, Range};
 
 /// Flags of `mesh control`, named as those of Istio's `pilot-discovery discovery`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Discovery in plain text, without authentication and secrets; empty switches it off
+    /// Discovery in plain text, without authentication and secrets, for few clients at a time; empty switches it off
     #[arg(
         long = "grpcAddr",
         value_name = "ADDR",
@@ -84,7 +84,7 @@ struct Security {
     /// Longest validity of workloads' certificates
     #[arg(long = "max-workload-cert-ttl", value_name = "TIME", env = "MAX_WORKLOAD_CERT_TTL", default_value = "2160h", value_parser = duration)]
     max_workload_ttl: Duration,
-    /// An authority elsewhere; none is supported: the mesh's own, or cacerts, signs
+    /// An authority elsewhere in place of the mesh's own: ISTIOD_RA_KUBERNETES_API, a signer of the cluster (CertificateSigningRequests)
     #[arg(
         long = "external-ca",
         value_name = "NAME",
@@ -92,6 +92,30 @@ struct Security {
         default_value = ""
     )]
     external_ca: String,
+    /// The signer, DOMAIN/NAME, for workloads that name none
+    #[arg(
+        long = "k8s-signer",
+        value_name = "SIGNER",
+        env = "K8S_SIGNER",
+        default_value = ""
+    )]
+    signer: String,
+    /// Domain of the signers that workloads may name (ISTIO_META_CERT_SIGNER)
+    #[arg(
+        long = "cert-signer-domain",
+        value_name = "DOMAIN",
+        env = "CERT_SIGNER_DOMAIN",
+        default_value = ""
+    )]
+    signer_domain: String,
+    /// Who certifies the control plane itself: istiod, or with an authority elsewhere k8s.io/SIGNER
+    #[arg(
+        long = "pilot-cert-provider",
+        value_name = "NAME",
+        env = "PILOT_CERT_PROVIDER",
+        default_value = "istiod"
+    )]
+    provider: String,
 }
 
 /// Ranges of addresses, separated by commas.
@@ -142,11 +166,12 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         ),
     };
     let security = args.security;
-    anyhow::ensure!(
-        security.external_ca.is_empty(),
-        "EXTERNAL_CA={}: an authority elsewhere is not supported; leave it out, and give the mesh an intermediate of yours in the Secret cacerts",
-        security.external_ca
-    );
+    let external = External::read(
+        &security.external_ca,
+        &security.signer,
+        &security.signer_domain,
+        &security.provider,
+    )?;
     let options = Options {
         grpc,
         secure_grpc: args.secure_grpc,
@@ -154,6 +179,7 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
             default: security.workload_ttl,
             max: security.max_workload_ttl,
         },
+        external,
         token_audiences: security.token_audiences,
         blocked_key_ranges: ranges(&security.blocked_key_ranges)
             .context("reading --blocked-jwks-cidrs (BLOCKED_CIDRS_IN_JWKS_URIS)")?,

@@ -70,10 +70,24 @@ pub struct MeshConfig {
     pub default_traffic_policy: DefaultTrafficPolicy,
     /// Whether the pod's own metrics are merged with the proxy's; default true.
     pub enable_prometheus_merge: bool,
+    /// Roots of authorities elsewhere, with the signers whose certificates they verify; default none.
+    pub ca_certificates: Vec<CertificateData>,
     /// Settings of every proxy.
     pub default_config: ProxyConfig,
     #[serde(skip)]
     unsupported: Vec<String>,
+}
+
+/// Roots of an authority elsewhere (Istio's `MeshConfig.CertificateData`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct CertificateData {
+    /// The roots, PEM.
+    pub pem: String,
+    /// Names of Kubernetes' signers that they are of; none means every signer.
+    pub cert_signers: Vec<String>,
+    spiffe_bundle_url: String,
+    trust_domains: Vec<String>,
 }
 
 impl Default for MeshConfig {
@@ -102,6 +116,7 @@ impl Default for MeshConfig {
             default_http_retry_policy: None,
             default_traffic_policy: DefaultTrafficPolicy::default(),
             enable_prometheus_merge: true,
+            ca_certificates: Vec::new(),
             default_config: ProxyConfig::default(),
             unsupported: Vec::new(),
         }
@@ -210,7 +225,6 @@ const MESH_FIELDS_NOT_IMPLEMENTED: &[&str] = &[
     "enableEnvoyAccessLogService",
     "disableEnvoyListenerLog",
     "inboundTrafficPolicy",
-    "caCertificates",
     "ca",
     "certificates",
     "zoneAwareLbSetting",
@@ -286,6 +300,14 @@ impl MeshConfig {
             _ => ProxyConfig::default(),
         };
         let mut config: Self = typed(&Value::Object(known), "")?;
+        for (index, data) in config.ca_certificates.iter().enumerate() {
+            let given = [
+                ("spiffeBundleUrl", !data.spiffe_bundle_url.is_empty()),
+                ("trustDomains", !data.trust_domains.is_empty()),
+            ];
+            let given = given.into_iter().filter(|(_, given)| *given);
+            unsupported.extend(given.map(|(field, _)| format!("caCertificates[{index}].{field}")));
+        }
         unsupported.extend(proxy.unsupported.iter().cloned());
         config.default_config = proxy;
         config.unsupported = unsupported;

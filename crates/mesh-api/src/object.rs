@@ -185,8 +185,50 @@ pub(crate) fn typed<T: DeserializeOwned>(value: &Value, root: &str) -> Result<T,
         };
         let text = error.inner().to_string();
         let (message, expected) = text.rsplit_once(", expected ").unwrap_or((&text, ""));
-        ParseError::new(&format!("{root}{dot}{below}"), message, expected)
+        let path = format!("{root}{dot}{below}");
+        ParseError::new(&path, found(message), wanted(expected))
     })
+}
+
+/// What stands there, in the words of YAML instead of serde's.
+fn found(message: &str) -> String {
+    if let Some(rest) = message.strip_prefix("unknown variant ") {
+        return format!("unknown value {rest}");
+    }
+    let Some(given) = message
+        .strip_prefix("invalid type: ")
+        .or_else(|| message.strip_prefix("invalid value: "))
+    else {
+        return message.to_owned();
+    };
+    let (kind, value) = given.split_once(' ').unwrap_or((given, ""));
+    let value = value.trim_matches('`');
+    match kind {
+        "string" => format!("the text {value} is given"),
+        "integer" | "floating" => {
+            let number = value.trim_start_matches("point ").trim_matches('`');
+            format!("the number {number} is given")
+        }
+        "boolean" => format!("{value} is given"),
+        "map" => "an object is given".to_owned(),
+        "sequence" => "a list is given".to_owned(),
+        _ => format!("{given} is given"),
+    }
+}
+
+/// What would be right, in the same words.
+fn wanted(expected: &str) -> String {
+    match expected {
+        "a string" => "a text".to_owned(),
+        "a sequence" => "a list".to_owned(),
+        "a boolean" => "true or false".to_owned(),
+        "u8" | "u16" | "u32" | "u64" => "a whole number from 0".to_owned(),
+        "i32" | "i64" => "a whole number".to_owned(),
+        "f64" => "a number".to_owned(),
+        "a map" => "an object".to_owned(),
+        other if other.starts_with("struct ") => "an object with fields".to_owned(),
+        other => other.to_owned(),
+    }
 }
 
 /// Kubernetes treats a null like an absent field; free-form values (EnvoyFilter patches, configuration of plugins) keep theirs.

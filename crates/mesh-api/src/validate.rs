@@ -3,16 +3,20 @@
 //! What a schema can't say: combinations of fields, forms of names, ranges. Whether a reference resolves is not asked here.
 
 mod destination_rule;
+mod envoy_filter;
 mod gateway;
 mod names;
 mod other;
+mod security;
+mod sidecar;
+mod telemetry;
 mod virtual_service;
 
 use std::fmt;
 
 use crate::object::AnyObject;
 
-pub use names::is_matched_header;
+pub use names::{claim_of_token, is_about_claims, is_matched_header};
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -123,17 +123,19 @@ async fn verb(
         ("GET" | "HEAD", Some(name), None | Some("status")) if request.query.flag("watch") => {
             watch::watch_one(api, request, name)
         }
-        ("GET" | "HEAD", Some(name), None | Some("status")) => read::get(api, request, name),
+        ("GET" | "HEAD", Some(name), None | Some("status" | "approval")) => {
+            read::get(api, request, name)
+        }
         ("GET", Some(name), Some("log")) => logs::logs(api, request, name).await,
         ("POST", None, _) => create(api, request, &body).await,
         ("POST", Some(name), Some("token")) => reviews::token_request(api, request, name, &body),
         ("POST", Some(name), Some("eviction")) => delete::evict(api, request, name, &body).await,
         ("POST", Some(name), Some("binding")) => scale::bind(api, request, name, &body).await,
         (_, Some(name), Some("scale")) => scale::scale(api, request, method, name, &body).await,
-        ("PUT", Some(name), None | Some("status" | "finalize")) => {
+        ("PUT", Some(name), None | Some("status" | "finalize" | "approval")) => {
             replace(api, request, name, &body).await
         }
-        ("PATCH", Some(name), None | Some("status")) => {
+        ("PATCH", Some(name), None | Some("status" | "approval")) => {
             patch::patch(api, request, name, &body).await
         }
         ("DELETE", Some(name), None) => delete::delete(api, request, name, &body).await,

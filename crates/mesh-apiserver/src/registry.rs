@@ -231,6 +231,8 @@ const POD: &[Sub] = &[
 const PROXY_VERBS: &[&str] = &["create", "delete", "get", "patch", "update"];
 const SERVICE: &[Sub] = &[("proxy", "ServiceProxyOptions", PROXY_VERBS), STATUS];
 const NAMESPACE: &[Sub] = &[("finalize", "Namespace", &["update"]), STATUS];
+/// `certificates.k8s.io/v1` CertificateSigningRequest: who approves is not who asks, and who signs is neither.
+const SIGNING: &[Sub] = &[("approval", "", &["get", "patch", "update"]), STATUS];
 const ACCOUNT: &[Sub] = &[("token", "TokenRequest", &["create"])];
 /// The built-in kinds: group, version, kind, plural, namespaced, short names (and "all"), subresources.
 const ROWS: &[Row] = &[
@@ -348,6 +350,15 @@ const ROWS: &[Row] = &[
         true,
         &["pdb"],
         &[STATUS],
+    ),
+    (
+        "certificates.k8s.io",
+        "v1",
+        "CertificateSigningRequest",
+        "certificatesigningrequests",
+        false,
+        &["csr"],
+        SIGNING,
     ),
     (
         "coordination.k8s.io",

@@ -4,6 +4,7 @@
 pub mod autoscaler;
 pub mod batch;
 pub mod budget;
+pub mod certificates;
 pub mod config;
 pub mod crd;
 pub mod pod;
@@ -173,6 +174,7 @@ pub fn validate(
         "batch/jobs" => batch::validate_job(object, old, errors),
         "batch/cronjobs" => batch::validate_cron_job(object, errors),
         "policy/poddisruptionbudgets" => budget::validate(object, errors),
+        certificates::REQUESTS => certificates::validate(object, old, errors),
         "autoscaling/horizontalpodautoscalers" => autoscaler::validate(resource, object, errors),
         _ if resource.group == GROUP => rbac::validate(&resource.storage, object, old, errors),
         "core/configmaps" | "core/secrets" => config::validate(object, old, errors),

@@ -13,7 +13,7 @@ use crate::rbac::escalation;
 use crate::request::Request;
 use crate::schema::check;
 use crate::storage::{Expect, WriteError};
-use crate::strategy;
+use crate::strategy::{self, certificates};
 use crate::{ApiServer, convert, duplicates, names, rules};
 
 /// Rounds of an update that others keep overtaking.
@@ -110,6 +110,7 @@ impl<'a> Writer<'a> {
         strategy::admit_create(self.api, resource, &mut object)?;
         object = self.admit(Operation::Create, object, None).await?;
         escalation::check(self.api, self.request, None, &object)?;
+        certificates::admit_create(self.request, &mut object)?;
         let metadata = &mut object["metadata"];
         metadata["uid"] = uuid::Uuid::new_v4().to_string().into();
         metadata["creationTimestamp"] = now().into();
@@ -239,6 +240,7 @@ impl<'a> Writer<'a> {
         new = self.admit(Operation::Update, new, Some(old)).await?;
         keep_system_fields(old, &mut new);
         escalation::check(self.api, self.request, Some(old), &new)?;
+        certificates::admit_update(self.api, self.request, old, &mut new)?;
         let allocating = self.allocating().await;
         strategy::prepare_update(self.api, resource, old, &mut new)?;
         if strategy::has_generation(resource) && desired(resource, old) != desired(resource, &new) {
@@ -542,7 +544,7 @@ fn keep_other_half(
     new: &mut Value,
 ) {
     match subresource {
-        Some("status") => {
+        Some("status" | "approval") => {
             let mut merged = old.clone();
             set_or_remove(&mut merged, "status", new.get("status").cloned());
             // Controllers may set labels, annotations and finalizers along; Kubernetes allows it for built-in kinds.

@@ -21,6 +21,10 @@ const SELF_SIGNED: &str = "istio-ca-secret";
 const PLUGGED_IN: &str = "cacerts";
 const REQUEST: &str = "security.mesh/rotate-root";
 const PROGRESS: &str = "istio-ca-rotation";
+/// Annotation of the Secret: whom the rotation goes on without.
+const WITHOUT: &str = "security.mesh/rotate-without";
+/// Where the roots are published; of an authority elsewhere nothing else is known.
+const PUBLISHED: &str = "istio-ca-root-cert";
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Look at the mesh's certificate authority, or change its root
@@ -42,6 +46,10 @@ enum What {
         /// Don't watch
         #[arg(long)]
         no_wait: bool,
+        /// Let the rotation that is under way go on without those that are waited for now (they are named); until they have renewed they can
+        /// talk to nobody
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -53,13 +61,22 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let cluster = global.cluster().await?;
     match args.what {
         What::Status => status(&cluster, global).await,
-        What::Rotate { timeout, no_wait } => {
+        What::Rotate {
+            timeout,
+            no_wait,
+            force,
+        } => {
             let timeout: mesh_api::Duration = timeout.parse()?;
-            request(&cluster, global).await?;
+            match force {
+                true => go_on(&cluster, global).await?,
+                false => request(&cluster, global).await?,
+            }
             if no_wait {
-                global
-                    .out
-                    .line("a new root was asked for; `mesh ca status` shows how far that is")?;
+                if !force {
+                    global
+                        .out
+                        .line("a new root was asked for; `mesh ca status` shows how far that is")?;
+                }
                 return Ok(ExitCode::SUCCESS);
             }
             watch(&cluster, global, timeout.0).await
@@ -75,6 +92,8 @@ struct Authority {
     /// The next root is there, and not in use yet.
     next: bool,
     requested: bool,
+    /// Whom the rotation goes on without.
+    without: Vec<String>,
 }
 
 impl Authority {
@@ -120,6 +139,10 @@ async fn authority(cluster: &Cluster, global: &Global) -> anyhow::Result<Authori
             roots,
             next: !text("next-cert.pem").is_empty(),
             requested: !secret["metadata"]["annotations"][REQUEST].is_null(),
+            without: secret["metadata"]["annotations"][WITHOUT]
+                .as_str()
+                .and_then(|text| serde_json::from_str(text).ok())
+                .unwrap_or_default(),
         });
     }
     anyhow::bail!(
@@ -129,7 +152,10 @@ async fn authority(cluster: &Cluster, global: &Global) -> anyhow::Result<Authori
 }
 
 async fn status(cluster: &Cluster, global: &Global) -> anyhow::Result<ExitCode> {
-    let authority = authority(cluster, global).await?;
+    let authority = match authority(cluster, global).await {
+        Ok(authority) => authority,
+        Err(missing) => return elsewhere(cluster, global, missing).await,
+    };
     let signer = describe(&authority.certificate)
         .ok()
         .and_then(|all| all.into_iter().next())
@@ -166,7 +192,43 @@ async fn status(cluster: &Cluster, global: &Global) -> anyhow::Result<ExitCode> 
     out.line(format!("Rotation: {}", authority.words()))?;
     for (_, said) in progress(cluster, global).await? {
         out.line(format!("  {}", said.words()))?;
+        for name in said.waiting.iter().skip(NAMED) {
+            out.line(format!("    and for {name}"))?;
+        }
     }
+    for name in &authority.without {
+        out.line(format!("  goes on without {name}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Without a Secret an authority elsewhere may sign: its roots are published all the same.
+async fn elsewhere(
+    cluster: &Cluster,
+    global: &Global,
+    missing: anyhow::Error,
+) -> anyhow::Result<ExitCode> {
+    let path = format!(
+        "/api/v1/namespaces/{}/configmaps/{PUBLISHED}",
+        global.istio_namespace
+    );
+    let map = cluster.read_optional(&path).await?.unwrap_or(Value::Null);
+    let Some(text) = map["data"]["root-cert.pem"].as_str() else {
+        return Err(missing);
+    };
+    let out = &global.out;
+    out.line("Authority: elsewhere (EXTERNAL_CA): there is no Secret with a key of the mesh")?;
+    out.line("Trusted roots:")?;
+    for root in describe(text).unwrap_or_default() {
+        out.line(format!(
+            "  {}  {}, until {}{}",
+            &root.fingerprint[..16],
+            root.subject,
+            time(root.not_after),
+            expired(root.not_after)
+        ))?;
+    }
+    out.line("Rotation: by whoever runs the authority")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -187,11 +249,45 @@ async fn request(cluster: &Cluster, global: &Global) -> anyhow::Result<()> {
     if authority.words() != "none" {
         return global.out.line("a rotation is under way already");
     }
+    annotate(cluster, global, REQUEST, &time(unix_now())).await
+}
+
+/// Tells the control plane to go on without those that it waits for now, and says who that is.
+async fn go_on(cluster: &Cluster, global: &Global) -> anyhow::Result<()> {
+    let authority = authority(cluster, global).await?;
+    anyhow::ensure!(
+        authority.name == SELF_SIGNED && authority.words() != "none",
+        "no rotation is under way; --force is for one that waits (`mesh ca status` shows whom for)"
+    );
+    let all = progress(cluster, global).await?;
+    let mut names: Vec<String> = authority.without.clone();
+    for said in all.values() {
+        let new = said.waiting.iter().filter(|name| !names.contains(name));
+        let new: Vec<String> = new.cloned().collect();
+        for name in &new {
+            global.out.line(format!("going on without {name}"))?;
+        }
+        names.extend(new);
+    }
+    anyhow::ensure!(
+        names.len() > authority.without.len(),
+        "nobody else is waited for (`mesh ca status` shows how far the rotation is)"
+    );
+    annotate(cluster, global, WITHOUT, &serde_json::to_string(&names)?).await
+}
+
+/// Puts an annotation on the Secret of the authority.
+async fn annotate(
+    cluster: &Cluster,
+    global: &Global,
+    name: &str,
+    value: &str,
+) -> anyhow::Result<()> {
     let path = format!(
         "/api/v1/namespaces/{}/secrets/{SELF_SIGNED}",
         global.istio_namespace
     );
-    let patch = json!({ "metadata": { "annotations": { REQUEST: time(unix_now()) } } });
+    let patch = json!({ "metadata": { "annotations": { name: value } } });
     let kind = [("content-type", "application/merge-patch+json")];
     cluster
         .request("PATCH", &path, &kind, serde_json::to_vec(&patch)?)
@@ -223,7 +319,8 @@ async fn watch(cluster: &Cluster, global: &Global, timeout: Duration) -> anyhow:
         }
         anyhow::ensure!(
             Instant::now() < end,
-            "not done within {timeout:?} ({shown}); it goes on, both roots are trusted meanwhile, and `mesh ca status` shows how far it is"
+            "not done within {timeout:?} ({shown}); it goes on, both roots are trusted meanwhile, and `mesh ca status` shows how far it is \
+             (`mesh ca rotate --force` goes on without those that are waited for)"
         );
         tokio::time::sleep(LOOK).await;
     }
@@ -235,13 +332,24 @@ struct Progress {
     connected: usize,
     done: usize,
     waiting: Vec<String>,
+    #[serde(default)]
+    more: usize,
 }
+
+/// Names in one line at most.
+const NAMED: usize = 10;
 
 impl Progress {
     fn words(&self) -> String {
         let mut text = format!("{} of {} proxies", self.done, self.connected);
         if !self.waiting.is_empty() {
-            text.push_str(&format!(", waiting for {}", self.waiting.join(", ")));
+            let named = self.waiting.iter().take(NAMED).cloned();
+            let named: Vec<String> = named.collect();
+            text.push_str(&format!(", waiting for {}", named.join(", ")));
+            let more = self.waiting.len() - named.len() + self.more;
+            if more > 0 {
+                text.push_str(&format!(" and {more} more"));
+            }
         }
         text
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
-use k8s_openapi::api::core::v1::ServiceAccount;
+use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use kube::Api;
 use kube::api::PostParams;
 use mesh_identity::spiffe::SpiffeId;
@@ -22,6 +22,7 @@ const QUESTIONS: usize = 32;
 /// Waiting for one's turn and the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
+const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 
 /// Why a caller is not let in.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,9 @@ pub(crate) enum Refusal {
     /// The account is gone.
     #[error("the service account {0} does not exist any more")]
     Gone(String),
+    /// The pod of a token is gone, or runs as somebody else.
+    #[error("the token is bound to pod {0}, which {1}")]
+    Pod(String, &'static str),
     /// The API can't be asked.
     #[error("the cluster's API can't be asked about the caller: {0}; try again")]
     Unavailable(String),
@@ -60,8 +64,8 @@ impl From<Refusal> for Status {
 pub(crate) struct Identified {
     pub(crate) identity: SpiffeId,
     pub(crate) by_certificate: bool,
-    /// The pod that the token is bound to.
-    pub(crate) pod: Option<String>,
+    /// Name and uid of the pod that the token is bound to.
+    pub(crate) pod: Option<(String, String)>,
 }
 
 impl Identified {
@@ -78,6 +82,7 @@ impl From<Identified> for Caller {
         Self {
             identity: identified.identity.to_string(),
             by_certificate: identified.by_certificate,
+            pod: identified.pod,
         }
     }
 }
@@ -251,12 +256,39 @@ impl Authenticator {
                 .map_err(|error: mesh_identity::spiffe::SpiffeError| {
                     Refusal::Token(error.to_string())
                 })?;
-        let pod = user.extra.unwrap_or_default().remove(POD_NAME);
+        let mut extra = user.extra.unwrap_or_default();
+        let mut first = |key| extra.remove(key).and_then(|all| all.into_iter().next());
+        let pod = first(POD_NAME).map(|name| (name, first(POD_UID).unwrap_or_default()));
+        if let Some((name, uid)) = &pod {
+            self.pod_runs_as(&identity, name, uid).await?;
+        }
         Ok(Identified {
             identity,
             by_certificate: false,
-            pod: pod.and_then(|names| names.into_iter().next()),
+            pod,
         })
+    }
+
+    /// The cluster confirms a bound token only while its pod is there; that the pod is still the same one, and runs under the account, is
+    /// asked here too. Where the control plane may not read pods it can't be known.
+    async fn pod_runs_as(&self, identity: &SpiffeId, name: &str, uid: &str) -> Result<(), Refusal> {
+        let shown = || format!("{}/{name}", identity.namespace);
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), &identity.namespace);
+        let pod = match api.get_opt(name).await {
+            Ok(Some(pod)) => pod,
+            Ok(None) => return Err(Refusal::Pod(shown(), "does not exist any more")),
+            Err(kube::Error::Api(status)) if status.code == 403 => return Ok(()),
+            Err(error) => return Err(Refusal::Unavailable(error.to_string())),
+        };
+        let now = pod.metadata.uid.unwrap_or_default();
+        if !uid.is_empty() && !now.is_empty() && now != uid {
+            return Err(Refusal::Pod(shown(), "is another pod of that name now"));
+        }
+        let account = pod.spec.and_then(|spec| spec.service_account_name);
+        match account.as_deref().unwrap_or("default") == identity.service_account {
+            true => Ok(()),
+            false => Err(Refusal::Pod(shown(), "runs under another service account")),
+        }
     }
 
     async fn within<T>(

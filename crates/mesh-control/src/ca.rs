@@ -1,5 +1,8 @@
-//! The certificate authority of the mesh: its key in a Secret, its roots in every namespace, its service on the secure port.
+//! The certificate authority of the mesh: its key in a Secret, or a signer elsewhere; its roots in every namespace; its service on the
+//! secure port.
 
+pub(crate) mod external;
+pub(crate) mod registration;
 pub(crate) mod roots;
 pub(crate) mod rotation;
 pub(crate) mod secret;
@@ -11,6 +14,8 @@ use mesh_identity::ca::{Authority, CaError};
 use mesh_identity::trust::TrustBundle;
 use tokio::sync::watch;
 
+use registration::Registration;
+
 /// The authority in force; none before it was read or made.
 pub(crate) type Issuing = watch::Receiver<Option<Arc<Held>>>;
 
@@ -21,14 +26,27 @@ pub(crate) enum Origin {
     SelfSigned,
     /// Brought by an operator in `cacerts`.
     PluggedIn,
+    /// A signer elsewhere; only its roots are known here.
+    External,
+}
+
+/// Who signs.
+#[derive(Debug)]
+pub(crate) enum Signer {
+    /// This process, with the authority's key.
+    Own(Box<Authority>),
+    /// Somebody else, whom this process asks.
+    Elsewhere(Registration),
 }
 
 /// An authority, and whom everybody is to trust.
 #[derive(Debug)]
 pub(crate) struct Held {
-    pub(crate) authority: Authority,
+    pub(crate) signer: Signer,
     pub(crate) origin: Origin,
-    /// All roots, first the one that what is issued now leads to: a workload sees by that whether its certificate is of the old one.
+    /// Fingerprint of the root that what is issued now leads to; of several signers elsewhere the first one's.
+    pub(crate) root: String,
+    /// All roots, that one first: a workload sees by that whether its certificate is of the old one.
     pub(crate) trusted: TrustBundle,
     /// How far a change of the root is.
     pub(crate) phase: rotation::Phase,
@@ -40,16 +58,86 @@ impl Held {
     pub(crate) fn new(authority: Authority, origin: Origin) -> Result<Self, CaError> {
         let trusted = authority.roots().with_first(authority.root());
         Ok(Self {
-            authority,
+            root: authority.root().to_owned(),
+            signer: Signer::Own(Box::new(authority)),
             origin,
             trusted,
             phase: rotation::Phase::Idle,
             requested: false,
         })
     }
+
+    /// The authority whose key is here.
+    pub(crate) fn own(&self) -> Option<&Authority> {
+        match &self.signer {
+            Signer::Own(authority) => Some(authority),
+            Signer::Elsewhere(_) => None,
+        }
+    }
+
+    /// Whether the roots were brought in the ConfigMap of the control plane's namespace, which then is not ours to correct.
+    pub(crate) fn is_from_map(&self) -> bool {
+        matches!(&self.signer, Signer::Elsewhere(elsewhere) if elsewhere.from_map)
+    }
+
+    /// Whether nothing that matters to anybody is different.
+    fn same(&self, other: &Self) -> bool {
+        let signer = match (&self.signer, &other.signer) {
+            (Signer::Own(one), Signer::Own(other)) => {
+                one.certificate_pem() == other.certificate_pem()
+            }
+            (Signer::Elsewhere(one), Signer::Elsewhere(other)) => {
+                one.roots == other.roots && one.from_map == other.from_map
+            }
+            _ => false,
+        };
+        signer
+            && self.trusted == other.trusted
+            && self.origin == other.origin
+            && self.phase == other.phase
+            && self.requested == other.requested
+    }
+
+    /// Whether whoever has a certificate of now is still trusted by those who trust `next`.
+    fn is_continued_by(&self, next: &Self) -> bool {
+        let after = next.trusted.fingerprints();
+        match self.origin {
+            // Which of several signers' roots are in use is not known here.
+            Origin::External => self
+                .trusted
+                .fingerprints()
+                .iter()
+                .any(|root| after.contains(root)),
+            _ => after.contains(&self.root),
+        }
+    }
 }
 
 /// Waits for the authority.
 pub(crate) async fn held(issuing: &mut Issuing) -> Option<Arc<Held>> {
     issuing.wait_for(Option::is_some).await.ok()?.clone()
+}
+
+/// Puts an authority in force, if it is another than the present one.
+fn put(issuing: &watch::Sender<Option<Arc<Held>>>, metrics: &crate::metrics::Metrics, held: Held) {
+    let seconds = |time: u64| i64::try_from(time).unwrap_or(i64::MAX);
+    let roots = mesh_identity::trust::describe(held.trusted.pem()).unwrap_or_default();
+    let root_end = roots.iter().map(|root| root.not_after).min().unwrap_or(0);
+    metrics.citadel.root_expiry.set(seconds(root_end));
+    if let Some(own) = held.own() {
+        metrics.citadel.chain_expiry.set(seconds(own.not_after()));
+    }
+    issuing.send_if_modified(|present| {
+        let same = present.as_ref().is_some_and(|present| present.same(&held));
+        if !same {
+            tracing::info!(
+                origin = ?held.origin,
+                root = held.root,
+                trusted = held.trusted.fingerprints().len(),
+                "certificate authority in force"
+            );
+            *present = Some(Arc::new(held));
+        }
+        !same
+    });
 }

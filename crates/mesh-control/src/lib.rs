@@ -15,6 +15,7 @@ mod jwks;
 mod leader;
 mod metrics;
 mod nodes;
+mod plain;
 mod publish;
 mod refusals;
 mod secrets;
@@ -34,6 +35,7 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
+pub use ca::registration::{External, ExternalError};
 pub use ca::service::Lifetimes;
 pub use jwks::{Range, RangeError};
 
@@ -50,7 +52,8 @@ pub struct Options {
     pub revision: String,
     /// Shown by `/version` and to proxies.
     pub version: String,
-    /// Discovery in plain text, without authentication and without secrets; none switches it off. Default `0.0.0.0:15010`.
+    /// Discovery in plain text, without authentication and without secrets, for few clients at a time; none switches it off. Default
+    /// `0.0.0.0:15010`.
     pub grpc: Option<SocketAddr>,
     /// Discovery and certificates over TLS. Default `0.0.0.0:15012`.
     pub secure_grpc: SocketAddr,
@@ -62,6 +65,8 @@ pub struct Options {
     pub http: SocketAddr,
     /// Validity of workloads' certificates.
     pub lifetimes: Lifetimes,
+    /// A signer that signs in place of the mesh's own authority (`EXTERNAL_CA`). Default: none.
+    pub external: Option<External>,
     /// Audiences of service account tokens that are accepted (`TOKEN_AUDIENCES`). Default: `istio-ca`.
     pub token_audiences: Vec<String>,
     /// Where keys of token issuers are never fetched from (`BLOCKED_CIDRS_IN_JWKS_URIS`), beside loopback, link-local and clouds' metadata addresses.
@@ -104,6 +109,7 @@ impl Options {
             monitoring: any(15014),
             http: any(8080),
             lifetimes: Lifetimes::default(),
+            external: None,
             token_audiences: vec!["istio-ca".to_owned()],
             blocked_key_ranges: Vec::new(),
             xds_auth: true,
@@ -283,7 +289,7 @@ impl Control {
                 watch::run(options.client.clone(), kind, changes.clone()),
             ));
         }
-        let keys = jwks::Fetcher::new(&options.blocked_key_ranges);
+        let keys = jwks::Keys::new(&options);
         tasks.spawn(ended(
             "the keys of token issuers",
             jwks::keep(published.clone(), changes, keys.clone()),
@@ -336,11 +342,16 @@ impl Control {
             "{{\"Component\":\"istiod\",\"Info\":{{\"version\":\"{}\"}}}}",
             options.version
         );
-        let ads = mesh_xds::AdsServer::new(nodes, &identifier, mesh_xds::Limits::default());
+        let limits = mesh_xds::Limits::default();
+        let ads = mesh_xds::AdsServer::new(nodes.clone(), &identifier, limits);
+        // Whoever may talk to the plain port must not be able to take the places of those who have proven who they are.
+        let plain = mesh_xds::AdsServer::new(nodes, &identifier, plain::limits());
         let (stop, stopped) = tokio::sync::watch::channel(false);
         let mut servers = JoinSet::new();
         if let Some(listener) = self.grpc {
-            servers.spawn(ads.clone().serve(listener, until(stopped.clone())));
+            let incoming = plain::connections(listener, Arc::clone(&metrics));
+            let router = plain.router();
+            servers.spawn(router.serve_with_incoming_shutdown(incoming, until(stopped.clone())));
         }
         let service = ca::service::Service {
             issuing,
@@ -368,6 +379,7 @@ impl Control {
         }
         stop.send_replace(true);
         ads.close();
+        plain.close();
         tasks.abort_all();
         let grace = std::time::Duration::from_secs(2);
         let _ = tokio::time::timeout(grace, leader::resign(&options, &identity, &leader)).await;
@@ -386,10 +398,17 @@ fn authority(
     shared: &Arc<publish::Shared>,
 ) -> ca::Issuing {
     let (put, issuing) = tokio::sync::watch::channel(None);
-    tasks.spawn(ended(
-        "the certificate authority",
-        ca::secret::keep(Arc::clone(options), Arc::clone(metrics), put),
-    ));
+    const WHAT: &str = "the certificate authority";
+    let (own, metrics) = (Arc::clone(options), Arc::clone(metrics));
+    match options.external.clone() {
+        Some(external) => {
+            let keep = ca::external::keep(own, external, Arc::clone(shared), metrics, put);
+            tasks.spawn(ended(WHAT, keep));
+        }
+        None => {
+            tasks.spawn(ended(WHAT, ca::secret::keep(own, metrics, put)));
+        }
+    }
     tasks.spawn(ended(
         "the roots in the namespaces",
         ca::roots::keep(Arc::clone(options), Arc::clone(shared), issuing.clone()),

@@ -252,6 +252,7 @@ pub(crate) struct Citadel {
     errors: Family<Labels, Gauge>,
     pub(crate) issued: Gauge,
     pub(crate) load_failures: Gauge,
+    pub(crate) restored: Gauge,
     pub(crate) root_expiry: Gauge,
     pub(crate) chain_expiry: Gauge,
 }
@@ -299,6 +300,12 @@ impl Citadel {
             "citadel_server_cert_load_failure_count",
             "Times that the authority's Secret could not be used",
             &self.load_failures,
+        );
+        add(
+            registry,
+            "citadel_server_secret_restored_count",
+            "Times that the authority's Secret was deleted and written again",
+            &self.restored,
         );
         add(
             registry,

@@ -25,7 +25,7 @@ use tonic::{Extensions, Status};
 use crate::Options;
 use crate::auth::{Authenticator, Refusal};
 use crate::ca::Held;
-use crate::ca::rotation::{self, Progress};
+use crate::ca::rotation::waiting::{self, Said};
 use crate::metrics::{Connected, Metrics};
 use crate::publish::{Newest, Published};
 use crate::refusals::{self, Board};
@@ -52,6 +52,8 @@ pub(crate) struct Nodes {
     secrets: Secrets,
     /// Translations at a time: as many as there are processors, so that the others find the newest mesh when their turn comes.
     turns: Arc<Semaphore>,
+    /// Those of whom nobody knows who they are have one turn among them: they must not keep the others waiting.
+    unproven_turns: Arc<Semaphore>,
 }
 
 /// One stream of one proxy.
@@ -60,6 +62,8 @@ struct Entry {
     node: mesh_model::Node,
     /// Who that is, where it could be proven: what is secret is for these alone.
     identity: Option<SpiffeId>,
+    /// Name and uid of the pod that its token is bound to.
+    pod: Option<(String, String)>,
     peer: Option<SocketAddr>,
     connected: jiff::Timestamp,
     state: Mutex<EntryState>,
@@ -179,6 +183,7 @@ impl Nodes {
             gate,
             secrets,
             turns: Arc::new(Semaphore::new(processors)),
+            unproven_turns: Arc::new(Semaphore::new(1)),
         }
     }
 
@@ -280,17 +285,19 @@ impl Nodes {
         Some(json!({ "proxy": proxy, "configs": configs }))
     }
 
-    /// How far the authenticated proxies are with a change of the root.
-    pub(crate) fn trust_progress(&self, held: &Held) -> Progress {
-        let entries = self.entries();
-        let known = entries.iter().filter(|entry| entry.identity.is_some());
-        let nodes = known.map(|entry| {
-            let done = rotation::is_done(held.phase, &entry.node.metadata[TRUST], held);
-            (proxy_id(&entry.node), done)
-        });
-        // A proxy that connected anew may still stand there with its stream of before: the newer one counts.
-        let nodes: BTreeMap<String, bool> = nodes.collect();
-        rotation::progress(held, nodes.into_iter())
+    /// How far the authenticated proxies say they are with a change of the root, the oldest stream first.
+    pub(crate) fn trust_said(&self, held: &Held) -> Vec<Said> {
+        let said = |entry: Arc<Entry>| {
+            let identity = entry.identity.clone()?;
+            Some(Said {
+                done: waiting::is_done(held.phase, &entry.node.metadata[TRUST], held),
+                identity,
+                claims: entry.node.name.clone(),
+                bound: entry.pod.clone(),
+                address: entry.peer.map(|peer| peer.ip().to_canonical()),
+            })
+        };
+        self.entries().into_iter().filter_map(said).collect()
     }
 
     fn entries(&self) -> Vec<Arc<Entry>> {
@@ -346,7 +353,7 @@ impl NodeSource for Nodes {
         node: mesh_xds::Node,
         peer: Option<SocketAddr>,
     ) -> Result<Connection, Status> {
-        Ok(self.open(read_node(node)?, peer, None))
+        Ok(self.open(read_node(node)?, peer, None, None))
     }
 
     fn connect_as(
@@ -374,7 +381,18 @@ impl NodeSource for Nodes {
             self.metrics.xds_refused("identity");
             return Err(Status::permission_denied(text));
         }
-        Ok(self.open(node, peer, Some(identity)))
+        // What the token says of its pod was confirmed by the cluster; what the node says is only said.
+        let other = caller.pod.as_ref().filter(|(pod, _)| *pod != node.name);
+        if let Some((pod, _)) = other.filter(|_| self.gate.check_node) {
+            let text = format!(
+                "the node {} says that it is pod {}, its token is bound to pod {pod}",
+                node.id, node.name
+            );
+            tracing::warn!(?peer, "discovery stream refused: {text}");
+            self.metrics.xds_refused("pod");
+            return Err(Status::permission_denied(text));
+        }
+        Ok(self.open(node, peer, Some(identity), caller.pod))
     }
 }
 
@@ -392,6 +410,7 @@ impl Nodes {
         node: mesh_model::Node,
         peer: Option<SocketAddr>,
         identity: Option<SpiffeId>,
+        pod: Option<(String, String)>,
     ) -> Connection {
         let shown = identity.as_ref().map(ToString::to_string);
         tracing::info!(node = node.id, ?peer, identity = shown, "proxy connected");
@@ -400,17 +419,22 @@ impl Nodes {
             number,
             node,
             identity,
+            pod,
             peer,
             connected: jiff::Timestamp::now(),
             state: Mutex::default(),
         });
         lock(&self.table).insert(number, Arc::clone(&entry));
         let (sender, sets) = watch::channel(None);
+        let turns = match entry.identity {
+            Some(_) => &self.turns,
+            None => &self.unproven_turns,
+        };
         tokio::spawn(feed(
             self.newest.clone(),
             Arc::clone(&entry),
             sender,
-            Arc::clone(&self.turns),
+            Arc::clone(turns),
             self.refusals.clone(),
             self.secrets.clone(),
         ));

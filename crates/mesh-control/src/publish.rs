@@ -125,7 +125,7 @@ impl Publisher {
 
     /// Publishes until all watches are gone. Nothing is published before `kinds` kinds have been listed: a mesh without its
     /// rules would send traffic where nobody wants it.
-    pub(crate) async fn run(self, kinds: usize, keys: jwks::Fetcher) {
+    pub(crate) async fn run(self, kinds: usize, keys: jwks::Keys) {
         let Self {
             mut table,
             sender,

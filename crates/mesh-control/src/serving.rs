@@ -15,11 +15,15 @@ use mesh_xds::backoff::Backoff;
 use serde_json::{Value, json};
 
 use crate::Options;
-use crate::ca::{Held, Issuing, held};
+use crate::ca::registration::SignError;
+use crate::ca::{Held, Issuing, Signer, held};
 
 const LEAF_LIFETIME: u64 = 90 * 86_400;
 /// The certificate is made anew at this age.
 const RENEW: Duration = Duration::from_secs(30 * 86_400);
+
+/// Shortest time from one certificate to the next, however short they are valid.
+const SHORTEST: Duration = Duration::from_secs(30);
 
 /// The TLS configurations of our servers; empty until there is a certificate. Clones share them.
 #[derive(Clone, Default)]
@@ -54,6 +58,8 @@ enum ServingError {
     Tls(#[from] mesh_identity::tls::TlsError),
     #[error(transparent)]
     Channel(#[from] mesh_identity::channel::ChannelError),
+    #[error(transparent)]
+    Signer(#[from] SignError),
 }
 
 /// Keeps the certificate and the webhook configurations right, for ever: with each change of the authority, and in time.
@@ -64,10 +70,13 @@ pub(crate) async fn keep(options: Arc<Options>, certificate: Certificate, mut is
             return;
         };
         issuing.mark_unchanged();
-        match serve_with(&options, &certificate, &held) {
-            Ok(()) => {
+        match serve_with(&options, &certificate, &held).await {
+            Ok(end) => {
+                // A signer elsewhere may give less than was asked for.
+                let left = Duration::from_secs(end.saturating_sub(now()));
+                let renewal = RENEW.min(left / 2).max(SHORTEST);
                 tokio::select! {
-                    () = tokio::time::sleep(RENEW) => {}
+                    () = tokio::time::sleep(renewal) => {}
                     changed = issuing.changed() => if changed.is_err() { return },
                     // Ends early only when telling failed: then it starts anew, after a moment.
                     error = tell_callers(&options, held.trusted.pem()) => {
@@ -84,12 +93,12 @@ pub(crate) async fn keep(options: Arc<Options>, certificate: Certificate, mut is
     }
 }
 
-/// Makes a certificate and serves with it.
-fn serve_with(
+/// Makes a certificate, or has one made, and serves with it. Gives the end of its validity.
+async fn serve_with(
     options: &Options,
     certificate: &Certificate,
     held: &Held,
-) -> Result<(), ServingError> {
+) -> Result<u64, ServingError> {
     let (service, namespace) = (&options.service, &options.namespace);
     let names = [
         format!("{service}.{namespace}.svc"),
@@ -101,14 +110,19 @@ fn serve_with(
         "localhost".to_owned(),
     ];
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let leaf = held
-        .authority
-        .issue_server(&names, &[], now(), LEAF_LIFETIME)?;
+    let (leaf, end) = match &held.signer {
+        Signer::Own(own) => {
+            let now = now();
+            let leaf = own.issue_server(&names, &[], now, LEAF_LIFETIME)?;
+            (leaf, own.not_after().min(now + LEAF_LIFETIME))
+        }
+        Signer::Elsewhere(elsewhere) => elsewhere.server(&names, LEAF_LIFETIME).await?,
+    };
     certificate.0.store(Some(Arc::new(Configs {
         webhooks: mesh_identity::tls::server_config(&leaf, &["h2", "http/1.1"])?,
         channel: mesh_identity::channel::server(&leaf, &held.trusted)?,
     })));
-    Ok(())
+    Ok(end)
 }
 
 /// Keeps the authority's certificate in the webhook configurations that call us, whoever changes them, and makes validation

@@ -173,6 +173,9 @@ impl Table {
                 AnyObject::PeerAuthentication(_) => {
                     "until it can be, mutual TLS is STRICT for all that it selects"
                 }
+                AnyObject::RequestAuthentication(_) => {
+                    "until it can be, every token is refused by all that it selects"
+                }
                 _ => "until it can be, everything that it selects is refused",
             };
             return (effect, self.objects.upsert(object));
@@ -358,11 +361,32 @@ mod tests {
             found.spec.selector.is_some() && told.contains("STRICT"),
             "{told}"
         );
+        let bad = json!({ "selector": { "matchLabels": { "app": "a" } }, "typo": 1, "jwtRules": [
+            { "issuer": "i", "jwksUri": "https://i/keys", "fromHeaders": [{ "name": "x-token" }], "fromParams": 7, "audience": "typo" }, 5,
+        ] });
+        let (found, told) = see(&mut table, "RequestAuthentication", bad);
+        let Some(AnyObject::RequestAuthentication(found)) = found else {
+            panic!("no stand-in");
+        };
+        assert!(
+            found.spec.selector.is_some() && told.contains("every token is refused"),
+            "{told}"
+        );
+        let [first, second] = &found.spec.jwt_rules[..] else {
+            panic!("{:?}", found.spec.jwt_rules);
+        };
+        assert_eq!(
+            (first.issuer.as_str(), first.from_headers[0].name.as_str()),
+            ("i", "x-token")
+        );
+        assert_eq!(second.issuer, "unreadable.invalid");
+        for rule in [first, second] {
+            assert!(rule.jwks_uri.is_empty() && rule.jwks.contains("keys"));
+        }
         // Those that refuse nothing, or that have no such meaning, have no effect, and say so.
         let audit = json!({ "action": "AUDIT", "typo": 1 });
         for (kind, bad) in [
             ("AuthorizationPolicy", audit),
-            ("RequestAuthentication", json!({ "typo": 1 })),
             ("VirtualService", json!({ "typo": 1 })),
         ] {
             let (found, told) = see(&mut table, kind, bad);

@@ -173,6 +173,9 @@ impl Webhook {
     }
 }
 
+#[cfg(test)]
+mod messages;
+
 /// Parses and checks an Istio object.
 fn judge(object: &Value) -> Verdict {
     let parsed = match mesh_api::parse(object) {
@@ -189,6 +192,14 @@ fn judge(object: &Value) -> Verdict {
             mesh_api::Severity::Error => errors.push(text),
             mesh_api::Severity::Warning => warnings.push(text),
         }
+    }
+    if let mesh_api::AnyObject::EnvoyFilter(filter) = &parsed {
+        let unreadable = mesh_model::unreadable_patches(&filter.spec);
+        errors.extend(
+            unreadable
+                .iter()
+                .map(|(field, message)| format!("{field}: {message}")),
+        );
     }
     if errors.is_empty() {
         return Verdict::Allowed { warnings };

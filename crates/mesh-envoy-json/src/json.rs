@@ -11,6 +11,7 @@ use prost_reflect::{
 use serde_json::{Map, Value};
 
 use crate::descriptors::Descriptors;
+use crate::locate;
 
 pub(crate) const ANY: &str = "google.protobuf.Any";
 pub(crate) const DURATION: &str = "google.protobuf.Duration";
@@ -43,6 +44,14 @@ pub enum JsonError {
     /// The JSON does not fit the type.
     #[error("reading a {0} from JSON: {1}")]
     Deserialize(String, serde_json::Error),
+    /// A part of the JSON does not fit: the way to it (empty for the whole), and why.
+    #[error("{}{message}", if .path.is_empty() { String::new() } else { format!("{path}: ") })]
+    Field {
+        /// Names of fields with dots, places in lists in brackets.
+        path: String,
+        /// What is wrong, and what would be right.
+        message: String,
+    },
 }
 
 /// The JSON form of an encoded message. An `Any` of unknown type inside is shown as `{"@type": …, "value": base64}`.
@@ -96,8 +105,14 @@ pub fn from_json(type_url: &str, value: &Value) -> Result<Vec<u8>, JsonError> {
     let mut value = value.clone();
     convert_durations(&descriptor, &mut value);
     let options = DeserializeOptions::new().deny_unknown_fields(true);
-    let message = DynamicMessage::deserialize_with_options(descriptor, value, &options)
-        .map_err(|error| JsonError::Deserialize(name, error))?;
+    let message = DynamicMessage::deserialize_with_options(descriptor.clone(), &value, &options)
+        .map_err(|error| match locate::fault(&descriptor, &value) {
+            Some(fault) => JsonError::Field {
+                path: fault.path,
+                message: fault.message,
+            },
+            None => JsonError::Deserialize(name, error),
+        })?;
     Ok(message.encode_to_vec())
 }
 

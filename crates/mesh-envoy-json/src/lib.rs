@@ -10,6 +10,7 @@
 
 mod descriptors;
 mod json;
+mod locate;
 mod merge;
 mod order;
 

@@ -338,7 +338,7 @@ fn authority_params(
 }
 
 /// The certificates from the issuing one up to the one below the root, and the root's fingerprint.
-fn chain(
+pub(crate) fn chain(
     own: &[u8],
     given: &[Vec<u8>],
     roots: &TrustBundle,

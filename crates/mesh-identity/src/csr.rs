@@ -4,7 +4,8 @@
 //! that asks for anything else than that is refused as a whole, so that an attempt is seen.
 
 use rcgen::SubjectPublicKeyInfo;
-use x509_parser::certification_request::X509CertificationRequest;
+use x509_parser::certification_request::{X509CertificationRequest, X509CertificationRequestInfo};
+use x509_parser::cri_attributes::ParsedCriAttribute;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey;
@@ -51,6 +52,11 @@ pub enum CsrError {
     /// A certificate that could itself issue others.
     #[error("the certificate request asks for a certificate authority")]
     Authority,
+    /// A subject, which a signer elsewhere would certify as it is.
+    #[error(
+        "the certificate request names the subject {0:?}; leave the subject empty: the name is the SPIFFE id"
+    )]
+    Subject(String),
     /// An extension that no workload needs.
     #[error("the certificate request asks for the extension {0}, which no workload gets")]
     Extension(String),
@@ -68,6 +74,8 @@ impl CsrError {
 #[derive(Debug)]
 pub struct CertificateRequest {
     pub(crate) key: SubjectPublicKeyInfo,
+    /// The same, DER.
+    pub(crate) key_der: Vec<u8>,
 }
 
 /// Checks a request of a caller who may be called by any of `identities` (its own, and the same in other names of the trust domain);
@@ -76,6 +84,99 @@ pub struct CertificateRequest {
 /// # Errors
 /// See [`CsrError`].
 pub fn check(pem: &str, identities: &[SpiffeId]) -> Result<CertificateRequest, CsrError> {
+    let block = block(pem)?;
+    let request = request(&block)?;
+    // The key comes first: a weak one is named as such, not as a signature that can't be checked.
+    let info = &request.certification_request_info;
+    let key = key(info.subject_pki.raw, &info.subject_pki)?;
+    request
+        .verify_signature()
+        .map_err(|_| CsrError::Signature)?;
+    for extension in request.requested_extensions().into_iter().flatten() {
+        allowed(extension, identities)?;
+    }
+    Ok(CertificateRequest {
+        key,
+        key_der: info.subject_pki.raw.to_vec(),
+    })
+}
+
+/// As [`check`], for a request that a signer elsewhere will read: it must ask for one of the names, and hold nothing that a signer could
+/// take for more. A signer takes the subject as it is, and software differs in which of two attributes it reads.
+///
+/// # Errors
+/// See [`CsrError`].
+pub fn check_for_signer(
+    pem: &str,
+    identities: &[SpiffeId],
+) -> Result<CertificateRequest, CsrError> {
+    let checked = check(pem, identities)?;
+    let block = block(pem)?;
+    let request = request(&block)?;
+    let info = &request.certification_request_info;
+    for attribute in info.subject.iter_attributes() {
+        // Istio's agents send an organization without a name.
+        if !attribute.attr_value().data.is_empty() {
+            return Err(CsrError::Subject(shown(&info.subject.to_string())));
+        }
+    }
+    let mut requests = 0;
+    for attribute in info.iter_attributes() {
+        match attribute.parsed_attribute() {
+            ParsedCriAttribute::ExtensionRequest(_) => requests += 1,
+            _ => {
+                let text = format!("as attribute {}", attribute.oid.to_id_string());
+                return Err(CsrError::Extension(text));
+            }
+        }
+    }
+    let is_name = |extension: &&ParsedExtension<'_>| matches!(extension, ParsedExtension::SubjectAlternativeName(names) if names.general_names.len() == 1);
+    let extensions = request.requested_extensions().into_iter().flatten();
+    let named = extensions.filter(is_name).count();
+    let extensions = request.requested_extensions().into_iter().flatten().count();
+    let distinct = request_oids(info);
+    if requests != 1 || named != 1 || distinct != extensions {
+        let caller = identities.first().map(ToString::to_string);
+        return Err(CsrError::Name {
+            asked: "(none, or several times)".to_owned(),
+            caller: caller.unwrap_or_default(),
+        });
+    }
+    Ok(checked)
+}
+
+/// How many different extensions are asked for.
+fn request_oids(info: &X509CertificationRequestInfo<'_>) -> usize {
+    let mut oids = std::collections::BTreeSet::new();
+    for attribute in info.iter_attributes() {
+        if let ParsedCriAttribute::ExtensionRequest(asked) = attribute.parsed_attribute() {
+            let names = asked.extensions.iter();
+            oids.extend(names.map(|extension| extension.oid.to_id_string()));
+        }
+    }
+    oids.len()
+}
+
+/// Reads a request of anybody for anything, as a Kubernetes API takes it: one PEM block with a good signature. Gives the organizations
+/// of its subject, which are groups where a signer certifies users.
+///
+/// # Errors
+/// [`CsrError::TooLarge`], [`CsrError::Malformed`], [`CsrError::Signature`].
+pub fn organizations(pem: &str) -> Result<Vec<String>, CsrError> {
+    let block = block(pem)?;
+    let request = request(&block)?;
+    request
+        .verify_signature()
+        .map_err(|_| CsrError::Signature)?;
+    let subject = &request.certification_request_info.subject;
+    let organizations = subject.iter_organization();
+    Ok(organizations
+        .map(|name| String::from_utf8_lossy(name.attr_value().data).into_owned())
+        .collect())
+}
+
+/// The one PEM block of a request.
+fn block(pem: &str) -> Result<x509_parser::pem::Pem, CsrError> {
     if pem.len() > MAX_REQUEST_BYTES {
         return Err(CsrError::TooLarge(pem.len()));
     }
@@ -92,21 +193,18 @@ pub fn check(pem: &str, identities: &[SpiffeId]) -> Result<CertificateRequest, C
     ) {
         return Err(malformed("it is a PEM block of another kind"));
     }
+    Ok(block)
+}
+
+fn request(block: &x509_parser::pem::Pem) -> Result<X509CertificationRequest<'_>, CsrError> {
     let (rest, request) = X509CertificationRequest::from_der(&block.contents)
         .map_err(|error| CsrError::Malformed(error.to_string()))?;
     if !rest.is_empty() {
-        return Err(malformed("there are bytes after its end"));
+        return Err(CsrError::Malformed(
+            "there are bytes after its end".to_owned(),
+        ));
     }
-    // The key comes first: a weak one is named as such, not as a signature that can't be checked.
-    let info = &request.certification_request_info;
-    let key = key(info.subject_pki.raw, &info.subject_pki)?;
-    request
-        .verify_signature()
-        .map_err(|_| CsrError::Signature)?;
-    for extension in request.requested_extensions().into_iter().flatten() {
-        allowed(extension, identities)?;
-    }
-    Ok(CertificateRequest { key })
+    Ok(request)
 }
 
 /// Makes a key (ECDSA P-256) and a request for `identity` with it: what a workload sends. Gives the request and the key, both PEM.
@@ -118,6 +216,19 @@ pub fn make(identity: &SpiffeId) -> Result<(String, String), rcgen::Error> {
     let mut params = rcgen::CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.subject_alt_names = vec![rcgen::SanType::URI(identity.to_string().try_into()?)];
+    let request = params.serialize_request(&key)?.pem()?;
+    Ok((request, key.serialize_pem()))
+}
+
+/// Makes a key (ECDSA P-256) and a request for a server of these names with it. Gives the request and the key, both PEM.
+///
+/// # Errors
+/// A name that can't stand in a certificate, or no random numbers.
+pub fn make_server(dns_names: &[&str]) -> Result<(String, String), rcgen::Error> {
+    let key = rcgen::KeyPair::generate()?;
+    let names: Vec<String> = dns_names.iter().map(|name| (*name).to_owned()).collect();
+    let mut params = rcgen::CertificateParams::new(names)?;
+    params.distinguished_name = rcgen::DistinguishedName::new();
     let request = params.serialize_request(&key)?.pem()?;
     Ok((request, key.serialize_pem()))
 }

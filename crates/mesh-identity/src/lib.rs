@@ -3,12 +3,13 @@
 //! In: keys and certificates as PEM text, identities, and the current time as an argument. Out: certificates, tokens, verdicts,
 //! `rustls` configurations. Never: IO, a clock, the environment, a thread; keys are never written anywhere from here.
 //!
-//! Start here: [`ca::Authority`] issues certificates for what [`csr::check`] found good, [`trust::TrustBundle`] holds roots, [`token::TokenKeys`] issues and checks service account tokens,
+//! Start here: [`ca::Authority`] issues certificates for what [`csr::check`] found good, [`issued`] judges those of authorities elsewhere, [`trust::TrustBundle`] holds roots, [`token::TokenKeys`] issues and checks service account tokens,
 //! [`spiffe::SpiffeId`] names a workload, [`tls`] turns PEM into rustls configurations.
 
 pub mod ca;
 pub mod channel;
 pub mod csr;
+pub mod issued;
 pub mod jwt;
 pub mod spiffe;
 pub mod tls;

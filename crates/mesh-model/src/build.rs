@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 use mesh_api::{AnyObject, Meta};
 
+pub use envoy_filters::unreadable_patches;
+
 use crate::mesh::DOMAIN;
 use crate::problem::Reporter;
 use crate::{Mesh, ObjectKey, Objects, Problem, Severity};

@@ -19,6 +19,7 @@ mod rules;
 mod service;
 mod visibility;
 
+pub use build::unreadable_patches;
 pub use mesh::Mesh;
 pub use node::{Node, NodeError, NodeKind};
 pub use objects::{Item, ObjectKey, Objects};

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use http::header::{HOST, ORIGIN};
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
+use mesh_routing::listener::Direction;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 
@@ -34,7 +35,7 @@ const PAGES: &[(&str, bool, &str)] = &[
     (
         "/drain_listeners",
         true,
-        "close connections gracefully and report not ready",
+        "close listeners and report not ready (?inboundonly; ?graceful ends connections first, for the drain time; ?skip_exit)",
     ),
     ("/healthcheck/fail", true, "report not ready"),
     ("/healthcheck/ok", true, "report ready again"),
@@ -85,8 +86,43 @@ pub async fn handle(
     }
     match path {
         "/config_dump" => config_dump(shared, parameter(query, "include_eds").is_some()).await,
+        "/drain_listeners" => drain_listeners(&shared, query),
         _ => page(&shared, &quit, path, query),
     }
+}
+
+/// Envoy's drain: listeners are closed at once and connections left alone; with `graceful` connections are asked to end, and listeners are
+/// closed when the drain time is over, or not at all (`skip_exit`). A second graceful drain changes nothing.
+fn drain_listeners(shared: &Arc<Shared>, query: &str) -> Answer {
+    let asks = |name| parameter(query, name).is_some();
+    let inbound_only = asks("inboundonly");
+    if !asks("graceful") {
+        if asks("skip_exit") {
+            let text = "skip_exit needs graceful: POST /drain_listeners?graceful&skip_exit\n";
+            return Answer::status(StatusCode::BAD_REQUEST, text);
+        }
+        shared.stop_listeners(inbound_only);
+        return Answer::text("OK\n");
+    }
+    let under_way = match inbound_only {
+        true => shared.is_draining(Direction::Inbound),
+        false => shared.is_draining(Direction::Outbound),
+    };
+    if under_way {
+        return Answer::text("OK\n");
+    }
+    match inbound_only {
+        true => shared.drain_inbound(),
+        false => shared.drain(),
+    }
+    if !asks("skip_exit") {
+        let shared = shared.clone();
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(shared.options.drain).await;
+            shared.stop_listeners(inbound_only);
+        });
+    }
+    Answer::text("OK\n")
 }
 
 /// On a thread of its own: what it needs (the descriptors of all messages above all) goes back to the system when that ends.
@@ -124,10 +160,6 @@ fn page(shared: &Shared, quit: &watch::Sender<bool>, path: &str, query: &str) ->
         "/listeners" => Answer::text(dump::listeners_text(shared)),
         "/healthcheck/fail" => set(&shared.failing, true),
         "/healthcheck/ok" => set(&shared.failing, false),
-        "/drain_listeners" => {
-            shared.drain();
-            Answer::text("OK\n")
-        }
         "/quitquitquit" => {
             quit.send_replace(true);
             Answer::text("OK\n")
@@ -227,7 +259,7 @@ fn logging(query: &str) -> Answer {
 
 fn state(shared: &Shared) -> &'static str {
     match () {
-        () if shared.draining.load(Ordering::Acquire) => "DRAINING",
+        () if shared.is_leaving() => "DRAINING",
         () if shared.is_ready() => "LIVE",
         () if shared.configured.load(Ordering::Acquire) => "INITIALIZING",
         () => "PRE_INITIALIZING",

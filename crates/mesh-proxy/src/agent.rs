@@ -13,6 +13,7 @@ use mesh_telemetry::istio::{CONTENT_TYPE, expose};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
+use crate::filter::stats;
 use crate::serve::Answer;
 use crate::shared::Shared;
 
@@ -22,6 +23,9 @@ pub(crate) mod probes;
 const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Largest answer of an application that is passed on, in bytes.
 const LARGEST_SCRAPE: usize = 16 << 20;
+
+/// The last line of OpenMetrics.
+const END: &str = "# EOF\n";
 
 /// `/healthz/ready` (also for the health port).
 pub fn ready(shared: &Shared) -> Answer {
@@ -34,7 +38,7 @@ pub fn ready(shared: &Shared) -> Answer {
 fn not_ready(shared: &Shared) -> String {
     use std::sync::atomic::Ordering::Acquire;
     let reason = match () {
-        () if shared.draining.load(Acquire) => "draining",
+        () if shared.is_leaving() => "draining",
         () if shared.failing.load(Acquire) => "health was failed by POST /healthcheck/fail",
         () if !shared.configured.load(Acquire) => {
             "no configuration yet: waiting for the control plane"
@@ -51,8 +55,17 @@ fn not_ready(shared: &Shared) -> String {
 pub fn metrics(shared: &Shared) -> Answer {
     Answer {
         content_type: CONTENT_TYPE,
-        ..Answer::text(expose(&shared.registry))
+        ..Answer::text(exposed(shared))
     }
+}
+
+/// The registry's metrics and the statistics of filters.
+fn exposed(shared: &Shared) -> String {
+    let mut text = expose(&shared.registry);
+    text.truncate(text.strip_suffix(END).map_or(text.len(), str::len));
+    stats::expose(&shared.counters.stats.values(), &mut text);
+    text.push_str(END);
+    text
 }
 
 /// The health port.
@@ -114,9 +127,9 @@ async fn merged(shared: &Shared) -> Answer {
         }
     };
     // OpenMetrics ends with a marker; what comes together of two sources is in the older format.
-    let ours = expose(&shared.registry);
-    let ours = ours.strip_suffix("# EOF\n").unwrap_or(&ours);
-    let theirs = theirs.strip_suffix("# EOF\n").unwrap_or(&theirs);
+    let ours = exposed(shared);
+    let ours = ours.strip_suffix(END).unwrap_or(&ours);
+    let theirs = theirs.strip_suffix(END).unwrap_or(&theirs);
     Answer {
         content_type: "text/plain; version=0.0.4; charset=utf-8",
         ..Answer::text(format!("{ours}{theirs}"))

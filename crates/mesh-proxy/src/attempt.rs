@@ -71,8 +71,17 @@ pub struct Outcome {
     pub flags: Flags,
     /// Tries made.
     pub attempts: u32,
+    /// Times that it was sent again because a connection was closed while it was idle; they are told, but take nothing from the policy.
+    pub repeats: u32,
     /// Why the last connection was not made (TLS), in Envoy's words.
     pub transport_failure: Option<Box<str>>,
+}
+
+impl Outcome {
+    /// How often the request was sent, or was to be, as endpoint and client are told.
+    pub fn sendings(&self) -> u32 {
+        self.attempts + self.repeats
+    }
 }
 
 /// Why there is no response.
@@ -259,6 +268,7 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
         peer: None,
         flags: Flags::NONE,
         attempts: 0,
+        repeats: 0,
         transport_failure: None,
     };
     let mut fresh = false;
@@ -270,7 +280,7 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
             break;
         };
         outcome.peer = Some(host.peer.clone());
-        dress(plan, &mut request, &host, outcome.attempts);
+        dress(plan, &mut request, &host, outcome.sendings());
         let unwanted = match once(plan, request, &host, fresh).await {
             Try::Done(done, spare) => match unwanted_response(plan, done, spare) {
                 Ok(done) => {
@@ -291,6 +301,7 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
             Try::Stale(spare) => {
                 (request, fresh) = (spare.into_request(plan), true);
                 outcome.attempts -= 1;
+                outcome.repeats += 1;
                 continue;
             }
             Try::Unsent(whole, failure) => unwanted_loss(failure, Some(Again::Whole(whole))),
@@ -535,7 +546,10 @@ async fn once(
     };
     let stale = lease.suspect && !fresh && is_idempotent(request.method()) && !has_body(&request);
     let mut spare = (plan.repeats_sent || stale).then(|| Spare::of(&request));
-    address_head(&mut request, plan.version);
+    if !address_head(&mut request, plan.version) {
+        // Nothing that any endpoint would take.
+        return Try::Lost(None, Failure::Protocol);
+    }
     let sent_at = StdInstant::now();
     let sent = match plan.within(tried, lease.send(request)).await {
         Ok(sent) => sent,

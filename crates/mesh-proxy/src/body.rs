@@ -66,11 +66,24 @@ enum Content {
 }
 
 /// Tells a connection that its response is through, when dropped.
-pub struct InFlight(pub Rc<Downstream>);
+pub struct InFlight {
+    connection: Rc<Downstream>,
+    era: u32,
+}
+
+impl InFlight {
+    /// For a request that begins now.
+    pub fn new(connection: &Rc<Downstream>) -> Self {
+        Self {
+            era: connection.era(),
+            connection: connection.clone(),
+        }
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.finish();
+        self.connection.finish(self.era);
     }
 }
 
@@ -100,6 +113,17 @@ impl ResponseBody {
             guard: None,
             throttle: None,
         }
+    }
+
+    /// Takes what there is of a local answer away; the answer is how long it was, where it was anything.
+    pub fn leave_out(&mut self) -> Option<u64> {
+        let Content::Local(bytes, report) = &mut self.content else {
+            return None;
+        };
+        if let Some(report) = report {
+            report.response_bytes = 0;
+        }
+        bytes.take().map(|bytes| bytes.len() as u64)
     }
 
     /// Limits how fast it goes to the client.

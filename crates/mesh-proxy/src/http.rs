@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::header::{CONNECTION, TRANSFER_ENCODING};
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version, request};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, request};
 use hyper::body::{Body, Incoming};
 use mesh_routing::Snapshot;
 use mesh_routing::action::{Action, ClusterTarget, Forward};
@@ -61,6 +61,8 @@ pub struct Exchange {
     pub is_grpc: bool,
     /// Number that decides splits.
     pub random: u64,
+    /// The version of the filter chain that it began under ([`Downstream::era`]).
+    pub era: u32,
     /// When the request's headers were there.
     pub started: Instant,
     /// `http` or `https`, as the client sees it.
@@ -81,8 +83,9 @@ pub async fn handle(
     let snapshot = connection.worker.snapshot();
     let manager = connection.manager(&accepted, &snapshot);
     let last = connection.begin(&manager, !request.body().is_end_stream());
-    let guard = InFlight(connection.clone());
+    let guard = InFlight::new(&connection);
     let http1 = request.version() < Version::HTTP_2;
+    let head = request.method() == Method::HEAD;
     let mut response = forward(&connection, &manager, &snapshot, request).await;
     if last && http1 {
         response
@@ -90,6 +93,10 @@ pub async fn handle(
             .insert(CONNECTION, HeaderValue::from_static("close"));
     } else if last {
         connection.end_gracefully();
+    }
+    if head && !http1 {
+        // The codec of HTTP/1 does this by itself.
+        reply::leave_out_body(&mut response);
     }
     response.body_mut().guard(guard);
     Ok(response)
@@ -122,6 +129,7 @@ async fn forward(
         authority,
         is_grpc: report.is_grpc,
         random: worker.random(),
+        era: connection.era(),
         started: report.started,
         scheme: scheme(&parts.headers),
         version: parts.version,
@@ -228,7 +236,6 @@ async fn follow(
         other => {
             let Arrived { parts, report, .. } = arrived;
             let mut response = answer(other, &matched, exchange, &parts, report);
-            count_attempts(&matched, 1, &mut response);
             let origin = Origin::keep(&matched, None, &parts);
             decorate(&matched, None, exchange, origin.as_deref(), &mut response);
             finish_local(response, manager)
@@ -252,6 +259,14 @@ async fn send(
         mut upgrade,
     } = arrived;
     let connection = &exchange.connection;
+    let target = route.target(&view(exchange, &parts));
+    let origin = Origin::keep(matched, Some(&target), &parts);
+    // What the route adds to answers it adds to the proxy's own, too (Envoy: `DownstreamFilterManager::sendLocalReply`).
+    let finish = |mut response: Response<ResponseBody>| {
+        let origin = origin.as_deref();
+        decorate(matched, Some(&target), exchange, origin, &mut response);
+        finish_local(response, manager)
+    };
     let mut ends_here = false;
     if let Some(upgrade) = &upgrade {
         match upgrade.passage(manager, route) {
@@ -259,19 +274,16 @@ async fn send(
             Passage::Terminated => ends_here = true,
             // Envoy's answer, with no more words.
             Passage::No => {
-                let response = reply::local(StatusCode::FORBIDDEN, "", Flags::NONE, report);
-                return finish_local(response, manager);
+                let forbidden = StatusCode::FORBIDDEN;
+                return finish(reply::local(forbidden, "", Flags::NONE, report));
             }
         }
     }
 
     // 5. The cluster is found, the limits too, and the request is rewritten for it.
-    let target = route.target(&view(exchange, &parts));
     let Some((cluster, state)) = find_cluster(connection, snapshot, &target) else {
-        return finish_local(
-            reply::local(route.cluster_not_found, "", Flag::NoCluster, report),
-            manager,
-        );
+        let status = route.cluster_not_found;
+        return finish(reply::local(status, "", Flag::NoCluster, report));
     };
     report.reports = state.reports();
     if report.reports.follows_host() {
@@ -279,13 +291,12 @@ async fn send(
     }
     let (policy, timeouts) = limits(route, manager, exchange, &mut parts);
     connection.allow_silence(timeouts.idle);
-    let origin = Origin::keep(matched, Some(&target), &parts);
     let hash = hooks::hash(route, cluster, exchange, &parts);
     let mirrors = hooks::mirrors(route, exchange, &parts);
     rewrite(matched, route, &target, exchange, &mut parts);
 
     if let Some(asked) = upgrade.take_if(|_| ends_here) {
-        return tunnel(asked, (cluster, &state), manager, exchange, report).await;
+        return finish(tunnel(asked, (cluster, &state), exchange, report).await);
     }
 
     // 6. It is sent, and sent again where that is allowed.
@@ -304,6 +315,7 @@ async fn send(
     let outcome = attempt::run(&plan, request).await;
 
     // 7. The response is passed on.
+    let sendings = outcome.sendings();
     report.flags.add(outcome.flags);
     if let Some(peer) = outcome
         .peer
@@ -320,7 +332,7 @@ async fn send(
                 peer_exchange,
                 upgrade,
                 origin,
-                attempts: outcome.attempts,
+                attempts: sendings,
                 timeouts,
             };
             let response = pass_on(matched, &target, manager, exchange, *done, report, extras);
@@ -333,12 +345,9 @@ async fn send(
                 timeouts: &timeouts,
                 transport: outcome.transport_failure.as_deref(),
             };
-            let mut response = how.answer(report);
-            // What the route adds to answers it adds to this one, too (Envoy: `FilterManager::sendLocalReply`).
-            let origin = origin.as_deref();
-            decorate(matched, Some(&target), exchange, origin, &mut response);
-            count_attempts(matched, outcome.attempts, &mut response);
-            finish_local(response, manager)
+            let mut response = finish(how.answer(report));
+            count_attempts(matched, sendings, &mut response);
+            response
         }
     }
 }
@@ -347,7 +356,6 @@ async fn send(
 async fn tunnel(
     asked: Asked,
     (cluster, state): (&Cluster, &ClusterState),
-    manager: &HttpManager,
     exchange: &Exchange,
     mut report: Box<Report>,
 ) -> Response<ResponseBody> {
@@ -358,21 +366,18 @@ async fn tunnel(
     };
     let Some(host) = state.pick(&wish, &worker.peers, || worker.random()) else {
         let unavailable = StatusCode::SERVICE_UNAVAILABLE;
-        let response = reply::local(unavailable, reply::NO_HEALTHY, Flag::NoHealthy, report);
-        return finish_local(response, manager);
+        return reply::local(unavailable, reply::NO_HEALTHY, Flag::NoHealthy, report);
     };
     if exchange.connection.direction == Direction::Outbound {
         report.peer = host.peer.clone();
     }
-    let shared = worker.shared.clone();
-    match upgrade::terminate(asked, &host, cluster, report, shared).await {
-        Ok(response) => finish_local(response, manager),
+    match upgrade::terminate(asked, &host, cluster, report, exchange).await {
+        Ok(response) => response,
         Err((error, report)) => {
             tracing::debug!(endpoint = %host.address, %error, "connecting");
             let text = reply::disconnect("remote connection failure", false);
             let unavailable = StatusCode::SERVICE_UNAVAILABLE;
-            let response = reply::local(unavailable, text, Flag::ConnectFailure, report);
-            finish_local(response, manager)
+            reply::local(unavailable, text, Flag::ConnectFailure, report)
         }
     }
 }
@@ -413,7 +418,10 @@ fn pass_on(
             timeouts: &extras.timeouts,
             transport: None,
         };
-        return finish_local(how.answer(report), manager);
+        let mut response = how.answer(report);
+        let origin = extras.origin.as_deref();
+        decorate(matched, Some(target), exchange, origin, &mut response);
+        return finish_local(response, manager);
     }
     let headers = done.response.headers_mut();
     message::remove_hop_by_hop(headers);
@@ -434,12 +442,7 @@ fn pass_on(
     count_attempts(matched, extras.attempts, &mut done.response);
     if let Some(upgrade) = upgrade {
         let mut response = done.response;
-        upgrade.join(
-            &mut response,
-            done.lease,
-            report,
-            exchange.connection.worker.shared.clone(),
-        );
+        upgrade.join(&mut response, done.lease, report, exchange);
         return response.map(|_| ResponseBody::empty());
     }
     let (mut head, incoming) = done.response.into_parts();

@@ -3,6 +3,7 @@
 mod arrived;
 mod frames;
 mod linger;
+pub mod tenure;
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -42,6 +43,7 @@ use crate::tls::wire::Wire;
 use crate::worker::Worker;
 use crate::{http as http_path, tcp};
 use arrived::Arrived;
+use tenure::{Lapse, Place, Tenancy};
 
 /// Limit for request headers to arrive where the connection manager sets none, in seconds.
 const HEADER_TIMEOUT: u32 = 10;
@@ -78,6 +80,7 @@ pub struct Downstream {
     pub client_cert: RefCell<Option<(ClientCert, HeaderValue)>>,
     /// Where its filter chain is found in snapshots to come.
     place: Place,
+    lapse: Lapse,
     manager: RefCell<Managed>,
     /// Buckets of limits that every connection has for itself.
     pub buckets: RefCell<Vec<(Arc<LocalRateLimit>, Arc<Buckets>)>>,
@@ -91,32 +94,6 @@ pub struct Downstream {
     http2: Cell<bool>,
     waker: RefCell<Option<Waker>>,
     requests: Cell<u32>,
-}
-
-/// A filter chain, to be found again in later snapshots.
-struct Place {
-    listener: Arc<str>,
-    /// Of the chain ([`FilterChain::door`]): what was agreed on at the beginning, a client's certificate for instance, holds for nothing else.
-    door: u64,
-}
-
-impl Place {
-    fn of(listener: &Listener, chain: &FilterChain) -> Self {
-        Self {
-            listener: listener.name.clone(),
-            door: chain.door,
-        }
-    }
-
-    /// The connection manager that has taken the place of the one before.
-    fn manager(&self, snapshot: &Snapshot) -> Option<Arc<HttpManager>> {
-        let listener = snapshot.listener(&self.listener)?;
-        let mut chains = listener.chains();
-        match &chains.find(|chain| chain.door == self.door)?.filter {
-            NetworkFilter::Http(manager) => Some(manager.clone()),
-            NetworkFilter::Tcp(_) => None,
-        }
-    }
 }
 
 /// The connection manager, and the snapshot that it was looked up in.
@@ -233,6 +210,7 @@ async fn serve_inner(
     };
     let connection = Rc::new(Downstream {
         place,
+        lapse: Lapse::default(),
         manager: RefCell::default(),
         remote,
         destination,
@@ -362,6 +340,8 @@ async fn serve_http(
             .set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1));
     }
     connection.worker.watch_over(&connection);
+    // The chain may have changed while the connection was accepted.
+    connection.settle(&connection.worker.snapshot());
     let http2 = match (manager.codec, protocol) {
         (Codec::Http2, _) => true,
         (Codec::Http1, _) => false,
@@ -521,7 +501,7 @@ impl Downstream {
         let last = manager
             .max_requests_per_connection
             .is_some_and(|most| self.requests.get() >= most);
-        last || self.worker.shared.draining.load(Ordering::Relaxed)
+        last || self.is_leaving() || self.worker.shared.is_draining(self.direction)
     }
 
     /// The longest silence that a request allows its stream (`None`: any). Of several requests the most patient one counts.
@@ -542,14 +522,23 @@ impl Downstream {
             || (coded && self.activity.two_lengths.load(Ordering::Relaxed))
     }
 
-    /// A request has its response.
-    pub fn finish(&self) {
+    /// Begins to pass bytes that are not judged again, for a request that began in this era.
+    pub fn settle_in(&self, era: u32) -> Rc<Tenancy> {
+        let tenancy = Tenancy::begin(self, era);
+        self.worker.watch_over_bytes(&tenancy);
+        tenancy
+    }
+
+    /// A request that began in this era has its response.
+    pub fn finish(&self, era: u32) {
+        self.leave_era(era);
         self.activity.in_flight.fetch_sub(1, Ordering::Relaxed);
         self.idle_since.set(clock::now());
     }
 
     /// Called every second.
     pub fn check_timeouts(&self) {
+        self.check_lapse();
         let now = clock::now();
         if self.activity.in_flight() > 0 {
             // Streams look after themselves as long as their client reads; one that does not is only seen here.

@@ -250,7 +250,9 @@ async fn send(
     };
     let state = worker.cluster_state(cluster);
     let version = upstream_version(cluster, request.version());
-    address_head(&mut request, version);
+    if !address_head(&mut request, version) {
+        return;
+    }
     for fresh in [false, true] {
         let picked = state.pick(&Wish::default(), &worker.peers, || worker.random());
         let Some(host) = picked else { return };

@@ -83,6 +83,9 @@ pub struct ProxyOptions {
     pub state_dir: Option<PathBuf>,
     /// How long connections may finish after SIGTERM. Default 5 s.
     pub termination_drain: Duration,
+    /// How long connections may go on after their filter chain was changed or taken away, and the drain time of `/drain_listeners?graceful`
+    /// (`drainDuration`). Default 45 s, as with Istio.
+    pub drain: Duration,
     /// Where the application's own metrics are, from `ISTIO_PROMETHEUS_ANNOTATIONS` (port, path).
     pub app_metrics: Option<(u16, String)>,
     /// Probes of the application that the agent makes, by the path that stands for them, from `ISTIO_KUBE_APP_PROBERS`.
@@ -176,6 +179,7 @@ impl ProxyOptions {
                 field("terminationDrainDuration"),
                 get("TERMINATION_DRAIN_DURATION_SECONDS"),
             )?,
+            drain: seconds("drainDuration", field("drainDuration"), 45)?,
             app_metrics: get("ISTIO_PROMETHEUS_ANNOTATIONS")
                 .map(app_metrics)
                 .transpose()?
@@ -369,14 +373,19 @@ fn termination_drain(
             .map(Duration::from_secs)
             .map_err(|_| bad(name, text, "is not a number of seconds"));
     }
-    let Some(text) = config else {
-        return Ok(Duration::from_secs(5));
+    self::seconds("terminationDrainDuration", config, 5)
+}
+
+/// A duration of the `ProxyConfig`, in seconds as `5s`.
+fn seconds(name: &'static str, text: Option<&str>, default: u64) -> Result<Duration, OptionsError> {
+    let Some(text) = text else {
+        return Ok(Duration::from_secs(default));
     };
     let digits = text
         .strip_suffix('s')
         .and_then(|n| n.parse::<f64>().ok())
         .filter(|n| (0.0..1e6).contains(n));
-    let reason = "terminationDrainDuration is not a duration in seconds, as 5s";
+    let reason = format!("{name} is not a duration in seconds, as 5s");
     digits
         .map(Duration::from_secs_f64)
         .ok_or_else(|| bad("PROXY_CONFIG", text, reason))

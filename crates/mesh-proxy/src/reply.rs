@@ -1,7 +1,7 @@
 //! Answers that the proxy gives itself, with Envoy's texts.
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, LOCATION};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
 use http::{HeaderValue, Response, StatusCode};
 
 use crate::body::ResponseBody;
@@ -65,6 +65,18 @@ pub fn with_grpc_status(
             .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     }
     response
+}
+
+/// Makes an answer of ours one to HEAD: its length is told, its body is not sent (RFC 9110 section 9.3.2).
+pub fn leave_out_body(response: &mut Response<ResponseBody>) {
+    let length = response.body_mut().leave_out();
+    // Never with 204 (RFC 9110 section 8.6).
+    if let Some(length) = length.filter(|_| response.status() != StatusCode::NO_CONTENT) {
+        response
+            .headers_mut()
+            .entry(CONTENT_LENGTH)
+            .or_insert_with(|| HeaderValue::from(length));
+    }
 }
 
 /// gRPC callers get a headers-only answer (gRPC over HTTP/2, "Responses"; mapping of statuses as Envoy's).

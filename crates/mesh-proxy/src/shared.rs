@@ -1,10 +1,11 @@
 //! What all threads of a proxy share. Nothing here is locked on the way of a request.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
+use mesh_routing::listener::Direction;
 use mesh_routing::{Rejection, Snapshot, XdsState, compile};
 use mesh_telemetry::IstioMetrics;
 use prometheus_client::metrics::gauge::Gauge;
@@ -34,6 +35,10 @@ pub struct Totals {
     pub snapshots: AtomicU64,
 }
 
+/// Values of [`Shared::stop_listeners`], in the order in which they follow each other.
+const STOPPED_INBOUND: u8 = 1;
+const STOPPED_ALL: u8 = 2;
+
 /// The shared part of a proxy.
 #[derive(Debug)]
 pub struct Shared {
@@ -57,8 +62,12 @@ pub struct Shared {
     pub listeners: crate::tls::counters::Counters,
     /// Keys, certificates and authorities.
     pub secrets: crate::secrets::Secrets,
-    /// Set while connections are drained.
+    /// Set while all connections are drained.
     pub draining: AtomicBool,
+    /// Set while those are that came in from outside the workload.
+    pub draining_inbound: AtomicBool,
+    /// Listeners that take no more connections, whatever the configuration says ([`Shared::stop_listeners`]).
+    stopped: AtomicU8,
     /// Set by `POST /healthcheck/fail`.
     pub failing: AtomicBool,
     /// CDS and LDS have arrived (or were kept from an earlier run).
@@ -105,6 +114,8 @@ impl Shared {
             listeners: crate::tls::counters::Counters::default(),
             secrets: crate::secrets::Secrets::default(),
             draining: AtomicBool::new(false),
+            draining_inbound: AtomicBool::new(false),
+            stopped: AtomicU8::new(0),
             failing: AtomicBool::new(false),
             configured: AtomicBool::new(false),
             serving: AtomicUsize::new(0),
@@ -142,12 +153,49 @@ impl Shared {
         self.changes.send_modify(|number| *number += 1);
     }
 
+    /// The same for connections that came in from outside the workload only.
+    pub fn drain_inbound(&self) {
+        self.draining_inbound.store(true, Ordering::Release);
+        self.changes.send_modify(|number| *number += 1);
+    }
+
+    /// Are connections of this direction drained?
+    pub fn is_draining(&self, direction: Direction) -> bool {
+        self.draining.load(Ordering::Acquire)
+            || (direction == Direction::Inbound && self.draining_inbound.load(Ordering::Acquire))
+    }
+
+    /// Closes listeners for good, those of `Direction::Inbound` or all. Their connections stay.
+    pub fn stop_listeners(&self, inbound_only: bool) {
+        let stage = if inbound_only {
+            STOPPED_INBOUND
+        } else {
+            STOPPED_ALL
+        };
+        self.stopped.fetch_max(stage, Ordering::AcqRel);
+        self.changes.send_modify(|number| *number += 1);
+    }
+
+    /// Are listeners of this direction closed for good?
+    pub fn is_stopped(&self, direction: Direction) -> bool {
+        match self.stopped.load(Ordering::Acquire) {
+            0 => false,
+            STOPPED_INBOUND => direction == Direction::Inbound,
+            _ => true,
+        }
+    }
+
+    /// Is it on its way out, in whole or in part?
+    pub fn is_leaving(&self) -> bool {
+        self.is_draining(Direction::Inbound) || self.is_stopped(Direction::Inbound)
+    }
+
     /// Can traffic be taken? (`/healthz/ready`)
     pub fn is_ready(&self) -> bool {
         self.configured.load(Ordering::Acquire)
             && self.identified.load(Ordering::Acquire)
             && self.serving.load(Ordering::Acquire) >= self.options.concurrency
-            && !self.draining.load(Ordering::Acquire)
+            && !self.is_leaving()
             && !self.failing.load(Ordering::Acquire)
     }
 }

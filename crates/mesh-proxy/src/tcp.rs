@@ -15,6 +15,7 @@ use mesh_telemetry::TcpHandles;
 use tokio::time::Instant;
 
 use crate::listener::Downstream;
+use crate::listener::tenure::Tenancy;
 use crate::pool::Host;
 use crate::report::{Flag, Flags};
 use crate::tls::wire::Wire;
@@ -26,6 +27,7 @@ const REPORT_EVERY: Duration = Duration::from_secs(5);
 /// Relays a connection until it ends.
 pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Wire, prefix: Bytes) {
     let worker = &connection.worker;
+    let tenancy = connection.settle_in(connection.era());
     let snapshot = worker.snapshot();
     let name = proxy.cluster(worker.random());
     let Some(cluster) = snapshot.cluster(name) else {
@@ -78,7 +80,7 @@ pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Wi
         &mut stream,
         &mut upstream.stream,
         &prefix,
-        proxy,
+        (proxy, &tenancy),
     )
     .await;
     match flags.is_empty() {
@@ -97,7 +99,7 @@ async fn relay(
     stream: &mut Wire,
     upstream: &mut Wire,
     prefix: &[u8],
-    proxy: &TcpProxy,
+    (proxy, tenancy): (&TcpProxy, &Tenancy),
 ) -> Flags {
     handles.opened.inc();
     host.active.set(host.active.get() + 1);
@@ -121,25 +123,28 @@ async fn relay(
         }
     };
     tokio::pin!(copying);
-    let end = loop {
+    let flags = loop {
         let far = Instant::now() + REPORT_EVERY;
         tokio::select! {
-            end = &mut copying => break Some(end),
+            end = &mut copying => {
+                tracing::trace!(?end, endpoint = %host.address, "connection ended");
+                break Flags::NONE;
+            }
+            () = tenancy.over() => {
+                tracing::debug!(endpoint = %host.address, "closed: its filter chain was changed, and the drain time is over");
+                break Flags::NONE;
+            }
             () = tokio::time::sleep_until(end.map_or(far, |end| end.min(far))) => {
                 if end.is_some_and(|end| end <= Instant::now()) {
-                    break None;
+                    break Flag::Duration.into();
                 }
                 note();
             }
         }
     };
     note();
-    tracing::trace!(?end, endpoint = %host.address, "connection ended");
     host.active.set(host.active.get() - 1);
-    match end {
-        Some(_) => Flags::NONE,
-        None => Flag::Duration.into(),
-    }
+    flags
 }
 
 /// A connection that found no endpoint counts as opened and closed, with the flag that says why.

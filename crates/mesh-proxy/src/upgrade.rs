@@ -2,7 +2,6 @@
 //! the endpoint has agreed, never before.
 
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use http::header::{CONNECTION, UPGRADE};
@@ -15,11 +14,13 @@ use mesh_routing::action::Forward;
 use mesh_routing::cluster::Cluster;
 use mesh_routing::hcm::HttpManager;
 use mesh_routing::upgrade::Passage;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::body::ResponseBody;
+use crate::http::Exchange;
+use crate::listener::tenure::Tenancy;
 use crate::pool::{ConnectError, Host, Lease};
 use crate::report::{Flag, Report};
-use crate::shared::Shared;
 
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
@@ -104,8 +105,13 @@ impl Asked {
         response: &mut Response<Incoming>,
         lease: Lease,
         mut report: Box<Report>,
-        shared: Arc<Shared>,
+        exchange: &Exchange,
     ) {
+        let connection = &exchange.connection;
+        let (shared, tenancy) = (
+            connection.worker.shared.clone(),
+            connection.settle_in(exchange.era),
+        );
         let endpoint = hyper::upgrade::on(&mut *response);
         let status = match (&self.kind, self.http2) {
             (Kind::Protocol(_), false) => StatusCode::SWITCHING_PROTOCOLS,
@@ -121,13 +127,7 @@ impl Asked {
             match tokio::try_join!(self.client, endpoint) {
                 Ok((client, endpoint)) => {
                     let (mut client, mut endpoint) = (TokioIo::new(client), TokioIo::new(endpoint));
-                    match tokio::io::copy_bidirectional(&mut client, &mut endpoint).await {
-                        Ok((sent, received)) => {
-                            report.flow.request_bytes.set(sent);
-                            report.response_bytes = received;
-                        }
-                        Err(error) => tracing::debug!(%error, "upgraded connection"),
-                    }
+                    pass(&mut client, &mut endpoint, &tenancy, &mut report).await;
                 }
                 Err(error) => {
                     report.flags.add(Flag::UpstreamClosed);
@@ -146,26 +146,22 @@ pub async fn terminate(
     host: &Rc<Host>,
     cluster: &Cluster,
     mut report: Box<Report>,
-    shared: Arc<Shared>,
+    exchange: &Exchange,
 ) -> Result<Response<ResponseBody>, (ConnectError, Box<Report>)> {
+    let connection = &exchange.connection;
+    let shared = connection.worker.shared.clone();
     let mut endpoint = match host.connect(&shared, &cluster.config).await {
         Ok(endpoint) => endpoint,
         Err(error) => return Err((error, report)),
     };
     report.code = StatusCode::OK.as_u16();
+    let tenancy = connection.settle_in(exchange.era);
     tokio::task::spawn_local(async move {
         shared.totals.open.fetch_add(1, Ordering::Relaxed);
         match asked.client.await {
             Ok(client) => {
                 let mut client = TokioIo::new(client);
-                let copying = tokio::io::copy_bidirectional(&mut client, &mut endpoint.stream);
-                match copying.await {
-                    Ok((sent, received)) => {
-                        report.flow.request_bytes.set(sent);
-                        report.response_bytes = received;
-                    }
-                    Err(error) => tracing::debug!(%error, "tunnel"),
-                }
+                pass(&mut client, &mut endpoint.stream, &tenancy, &mut report).await;
             }
             Err(error) => tracing::debug!(%error, "opening a tunnel"),
         }
@@ -173,6 +169,30 @@ pub async fn terminate(
         drop(report);
     });
     Ok(Response::new(ResponseBody::empty()))
+}
+
+/// Lets the bytes pass until one side ends, or the filter chain that let them in is gone and their time over.
+async fn pass(
+    client: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    endpoint: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    tenancy: &Tenancy,
+    report: &mut Report,
+) {
+    let copying = tokio::io::copy_bidirectional(client, endpoint);
+    let passed = tokio::select! {
+        passed = copying => passed,
+        () = tenancy.over() => {
+            tracing::debug!("upgraded connection closed: its filter chain was changed, and the drain time is over");
+            return;
+        }
+    };
+    match passed {
+        Ok((sent, received)) => {
+            report.flow.request_bytes.set(sent);
+            report.response_bytes = received;
+        }
+        Err(error) => tracing::debug!(%error, "upgraded connection"),
+    }
 }
 
 fn names_upgrade(headers: &HeaderMap) -> bool {

@@ -12,12 +12,14 @@ use mesh_net::sockets::{ListenOptions, listen};
 use mesh_routing::Snapshot;
 use mesh_routing::chain::NetworkFilter;
 use mesh_routing::cluster::{Cluster, Discovery};
+use mesh_routing::listener::Direction;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::clock;
 use crate::filter::jwt;
+use crate::listener::tenure::Tenancy;
 use crate::listener::{self, Downstream};
 use crate::report::{Peers, Reports};
 use crate::shared::Shared;
@@ -39,6 +41,7 @@ pub struct Worker {
     snapshot: RefCell<Arc<Snapshot>>,
     clusters: RefCell<HashMap<Arc<str>, Rc<ClusterState>, foldhash::fast::RandomState>>,
     connections: RefCell<Vec<Weak<Downstream>>>,
+    tenancies: RefCell<Vec<Weak<Tenancy>>>,
     open: RefCell<HashMap<SocketAddr, JoinHandle<()>>>,
     seed: Cell<u64>,
 }
@@ -53,6 +56,7 @@ impl Worker {
             snapshot: RefCell::new(shared.snapshot()),
             clusters: RefCell::default(),
             connections: RefCell::default(),
+            tenancies: RefCell::default(),
             open: RefCell::default(),
             seed: Cell::new(rand::random::<u64>() | 1),
             shared,
@@ -119,8 +123,14 @@ impl Worker {
                     }
                 }
             }
-            if self.shared.draining.load(Ordering::Acquire) {
-                let began = *drained.get_or_insert_with(clock::now);
+            if self.shared.is_draining(Direction::Inbound) {
+                // Draining all begins anew where only what comes in was drained before.
+                let all = self.shared.is_draining(Direction::Outbound);
+                let began = match drained {
+                    Some((before, began)) if before == all => began,
+                    _ => clock::now(),
+                };
+                drained = Some((all, began));
                 self.drain_connections(began);
             }
             if counted == failed {
@@ -149,12 +159,26 @@ impl Worker {
             }
         }
         drop(clusters);
-        self.snapshot.replace(snapshot.clone());
+        let before = self.snapshot.replace(snapshot.clone());
+        if !snapshot.has_listeners_of(&before) {
+            self.settle(&snapshot);
+        }
         // Names are looked up before the first request.
         let named = |c: &&Cluster| matches!(c.config.discovery, Discovery::Dns(_));
         for cluster in snapshot.clusters().filter(named) {
             self.cluster_state(cluster);
         }
+    }
+
+    /// Tells what earlier listeners have let in.
+    fn settle(&self, snapshot: &Snapshot) {
+        let connections = self.connections.borrow();
+        let known = connections.iter().filter_map(Weak::upgrade);
+        known.for_each(|connection| connection.settle(snapshot));
+        let drain = self.shared.options.drain;
+        let tenancies = self.tenancies.borrow();
+        let known = tenancies.iter().filter_map(Weak::upgrade);
+        known.for_each(|tenancy| tenancy.settle(snapshot, drain));
     }
 
     /// Fetches keys of token providers that are not to wait for a request.
@@ -173,7 +197,7 @@ impl Worker {
         let snapshot = self.snapshot();
         let wanted: Vec<SocketAddr> = snapshot
             .listeners()
-            .filter(|l| l.bind)
+            .filter(|l| l.bind && !self.shared.is_stopped(l.direction))
             .map(|l| l.address)
             .collect();
         let mut open = self.open.borrow_mut();
@@ -236,8 +260,22 @@ impl Worker {
             .push(Rc::downgrade(connection));
     }
 
+    /// The same for bytes that are not judged again.
+    pub fn watch_over_bytes(&self, tenancy: &Rc<Tenancy>) {
+        self.tenancies.borrow_mut().push(Rc::downgrade(tenancy));
+    }
+
     fn sweep(&self) {
         clock::step();
+        self.tenancies
+            .borrow_mut()
+            .retain(|tenancy| match tenancy.upgrade() {
+                Some(tenancy) => {
+                    tenancy.check();
+                    true
+                }
+                None => false,
+            });
         self.connections
             .borrow_mut()
             .retain(|connection| match connection.upgrade() {
@@ -257,6 +295,7 @@ impl Worker {
             .borrow()
             .iter()
             .filter_map(Weak::upgrade)
+            .filter(|connection| self.shared.is_draining(connection.direction))
             .for_each(|connection| connection.drain(began));
     }
 }

@@ -1,6 +1,6 @@
 //! Filter chains and their matching.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, Hash, RandomState};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -32,9 +32,11 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct FilterChain {
     /// Its name.
     pub name: Arc<str>,
-    /// What was agreed on when it took a connection: which ones it takes, and how they are protected. The chain of a later snapshot with
-    /// the same value is the same door; within this process only.
+    /// What was agreed on when it took a connection: which ones it takes, how they are protected, who may connect, and what the codec
+    /// was told. The chain of a later snapshot with the same value is the same door; within this process only.
     pub door: u64,
+    /// The same of all that it says, metadata apart.
+    pub whole: u64,
     /// How the bytes are protected; `None` for plain text.
     pub tls: Option<Arc<ServerTls>>,
     /// Limit for the handshake.
@@ -197,6 +199,7 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
     }
     let mut terminal = None;
     let (mut limits, mut guards) = (Vec::new(), Vec::new());
+    let mut door = Door::of(m);
     for (i, filter) in m.filters.iter().enumerate() {
         let at = format!("filters[{i}] {}", filter.name);
         if terminal.is_some() {
@@ -204,14 +207,28 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
         }
         match compile_filter(filter).within(at)? {
             Compiled::Terminal(filter) => terminal = Some(filter),
-            Compiled::Limit(limit) => limits.push(Arc::new(limit)),
-            Compiled::Guard(guard) => guards.push(guard),
+            Compiled::Limit(limit) => {
+                limits.push(Arc::new(limit));
+                door.guards.push(filter.encode_to_vec());
+            }
+            Compiled::Guard(guard) => {
+                guards.push(guard);
+                door.guards.push(filter.encode_to_vec());
+            }
             Compiled::BuiltIn => {}
         }
     }
+    if let Some(NetworkFilter::Http(manager)) = &terminal {
+        door.codec = manager.agreed();
+    }
+    let unlabelled = pb::FilterChain {
+        metadata: None,
+        ..m.clone()
+    };
     Ok(Arc::new(FilterChain {
         name: m.name.as_str().into(),
-        door: door(m),
+        door: keyed(&door),
+        whole: keyed(&unlabelled.encode_to_vec()),
         tls: tls::downstream(m.transport_socket.as_ref()).within("transport_socket")?,
         handshake_timeout: nonzero_duration(
             "transport_socket_connect_timeout",
@@ -229,12 +246,32 @@ pub(crate) fn compile_chain(m: &pb::FilterChain) -> Result<Arc<FilterChain>> {
     }))
 }
 
+/// What [`FilterChain::door`] is made of.
+#[derive(Hash)]
+struct Door<'a> {
+    name: &'a str,
+    conditions: Option<Vec<u8>>,
+    protection: Option<Vec<u8>>,
+    guards: Vec<Vec<u8>>,
+    codec: String,
+}
+
+impl<'a> Door<'a> {
+    fn of(m: &'a pb::FilterChain) -> Self {
+        Self {
+            name: &m.name,
+            conditions: m.filter_chain_match.as_ref().map(Message::encode_to_vec),
+            protection: m.transport_socket.as_ref().map(Message::encode_to_vec),
+            guards: Vec::new(),
+            codec: String::new(),
+        }
+    }
+}
+
 /// Keyed by chance: who writes a configuration cannot aim at the value of another chain.
-fn door(m: &pb::FilterChain) -> u64 {
+fn keyed(value: &impl Hash) -> u64 {
     static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-    let conditions = m.filter_chain_match.as_ref().map(Message::encode_to_vec);
-    let protection = m.transport_socket.as_ref().map(Message::encode_to_vec);
-    KEY.hash_one((&m.name, conditions, protection))
+    KEY.hash_one(value)
 }
 
 enum Compiled {

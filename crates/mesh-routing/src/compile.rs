@@ -259,6 +259,12 @@ impl Snapshot {
         self.listeners.values().map(|entry| &entry.compiled)
     }
 
+    /// Are all listeners those of the other snapshot, unchanged?
+    pub fn has_listeners_of(&self, other: &Snapshot) -> bool {
+        let mut both = self.listeners().zip(other.listeners());
+        self.listeners.len() == other.listeners.len() && both.all(|(a, b)| Arc::ptr_eq(a, b))
+    }
+
     /// The listener of this name.
     pub fn listener(&self, name: &str) -> Option<&Arc<Listener>> {
         self.listeners.get(name).map(|entry| &entry.compiled)

@@ -199,6 +199,20 @@ impl Format {
             .any(|part| matches!(part, Part::Operator(Operator::Request(..), _)))
     }
 
+    /// Does it look at this header, of the request or the response?
+    pub(crate) fn reads_header(&self, name: &HeaderName) -> bool {
+        let field = |source: &Source| matches!(source, Source::Field(field) if field == name);
+        self.0.iter().any(|part| match part {
+            Part::Operator(Operator::Request(main, other), _) => {
+                field(main) || other.as_ref().is_some_and(field)
+            }
+            Part::Operator(Operator::Response(main, other), _) => {
+                main == name || other.as_ref() == Some(name)
+            }
+            _ => false,
+        })
+    }
+
     /// The text. `missing` stands where something is not known: `-` in logs and bodies, nothing in headers.
     pub fn render(&self, facts: &Facts<'_>, missing: &str) -> String {
         let mut out = String::new();

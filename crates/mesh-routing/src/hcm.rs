@@ -202,6 +202,12 @@ pub enum Underscores {
 }
 
 impl HttpManager {
+    /// What is fixed when a connection begins, as a text to compare: changes of it do not reach connections that are open.
+    pub(crate) fn agreed(&self) -> String {
+        let headers = (self.max_headers_kb, self.max_headers, self.headers_timeout);
+        format!("{:?}", (self.codec, self.http2, headers, self.idle_timeout))
+    }
+
     pub(crate) fn compile(m: &pb::HttpConnectionManager) -> Result<Self> {
         refuse_others(m)?;
         let common = m.common_http_protocol_options.unwrap_or_default();

@@ -7,17 +7,34 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use crate::error::{CompileError, Result, Within};
 use crate::format::{Facts, Format};
 
-/// A list of mutations in the order in which they are made.
+/// Lists of mutations, one for each level that asks for some, in the order in which they are made.
 #[derive(Debug, Clone, Default)]
-pub struct HeaderOps(Vec<Op>);
+pub struct HeaderOps(Vec<Level>);
+
+/// What one level asks for. All its conditions and values look at the headers as its removals leave them, not at what its other mutations
+/// have made of them (Envoy: `HeaderParser::evaluateHeaders`).
+#[derive(Debug, Clone)]
+struct Level {
+    removals: Vec<HeaderName>,
+    /// What overwrites first, then what adds.
+    ops: Vec<Op>,
+    /// One of them looks at a header that one before it writes, so that all values have to be made before the first is put down.
+    at_once: bool,
+}
 
 #[derive(Debug, Clone)]
-enum Op {
-    Remove(HeaderName),
-    Append(HeaderName, Value),
-    AddIfAbsent(HeaderName, Value),
-    Set(HeaderName, Value),
-    SetIfPresent(HeaderName, Value),
+struct Op {
+    name: HeaderName,
+    how: How,
+    value: Value,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    Append,
+    AddIfAbsent,
+    Set,
+    SetIfPresent,
 }
 
 #[derive(Debug, Clone)]
@@ -45,22 +62,27 @@ impl Value {
 impl HeaderOps {
     /// Removals come first, then what overwrites, then what adds, as in Envoy's header parser.
     pub(crate) fn compile(add: &[HeaderValueOption], remove: &[String]) -> Result<Self> {
-        let mut ops = Vec::with_capacity(add.len() + remove.len());
-        for name in remove {
-            ops.push(Op::Remove(header_name(name).within("headers_to_remove")?));
-        }
-        let mut adding = Vec::new();
+        let removal = |name: &String| header_name(name).within("headers_to_remove");
+        let removals = remove.iter().map(removal).collect::<Result<Vec<_>>>()?;
+        let (mut ops, mut adding) = (Vec::with_capacity(add.len()), Vec::new());
         for (i, option) in add.iter().enumerate() {
             let op = Op::compile(option).within(format_args!("headers_to_add[{i}]"))?;
-            match op {
+            match op.how {
                 // An empty value is no value, unless it is to be kept.
-                op if op.adds_nothing() && !option.keep_empty_value => {}
-                Op::Append(..) | Op::AddIfAbsent(..) => adding.push(op),
-                op => ops.push(op),
+                _ if op.adds_nothing() && !option.keep_empty_value => {}
+                How::Append | How::AddIfAbsent => adding.push(op),
+                How::Set | How::SetIfPresent => ops.push(op),
             }
         }
         ops.append(&mut adding);
-        Ok(Self(ops))
+        if removals.is_empty() && ops.is_empty() {
+            return Ok(Self::default());
+        }
+        Ok(Self(vec![Level {
+            at_once: looks_back(&ops),
+            removals,
+            ops,
+        }]))
     }
 
     /// This list followed by `outer`: Envoy evaluates the most specific level first.
@@ -76,55 +98,28 @@ impl HeaderOps {
 
     /// Do values look at the request's headers? (Mutations of a response that do need a copy of them.)
     pub fn reads_request(&self) -> bool {
-        self.0.iter().any(|op| match op {
-            Op::Remove(_) => false,
-            Op::Append(_, value)
-            | Op::AddIfAbsent(_, value)
-            | Op::Set(_, value)
-            | Op::SetIfPresent(_, value) => {
-                matches!(value, Value::Made(format, _) if format.reads_request())
-            }
-        })
+        let reads = |op: &Op| matches!(&op.value, Value::Made(format, _) if format.reads_request());
+        self.0.iter().flat_map(|level| &level.ops).any(reads)
     }
 
     /// Makes the mutations of a request in place; the facts' request headers are those that are changed.
     pub fn apply_to_request(&self, headers: &mut HeaderMap, facts: &Facts<'_>) {
-        for op in &self.0 {
-            let value = |headers: &HeaderMap, value: &Value| {
-                value.make(&Facts {
-                    request: Some(headers),
-                    ..*facts
-                })
-            };
-            op.apply(headers, value);
-        }
+        self.apply(headers, |headers, value| {
+            value.make(&Facts {
+                request: Some(headers),
+                ..*facts
+            })
+        });
     }
 
     /// Makes the mutations of a response in place; the facts' response headers are those that are changed.
     pub fn apply_to_response(&self, headers: &mut HeaderMap, facts: &Facts<'_>) {
-        for op in &self.0 {
-            let value = |headers: &HeaderMap, value: &Value| {
-                value.make(&Facts {
-                    response: Some(headers),
-                    ..*facts
-                })
-            };
-            op.apply(headers, value);
-        }
-    }
-}
-
-impl Op {
-    fn adds_nothing(&self) -> bool {
-        match self {
-            Self::Remove(_) => false,
-            Self::Append(_, value)
-            | Self::AddIfAbsent(_, value)
-            | Self::Set(_, value)
-            | Self::SetIfPresent(_, value) => {
-                matches!(value, Value::Fixed(fixed) if fixed.is_empty())
-            }
-        }
+        self.apply(headers, |headers, value| {
+            value.make(&Facts {
+                response: Some(headers),
+                ..*facts
+            })
+        });
     }
 
     fn apply(
@@ -132,33 +127,70 @@ impl Op {
         headers: &mut HeaderMap,
         make: impl Fn(&HeaderMap, &Value) -> Option<HeaderValue>,
     ) {
-        match self {
-            Self::Remove(name) => {
+        for level in &self.0 {
+            for name in &level.removals {
                 headers.remove(name);
             }
-            Self::Append(name, value) => {
-                if let Some(value) = make(headers, value) {
-                    headers.append(name, value);
+            if level.at_once {
+                let value = |op: &Op| op.value(headers, &make);
+                let values: Vec<_> = level.ops.iter().map(value).collect();
+                for (op, value) in level.ops.iter().zip(values) {
+                    op.put(headers, value);
                 }
+                continue;
             }
-            Self::AddIfAbsent(name, value) => {
-                if !headers.contains_key(name)
-                    && let Some(value) = make(headers, value)
-                {
-                    headers.insert(name, value);
-                }
+            for op in &level.ops {
+                let value = op.value(headers, &make);
+                op.put(headers, value);
             }
-            Self::Set(name, value) => {
-                if let Some(value) = make(headers, value) {
-                    headers.insert(name, value);
-                }
+        }
+    }
+}
+
+/// Does an operation look at what one before it writes?
+fn looks_back(ops: &[Op]) -> bool {
+    ops.iter().enumerate().any(|(i, op)| {
+        let before = ops.get(..i).unwrap_or_default();
+        before.iter().any(|writer| op.looks_at(&writer.name))
+    })
+}
+
+impl Op {
+    fn adds_nothing(&self) -> bool {
+        matches!(&self.value, Value::Fixed(fixed) if fixed.is_empty())
+    }
+
+    /// Does its condition or its value depend on a header?
+    fn looks_at(&self, name: &HeaderName) -> bool {
+        let conditional = matches!(self.how, How::AddIfAbsent | How::SetIfPresent);
+        (conditional && self.name == *name)
+            || matches!(&self.value, Value::Made(format, _) if format.reads_header(name))
+    }
+
+    /// The value, where the headers have the condition fulfilled.
+    fn value(
+        &self,
+        headers: &HeaderMap,
+        make: &impl Fn(&HeaderMap, &Value) -> Option<HeaderValue>,
+    ) -> Option<HeaderValue> {
+        let wanted = match self.how {
+            How::Append | How::Set => true,
+            How::AddIfAbsent => !headers.contains_key(&self.name),
+            How::SetIfPresent => headers.contains_key(&self.name),
+        };
+        wanted.then(|| make(headers, &self.value)).flatten()
+    }
+
+    fn put(&self, headers: &mut HeaderMap, value: Option<HeaderValue>) {
+        let Some(value) = value else {
+            return;
+        };
+        match self.how {
+            How::Append | How::AddIfAbsent => {
+                headers.append(&self.name, value);
             }
-            Self::SetIfPresent(name, value) => {
-                if headers.contains_key(name)
-                    && let Some(value) = make(headers, value)
-                {
-                    headers.insert(name, value);
-                }
+            How::Set | How::SetIfPresent => {
+                headers.insert(&self.name, value);
             }
         }
     }
@@ -184,21 +216,19 @@ impl Op {
                 CompileError::new("value", "contains bytes that a header value must not have")
             })?),
         };
-        if let Some(append) = &option.append {
+        let how = match &option.append {
             // The older field: true (its default) appends, false overwrites.
-            return Ok(if append.value {
-                Op::Append(name, value)
-            } else {
-                Op::Set(name, value)
-            });
-        }
-        Ok(match HeaderAppendAction::try_from(option.append_action) {
-            Ok(HeaderAppendAction::AppendIfExistsOrAdd) => Op::Append(name, value),
-            Ok(HeaderAppendAction::AddIfAbsent) => Op::AddIfAbsent(name, value),
-            Ok(HeaderAppendAction::OverwriteIfExistsOrAdd) => Op::Set(name, value),
-            Ok(HeaderAppendAction::OverwriteIfExists) => Op::SetIfPresent(name, value),
-            Err(_) => return Err(CompileError::new("append_action", "is unknown")),
-        })
+            Some(append) if append.value => How::Append,
+            Some(_) => How::Set,
+            None => match HeaderAppendAction::try_from(option.append_action) {
+                Ok(HeaderAppendAction::AppendIfExistsOrAdd) => How::Append,
+                Ok(HeaderAppendAction::AddIfAbsent) => How::AddIfAbsent,
+                Ok(HeaderAppendAction::OverwriteIfExistsOrAdd) => How::Set,
+                Ok(HeaderAppendAction::OverwriteIfExists) => How::SetIfPresent,
+                Err(_) => return Err(CompileError::new("append_action", "is unknown")),
+            },
+        };
+        Ok(Self { name, how, value })
     }
 }
 

@@ -45,6 +45,18 @@ pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
         }
     }
     let policies = Policies::of(mesh, node, resources);
+    let is_tcp = |mode| {
+        matches!(
+            mode,
+            ServerMode::Tcp | ServerMode::TlsPassthrough | ServerMode::TlsTermination
+        )
+    };
+    let other: Vec<u16> = by_port
+        .iter()
+        .filter(|(_, servers)| servers.iter().any(|(_, server)| is_tcp(server.mode)))
+        .map(|((port, _), _)| *port)
+        .collect();
+    policies.warn_of_connections(&other, resources);
     let router = Router {
         mesh,
         node,
@@ -61,7 +73,7 @@ struct Router<'a> {
     mesh: &'a Mesh,
     node: &'a Node,
     http: Http,
-    policies: &'a Policies,
+    policies: &'a Policies<'a>,
 }
 
 impl Router<'_> {

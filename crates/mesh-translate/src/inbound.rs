@@ -55,6 +55,12 @@ pub(crate) fn add(mesh: &Mesh, node: &Node, resources: &mut Resources) {
         )]);
     }
     let policies = Policies::of(mesh, node, resources);
+    let other: Vec<u16> = ports
+        .iter()
+        .filter(|(_, port)| Declared::of(port.protocol) != Declared::Http)
+        .map(|(number, _)| *number)
+        .collect();
+    policies.warn_of_connections(&other, resources);
     let sidecar = Sidecar {
         mesh,
         node,
@@ -72,7 +78,7 @@ struct Sidecar<'a> {
     mesh: &'a Mesh,
     node: &'a Node,
     http: Http,
-    policies: &'a Policies,
+    policies: &'a Policies<'a>,
 }
 
 /// Where the connections of a chain go.

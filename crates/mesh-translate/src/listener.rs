@@ -110,7 +110,7 @@ impl Http {
     }
 
     /// For requests from outside of the mesh.
-    pub(crate) fn gateway(mesh: &Mesh, node: &Node, policies: &Policies) -> Self {
+    pub(crate) fn gateway(mesh: &Mesh, node: &Node, policies: &Policies<'_>) -> Self {
         Self {
             policies: policies.http.clone(),
             ..Self::outbound(mesh, node)
@@ -118,7 +118,7 @@ impl Http {
     }
 
     /// For requests to the application beside the proxy.
-    pub(crate) fn inbound(mesh: &Mesh, node: &Node, policies: &Policies) -> Self {
+    pub(crate) fn inbound(mesh: &Mesh, node: &Node, policies: &Policies<'_>) -> Self {
         Self {
             alpn: false,
             ..Self::gateway(mesh, node, policies)

@@ -21,22 +21,26 @@ mod rule;
 pub(crate) use matcher::claim;
 
 /// Filters that are in every chain of a node through which requests come in.
-pub(crate) struct Policies {
+pub(crate) struct Policies<'a> {
     pub(crate) http: Vec<HttpFilter>,
     tcp: Vec<Filter>,
+    /// Policies whose authorizer judges requests, but not connections.
+    requests_only: Vec<&'a AuthorizationPolicy>,
 }
 
-impl Policies {
+impl<'a> Policies<'a> {
     /// What the mesh says for a node; what can't be done is noted, and refused instead of let through.
-    pub(crate) fn of(mesh: &Mesh, node: &Node, resources: &mut Resources) -> Self {
+    pub(crate) fn of(mesh: &'a Mesh, node: &Node, resources: &mut Resources) -> Self {
         let all = mesh.authorization_policies(node);
-        let of_action = |action: Action| -> Vec<&AuthorizationPolicy> {
-            let found = all.iter().filter(|policy| policy.action == action);
+        let of_action = |action: Action| -> Vec<&'a AuthorizationPolicy> {
+            let found = all.iter().copied();
+            let found = found.filter(|policy| policy.action == action);
             found.map(AsRef::as_ref).collect()
         };
         let mut policies = Self {
             http: Vec::new(),
             tcp: Vec::new(),
+            requests_only: Vec::new(),
         };
         custom::add(
             mesh,
@@ -91,6 +95,24 @@ impl Policies {
             name: name.to_owned(),
             config_type: Some(ConfigType::TypedConfig(config)),
         });
+    }
+
+    /// Says of policies whose authorizer judges requests only that connections to these ports, as far as they are not HTTP, pass it by: so it is in
+    /// Istio, and nobody should have to find it out.
+    pub(crate) fn warn_of_connections(&self, ports: &[u16], resources: &mut Resources) {
+        for policy in &self.requests_only {
+            let passed = ports.iter().filter(|port| custom::concerns(policy, **port));
+            let passed: Vec<String> = passed.map(u16::to_string).collect();
+            if passed.is_empty() {
+                continue;
+            }
+            let message = format!(
+                "provider {:?} speaks HTTP and judges requests only: connections that are not HTTP pass it by (port {}). Use envoyExtAuthzGrpc, refuse them by a DENY policy, or declare the port's protocol as HTTP (appProtocol)",
+                policy.provider,
+                passed.join(", ")
+            );
+            resources.warn(&policy.key, "spec.provider.name", message);
+        }
     }
 
     /// Puts the filters for connections before those of a chain that passes bytes on.

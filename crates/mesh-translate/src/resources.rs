@@ -50,10 +50,19 @@ impl Resources {
 
     /// Notes that a part of an object has no effect on this node.
     pub(crate) fn report(&mut self, object: &ObjectKey, field: &str, message: String) {
+        self.problem(object, field, Severity::Error, message);
+    }
+
+    /// Notes that a part of an object does less on this node than one may think.
+    pub(crate) fn warn(&mut self, object: &ObjectKey, field: &str, message: String) {
+        self.problem(object, field, Severity::Warning, message);
+    }
+
+    fn problem(&mut self, object: &ObjectKey, field: &str, severity: Severity, message: String) {
         self.problems.push(Problem {
             object: object.clone(),
             field: field.to_owned(),
-            severity: Severity::Error,
+            severity,
             message,
             code: None,
         });

@@ -70,6 +70,8 @@ pub struct Caller {
     pub identity: String,
     /// By a client certificate; else by a token.
     pub by_certificate: bool,
+    /// Name and uid of the pod that the token is bound to.
+    pub pod: Option<(String, String)>,
 }
 
 /// What a [`NodeSource`] gives for a stream.

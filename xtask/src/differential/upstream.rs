@@ -14,7 +14,7 @@ use anyhow::Context;
 use bytes::Bytes;
 use futures::stream;
 use http_body_util::{BodyExt, StreamBody, combinators::UnsyncBoxBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{Body as _, Frame, Incoming};
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -203,7 +203,21 @@ async fn answer(
         trailers,
     };
     let number = log.note(&id, received);
-    follow(step(&script, number), upgrade).await
+    let mut response = follow(step(&script, number), upgrade).await?;
+    if parts.method == hyper::Method::HEAD && parts.version == hyper::Version::HTTP_2 {
+        leave_out_body(&mut response);
+    }
+    Ok(response)
+}
+
+/// What the codec does for HEAD in HTTP/1 only.
+fn leave_out_body(response: &mut hyper::Response<Body>) {
+    let length = response.body().size_hint().exact().filter(|n| *n > 0);
+    *response.body_mut() = http_body_util::Empty::new().map_err(never).boxed_unsync();
+    if let Some(length) = length {
+        let length = HeaderValue::from(length);
+        response.headers_mut().insert("content-length", length);
+    }
 }
 
 /// What a script says of a try, by its number.

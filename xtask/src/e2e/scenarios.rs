@@ -5,6 +5,7 @@ use super::cluster::Cluster;
 mod access;
 mod counted;
 mod examples;
+mod gateway_tokens;
 mod graceful;
 mod identity;
 mod limits;
@@ -14,6 +15,7 @@ mod pods;
 mod policy;
 mod refusals;
 mod reviews;
+mod routes;
 mod samples;
 mod tasks;
 mod tcp;
@@ -69,7 +71,7 @@ pub const ALL: &[(&str, Scenario)] = &[
         policy::requests,
     ),
     (
-        "policy: a dry run counts and refuses nothing",
+        "policy: a dry run counts and refuses nothing, AUDIT neither",
         policy::dry_run,
     ),
     (
@@ -78,6 +80,10 @@ pub const ALL: &[(&str, Scenario)] = &[
     ),
     ("policy: a service of one's own decides", policy::custom),
     ("tokens are judged, the good and the bad", tokens::judged),
+    (
+        "tokens at the gateway: none, no entrance; claims choose the route",
+        gateway_tokens::routed,
+    ),
     (
         "without the capture rules in a pod, its edges are not counted",
         counted::edges_uncaptured,
@@ -121,6 +127,18 @@ pub const ALL: &[(&str, Scenario)] = &[
         tasks::timeouts,
     ),
     ("TCP by weight through the gateway", tcp::shifting),
+    (
+        "TLS goes by server name, at the gateway and in sidecars",
+        routes::by_server_name,
+    ),
+    (
+        "a part of a host's rules is another team's",
+        routes::delegated,
+    ),
+    (
+        "a pod of a StatefulSet is reached by its name",
+        routes::by_pod,
+    ),
     (
         "circuit breaking under a load generator",
         limits::circuit_breaking,

@@ -216,6 +216,12 @@ impl Validate for ConsistentHashLb {
                 "a cookie needs a name",
             );
         }
+        if self.minimum_ring_size != 0 {
+            check.warn_at(
+                "minimumRingSize",
+                "old form; write ringHash.minimumRingSize",
+            );
+        }
         let rings = self.ring_hash.is_some() || self.maglev.is_some();
         check.require(
             self.minimum_ring_size == 0 || !rings,
@@ -230,7 +236,7 @@ impl Validate for ConsistentHashLb {
         if let Some(maglev) = &self.maglev {
             let size = maglev.table_size;
             check.require(
-                size == 0 || (size < 5_000_011 && is_prime(size)),
+                size < 5_000_011 && is_prime(size),
                 "maglev.tableSize",
                 "a prime below 5000011 is needed",
             );
@@ -252,17 +258,16 @@ impl Validate for LocalityLbSetting {
             "failover",
             "distribute and failover exclude each other",
         );
-        let mut from = Vec::new();
         check.each("distribute", &self.distribute, |check, entry| {
             check.at("from", |check| locality(&entry.from, check));
-            check.require(
-                !from.contains(&entry.from.as_str()),
-                "from",
-                "this locality is there twice",
-            );
-            from.push(&entry.from);
-            for name in entry.to.keys() {
-                check.at("to", |check| locality(name, check));
+            let names: Vec<&String> = entry.to.keys().collect();
+            for (index, name) in names.iter().enumerate() {
+                check.at(&format!("to[{name}]"), |check| {
+                    locality(name, check);
+                    if let Some(other) = names[..index].iter().find(|other| overlap(other, name)) {
+                        check.error(format!("overlaps with {other:?}; keep one of them"));
+                    }
+                });
             }
             let right = entry.to.values().all(|weight| (1..=100).contains(weight))
                 && entry
@@ -277,8 +282,26 @@ impl Validate for LocalityLbSetting {
                 "weights are numbers from 1 to 100 that add up to 100",
             );
         });
+        for (index, entry) in self.distribute.iter().enumerate() {
+            let earlier = self.distribute[..index].iter();
+            if let Some(other) = earlier
+                .map(|other| &other.from)
+                .find(|other| overlap(other, &entry.from))
+            {
+                check.error_at(
+                    &format!("distribute[{index}].from"),
+                    format!("overlaps with {other:?}; keep one of them"),
+                );
+            }
+        }
         failovers(&self.failover, check);
     }
+}
+
+/// True if one of two localities, which may end in `*` or leave parts out, contains the other.
+fn overlap(a: &str, b: &str) -> bool {
+    let mut pairs = a.split('/').zip(b.split('/'));
+    pairs.all(|(a, b)| a == b || a == "*" || b == "*")
 }
 
 fn locality(name: &str, check: &mut Check) {
@@ -321,6 +344,9 @@ impl Validate for ConnectionPoolSettings {
                 );
                 duration(tcp.connect_timeout, "connectTimeout", check);
                 duration(tcp.max_connection_duration, "maxConnectionDuration", check);
+                if tcp.idle_timeout.is_some_and(|idle| !idle.is_zero()) {
+                    duration(tcp.idle_timeout, "idleTimeout", check);
+                }
                 if let Some(keepalive) = &tcp.tcp_keepalive {
                     duration(keepalive.time, "tcpKeepalive.time", check);
                     duration(keepalive.interval, "tcpKeepalive.interval", check);
@@ -357,6 +383,8 @@ impl Validate for ConnectionPoolSettings {
                         "http2KeepAlive.timeout",
                         "interval and timeout are needed",
                     );
+                    duration(keepalive.interval, "http2KeepAlive.interval", check);
+                    duration(keepalive.timeout, "http2KeepAlive.timeout", check);
                 }
             });
         }
@@ -422,6 +450,12 @@ impl Validate for ClientTlsSettings {
                 "MUTUAL needs clientCertificate and privateKey, or credentialName",
             ),
             _ => {}
+        }
+        if self.credential_name.starts_with("configmap://") {
+            check.error_at(
+                "credentialName",
+                "a ConfigMap can't be used here by this version of mesh; name a Secret (its key ca.crt has the roots)",
+            );
         }
         if self.insecure_skip_verify == Some(true) {
             check.require(

@@ -8,21 +8,6 @@ use crate::networking::gateway::{Server, ServerTlsMode, ServerTlsSettings, TlsPr
 
 use super::{Check, Validate, names};
 
-const PROTOCOLS: &[&str] = &[
-    "HTTP",
-    "HTTP2",
-    "HTTP_PROXY",
-    "HTTPS",
-    "GRPC",
-    "GRPC-WEB",
-    "TCP",
-    "TLS",
-    "MONGO",
-    "REDIS",
-    "MYSQL",
-    "UDP",
-    "HBONE",
-];
 const CIPHERS: &[&str] = &[
     "ECDHE-ECDSA-AES128-GCM-SHA256",
     "ECDHE-RSA-AES128-GCM-SHA256",
@@ -61,7 +46,7 @@ impl Validate for Gateway {
         let mut ports = HashSet::new();
         check.each("servers", &self.servers, |check, server| {
             server.validate(check);
-            let unique = ports.insert((server.port.number, server.bind.clone(), server.port.name.clone()));
+            let unique = ports.insert((server.port.number, server.port.name.clone()));
             check.require(unique, "port.name", "another server of this gateway has the same port and name; give it a name of its own");
         });
     }
@@ -84,13 +69,15 @@ impl Validate for Server {
         let protocol = self.port.protocol.to_ascii_uppercase();
         match &self.tls {
             Some(tls) => check.at("tls", |check| {
-                let plain = matches!(protocol.as_str(), "HTTP" | "HTTP2" | "GRPC");
-                if plain && (tls.https_redirect || uses_tls(tls)) {
-                    let only_redirect = tls.https_redirect && !uses_tls(tls);
-                    check.require(only_redirect, "mode", &format!("a port with protocol {protocol} can only have httpsRedirect; use HTTPS to terminate TLS"));
+                let plain = matches!(protocol.as_str(), "HTTP" | "HTTP2" | "GRPC" | "GRPC-WEB" | "HTTP_PROXY");
+                let secure = matches!(protocol.as_str(), "HTTPS" | "TLS" | "HBONE");
+                if plain && uses_tls(tls) {
+                    check.error_at("mode", format!("a port with protocol {protocol} can only have httpsRedirect; use HTTPS to terminate TLS"));
+                } else if !plain && !secure {
+                    check.error(format!("a port with protocol {protocol} has no TLS; use TLS to terminate it or to pass it through"));
                 }
                 check.require(!tls.https_redirect || plain, "httpsRedirect", "only a port with protocol HTTP can redirect to https");
-                if !plain {
+                if secure {
                     tls.validate(check);
                 }
             }),
@@ -104,9 +91,10 @@ impl Validate for Server {
 
 /// True if any setting besides the redirect is given.
 fn uses_tls(tls: &ServerTlsSettings) -> bool {
-    tls.mode != ServerTlsMode::Passthrough
-        || !tls.credential_name.is_empty()
-        || !tls.server_certificate.is_empty()
+    *tls != ServerTlsSettings {
+        https_redirect: tls.https_redirect,
+        ..ServerTlsSettings::default()
+    }
 }
 
 fn port(server: &Server, check: &mut Check) {
@@ -125,18 +113,12 @@ fn port(server: &Server, check: &mut Check) {
         "port.name",
         "a port needs a name",
     );
-    let known = PROTOCOLS
-        .iter()
-        .any(|protocol| protocol.eq_ignore_ascii_case(&server.port.protocol));
     check.require(
-        known,
+        !server.port.protocol.is_empty(),
         "port.protocol",
-        &format!(
-            "unknown protocol {:?}; one of {}",
-            server.port.protocol,
-            PROTOCOLS.join(", ")
-        ),
+        "a port needs a protocol",
     );
+    names::protocol(&server.port.protocol, "port.protocol", check);
     check.require(
         server.port.target_port == 0,
         "port.targetPort",
@@ -168,8 +150,11 @@ impl Validate for ServerTlsSettings {
     fn validate(&self, check: &mut Check) {
         let files = !self.server_certificate.is_empty()
             || !self.private_key.is_empty()
-            || !self.ca_certificates.is_empty();
-        let secrets = !self.credential_name.is_empty() || !self.credential_names.is_empty();
+            || !self.ca_certificates.is_empty()
+            || !self.ca_crl.is_empty();
+        let secrets = !self.credential_name.is_empty()
+            || !self.credential_names.is_empty()
+            || !self.ca_cert_credential_name.is_empty();
         match self.mode {
             ServerTlsMode::Passthrough | ServerTlsMode::AutoPassthrough => {
                 if files || secrets || !self.tls_certificates.is_empty() {

@@ -166,6 +166,61 @@ pub(crate) fn port(number: u32, field: &str, check: &mut Check) {
     );
 }
 
+/// Protocols that a port may be declared to speak, beside none.
+pub(crate) const PROTOCOLS: &[&str] = &[
+    "HTTP",
+    "HTTP2",
+    "HTTP_PROXY",
+    "HTTPS",
+    "GRPC",
+    "GRPC-WEB",
+    "TCP",
+    "TLS",
+    "MONGO",
+    "REDIS",
+    "MYSQL",
+    "UDP",
+    "HBONE",
+];
+
+/// Checks the protocol of a port, which may be left out.
+pub(crate) fn protocol(name: &str, field: &str, check: &mut Check) {
+    let known = PROTOCOLS
+        .iter()
+        .any(|protocol| protocol.eq_ignore_ascii_case(name));
+    check.require(
+        known || name.is_empty(),
+        field,
+        &format!("unknown protocol {name:?}; one of {}", PROTOCOLS.join(", ")),
+    );
+}
+
+/// The way to a claim of the request's token, where a condition on headers names one: `@request.auth.claims.a.b`, or
+/// `@request.auth.claims[a][b]` for names with dots. `None` for headers and for claims without a name.
+pub fn claim_of_token(name: &str) -> Option<Vec<&str>> {
+    let (prefix, rest) = name.split_at_checked(CLAIMS.len())?;
+    if !prefix.eq_ignore_ascii_case(CLAIMS) {
+        return None;
+    }
+    let names: Vec<&str> = match rest.strip_prefix('.') {
+        Some(dotted) => dotted.split('.').collect(),
+        None => {
+            let inner = rest.strip_prefix('[')?.strip_suffix(']')?;
+            inner.split("][").collect()
+        }
+    };
+    names.iter().all(|name| !name.is_empty()).then_some(names)
+}
+
+/// True where a condition on headers means a claim, well written or not.
+pub fn is_about_claims(name: &str) -> bool {
+    name.split_at_checked(CLAIMS.len())
+        .is_some_and(|(prefix, _)| prefix.eq_ignore_ascii_case(CLAIMS))
+}
+
+/// Conditions whose name begins so are about claims of the request's token.
+const CLAIMS: &str = "@request.auth.claims";
+
 /// Checks an address or a CIDR block.
 pub(crate) fn cidr(text: &str) -> Result<(), String> {
     let wrong = || format!("{text:?} is neither an IP address nor a block such as 10.0.0.0/8");

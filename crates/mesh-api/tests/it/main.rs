@@ -3,4 +3,5 @@
 mod kinds;
 mod structural;
 mod validation;
+mod validation_rules;
 mod yaml_properties;

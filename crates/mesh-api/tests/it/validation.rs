@@ -16,7 +16,7 @@ fn findings(kind: &str, spec: &str) -> Vec<Finding> {
 }
 
 /// Each specification gives exactly the finding at the field, with these words in its message; an empty field means none.
-fn table(kind: &str, severity: Severity, rows: &[(&str, &str, &str)]) {
+pub(crate) fn table(kind: &str, severity: Severity, rows: &[(&str, &str, &str)]) {
     for (spec, field, words) in rows {
         let all = findings(kind, spec);
         let found: Vec<_> = all

@@ -6,9 +6,18 @@ use serde_json::{Value, json};
 use super::{Column, age, duration};
 use crate::rbac::{CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES, ROLE_BINDINGS, ROLES};
 use crate::scale::selector_text;
+use crate::strategy::certificates::{self, REQUESTS as SIGNING_REQUESTS};
 
 const NAME: Column = ("Name", "string", 0);
 const AGE: Column = ("Age", "string", 0);
+const SIGNING_COLUMNS: [Column; 6] = [
+    NAME,
+    AGE,
+    ("SignerName", "string", 0),
+    ("Requestor", "string", 0),
+    ("RequestedDuration", "string", 0),
+    ("Condition", "string", 0),
+];
 
 /// The columns of a resource by storage key.
 pub fn columns(storage: &str) -> Vec<Column> {
@@ -104,6 +113,7 @@ pub fn columns(storage: &str) -> Vec<Column> {
                 ("ServiceAccounts", "string", 1),
             ];
         }
+        SIGNING_REQUESTS => return SIGNING_COLUMNS.to_vec(),
         ROLES | CLUSTER_ROLES => return vec![NAME, ("Created At", "date", 0)],
         "core/namespaces" => &[("Status", "string", 0)],
         "core/configmaps" => &[("Data", "integer", 0)],
@@ -161,6 +171,19 @@ pub fn cells(storage: &str, object: &Value, now: Timestamp) -> Vec<Value> {
         "discovery.k8s.io/endpointslices" => endpoint_slice(object, name, created),
         "coordination.k8s.io/leases" => {
             vec![name, object["spec"]["holderIdentity"].clone(), created]
+        }
+        SIGNING_REQUESTS => {
+            let spec = &object["spec"];
+            let asked = spec["expirationSeconds"].as_i64();
+            let asked = asked.map_or_else(|| "<none>".to_owned(), duration);
+            vec![
+                name,
+                created,
+                spec["signerName"].clone(),
+                spec["username"].clone(),
+                json!(asked),
+                json!(certificates::state(object)),
+            ]
         }
         ROLE_BINDINGS | CLUSTER_ROLE_BINDINGS => role_binding(object, name, created),
         "apiextensions.k8s.io/customresourcedefinitions" | ROLES | CLUSTER_ROLES => {

@@ -3,6 +3,7 @@
 
 mod access;
 mod auth;
+mod certificates;
 mod crds;
 mod kinds;
 mod patches;

@@ -13,7 +13,7 @@ use mesh_xds::backoff::Backoff;
 use serde_json::json;
 
 use crate::Options;
-use crate::ca::{Held, Issuing, held};
+use crate::ca::{Held, Issuing, Origin, held};
 use crate::publish::Shared;
 
 /// Istio's name of the ConfigMap, and the key in it.
@@ -33,6 +33,7 @@ pub(crate) async fn keep(options: Arc<Options>, shared: Arc<Shared>, mut issuing
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10), 2);
     let mut present = Present::default();
     let mut wait = None;
+    let mut told = false;
     loop {
         let again = async {
             match wait {
@@ -63,6 +64,12 @@ pub(crate) async fn keep(options: Arc<Options>, shared: Arc<Shared>, mut issuing
         wait = None;
         if !present.listed || !shared.ready() {
             continue;
+        }
+        let given = !shared.mesh_config().ca_certificates.is_empty();
+        if given && held.origin != Origin::External && !std::mem::replace(&mut told, true) {
+            tracing::warn!(
+                "caCertificates of the mesh configuration has no effect: the mesh's own authority signs (EXTERNAL_CA is not set)"
+            );
         }
         let failed = write_missing(&options, &shared, &held, &mut present).await;
         if failed {
@@ -116,6 +123,9 @@ async fn write_missing(
     let namespaces: BTreeSet<String> = shared.namespaces().keys().cloned().collect();
     let mut failed = false;
     for namespace in namespaces {
+        if held.is_from_map() && namespace == options.namespace {
+            continue;
+        }
         let there = present.roots.get(&namespace);
         if there.is_some_and(|text| text.as_deref() == Some(wanted)) {
             continue;

@@ -1,14 +1,14 @@
 //! Changing the root while everybody goes on talking: first everybody trusts the next root beside the present one, then everybody gets a
 //! certificate of it, then nobody trusts the old one any more. The Secret says how far that is, so it goes on wherever it was interrupted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use kube::Api;
-use kube::api::{ListParams, Patch, PatchParams, PostParams};
+use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use mesh_identity::ca::Authority;
 use mesh_identity::trust::TrustBundle;
@@ -25,6 +25,10 @@ use crate::leader::Leader;
 use crate::nodes::Nodes;
 use crate::serving::now;
 
+pub(crate) mod waiting;
+
+use waiting::{Judged, Pod};
+
 /// Who wants a new root sets this annotation on the Secret, to anything.
 pub(crate) const REQUEST: &str = "security.mesh/rotate-root";
 /// The next root and its key, while they are only trusted.
@@ -32,8 +36,8 @@ pub(crate) const NEXT_CERTIFICATE: &str = "next-cert.pem";
 const NEXT_KEY: &str = "next-key.pem";
 /// Where each control plane says how far its proxies are.
 const PROGRESS: &str = "istio-ca-rotation";
-/// Injection and gateways label pods with it, so the server can leave out the others.
-const MESHED: &str = "service.istio.io/canonical-name";
+/// Whom an operator does not want to wait for: names as the progress shows them, a list in JSON.
+pub(crate) const WITHOUT: &str = "security.mesh/rotate-without";
 /// Time from one look to the next while the root changes.
 const LOOK: Duration = Duration::from_secs(1);
 /// Time from one look to the next otherwise: for a root that grows old.
@@ -43,7 +47,7 @@ const FRESH_SECONDS: u64 = 30;
 /// A root is changed when this share of its validity is left (Istio: the last 20 %).
 const OLD_AGE: f64 = 0.2;
 /// Names of proxies that are shown at most.
-const SHOWN: usize = 10;
+const SHOWN: usize = 200;
 
 /// How far a rotation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,12 +67,21 @@ pub(crate) struct Progress {
     pub(crate) phase: Phase,
     /// Fingerprint of the root that signs.
     pub(crate) root: String,
-    /// Authenticated proxies.
+    /// Pods and others whose proxies are connected and authenticated.
     pub(crate) connected: usize,
     /// Those that are so far.
     pub(crate) done: usize,
-    /// Some of the others.
+    /// Those that are waited for (of the leader: of all control planes), and those that an operator goes on without.
     pub(crate) waiting: Vec<String>,
+    /// How many more there are.
+    #[serde(default)]
+    pub(crate) more: usize,
+    /// Marks of the pods that are so far.
+    #[serde(default)]
+    pub(crate) pods: BTreeSet<String>,
+    /// Those who are no pods that are known, and are not so far.
+    #[serde(default)]
+    pub(crate) strangers: BTreeSet<String>,
     /// When this was seen, seconds since 1970.
     pub(crate) time: u64,
 }
@@ -127,15 +140,27 @@ async fn step(
         }
         return Ok(());
     }
-    let mut progress = nodes.trust_progress(held);
+    let pods = waiting::pods(options).await?;
+    let judged = waiting::judge(&pods, &nodes.trust_said(held));
+    let mut progress = progress(held, &judged);
     let done = match leads {
         true => {
-            let lack = lack(options, replica, &progress).await?;
-            let told = lack.iter().filter(|lack| !lack.is_empty());
-            progress.waiting.extend(told.cloned());
-            lack.is_none()
+            let waits_for = lack(options, replica, (&progress, &judged), &pods).await?;
+            let without = without(options).await?;
+            let (still, excused): (Vec<String>, Vec<String>) = waits_for
+                .into_iter()
+                .partition(|name| !without.contains(name));
+            if still.is_empty() && !excused.is_empty() {
+                tracing::warn!(proxies = ?excused, "the rotation of the root goes on without these, as an operator asked");
+            }
+            show(&mut progress, &still);
+            still.is_empty()
         }
-        false => false,
+        false => {
+            let own: Vec<String> = judged.waiting().into_iter().collect();
+            show(&mut progress, &own);
+            false
+        }
     };
     let same = |said: &Progress| {
         let renewed = progress.time.saturating_sub(said.time) > FRESH_SECONDS / 3;
@@ -161,20 +186,21 @@ async fn step(
 
 /// Whether little is left of the validity of the root that signs.
 fn is_old(held: &Held, now: u64) -> bool {
-    let described = mesh_identity::trust::describe(held.authority.certificate_pem());
-    let described = described.unwrap_or_default();
+    let certificate = held.own().map_or("", Authority::certificate_pem);
+    let described = mesh_identity::trust::describe(certificate).unwrap_or_default();
     described.first().is_some_and(|root| {
         let left = root.not_after.saturating_sub(now) as f64;
         left < (root.not_after - root.not_before) as f64 * OLD_AGE
     })
 }
 
-/// What is lacking until everybody is so far: all proxies of all control planes, and no fewer of them than there are pods with a proxy.
+/// Who is lacking until everybody is so far: every pod with a proxy must be, at one of the control planes, and everybody else who is connected.
 async fn lack(
     options: &Options,
     replica: &str,
-    own: &Progress,
-) -> Result<Option<String>, SecretError> {
+    (own, judged): (&Progress, &Judged),
+    pods: &[Pod],
+) -> Result<BTreeSet<String>, SecretError> {
     let map = config_maps(options).get_opt(PROGRESS).await?;
     let data = map.map(|map| map.data["data"].clone()).unwrap_or_default();
     let texts: BTreeMap<String, String> = serde_json::from_value(data).unwrap_or_default();
@@ -184,46 +210,44 @@ async fn lack(
         (own.time.saturating_sub(said.time) <= FRESH_SECONDS).then_some(said)
     };
     let others: Vec<Progress> = others.filter_map(|(_, text)| fresh(text)).collect();
-    let agrees = |said: &&Progress| {
-        said.phase == own.phase && said.root == own.root && said.done == said.connected
-    };
-    if own.done != own.connected {
-        // They are named already.
-        return Ok(Some(String::new()));
+    let mut lacking = judged.waiting();
+    let mut done = own.pods.clone();
+    for said in others {
+        if said.phase != own.phase || said.root != own.root {
+            lacking.insert("proxies of other control planes".to_owned());
+            continue;
+        }
+        lacking.extend(said.strangers);
+        lacking.extend(said.waiting);
+        done.extend(said.pods);
     }
-    if others.iter().filter(agrees).count() != others.len() {
-        return Ok(Some("proxies of other control planes".to_owned()));
+    // A stream of before may still stand at another control plane.
+    for pod in pods {
+        if done.contains(&pod.mark()) {
+            lacking.remove(&pod.shown());
+        } else if pod.meshed {
+            lacking.insert(pod.shown());
+        }
     }
-    let connected = own.connected + others.iter().map(|said| said.connected).sum::<usize>();
-    let pods = meshed_pods(options).await?;
-    Ok((connected < pods).then(|| {
-        format!(
-            "{pods} running pods have a proxy, {connected} of these are connected and authenticated"
-        )
-    }))
+    Ok(lacking)
 }
 
-/// Running pods that say they have a proxy with an identity.
-async fn meshed_pods(options: &Options) -> Result<usize, SecretError> {
-    let gvk = GroupVersionKind::gvk("", "v1", "Pod");
-    let resource = ApiResource::from_gvk_with_plural(&gvk, "pods");
-    let api: Api<DynamicObject> = Api::all_with(options.client.clone(), &resource);
-    let running = |pod: &&DynamicObject| {
-        pod.data["status"]["phase"] == "Running"
-            && pod.metadata.deletion_timestamp.is_none()
-            && pod
-                .metadata
-                .annotations
-                .as_ref()
-                .is_some_and(|annotations| annotations.contains_key("sidecar.istio.io/status"))
-    };
-    Ok(api
-        .list(&ListParams::default().labels(MESHED))
-        .await?
-        .items
-        .iter()
-        .filter(running)
-        .count())
+/// Those whom an operator does not want to wait for.
+async fn without(options: &Options) -> Result<BTreeSet<String>, SecretError> {
+    let secret = secrets(options).get(SELF_SIGNED).await?;
+    let annotations = secret.metadata.annotations.unwrap_or_default();
+    let text = annotations.get(WITHOUT).map_or("[]", String::as_str);
+    serde_json::from_str(text).map_err(|error| {
+        SecretError::Content(format!(
+            "the annotation {WITHOUT} is not a list of names in JSON: {error}"
+        ))
+    })
+}
+
+/// Puts names into a report, as many as there is room for.
+fn show(progress: &mut Progress, names: &[String]) {
+    progress.waiting = names.iter().take(SHOWN).cloned().collect();
+    progress.more = names.len() - progress.waiting.len();
 }
 
 /// Changes the Secret, if nobody else did meanwhile.
@@ -255,6 +279,7 @@ fn put(secret: &mut DynamicObject, name: &str, text: &str) {
 fn begin(secret: &mut DynamicObject) -> Result<(), SecretError> {
     if let Some(annotations) = &mut secret.metadata.annotations {
         annotations.remove(REQUEST);
+        annotations.remove(WITHOUT);
     }
     let next = Authority::generate(ORGANIZATION, COMMON_NAME, now(), ROOT_LIFETIME)?;
     let present = get(secret, CERTIFICATE)?;
@@ -281,6 +306,9 @@ fn switch(secret: &mut DynamicObject) -> Result<(), SecretError> {
 
 /// The old root is trusted no more.
 fn retire(secret: &mut DynamicObject) -> Result<(), SecretError> {
+    if let Some(annotations) = &mut secret.metadata.annotations {
+        annotations.remove(WITHOUT);
+    }
     let present = get(secret, CERTIFICATE)?;
     put(secret, ROOTS, &present);
     Ok(())
@@ -329,41 +357,23 @@ fn config_maps(options: &Options) -> Api<DynamicObject> {
     Api::namespaced_with(options.client.clone(), &options.namespace, &resource)
 }
 
-/// What a node says of itself, against what it should be.
-pub(crate) fn is_done(phase: Phase, said: &Value, held: &Held) -> bool {
-    let roots: Vec<&str> = said["roots"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-        .collect();
-    match phase {
-        Phase::Renew => said["root"] == held.authority.root(),
-        _ => held
-            .trusted
-            .fingerprints()
-            .iter()
-            .all(|root| roots.contains(&root.as_str())),
-    }
-}
-
-/// A view of many nodes: done or not, by name.
-pub(crate) fn progress(held: &Held, nodes: impl Iterator<Item = (String, bool)>) -> Progress {
-    let mut progress = Progress {
-        phase: held.phase,
-        root: held.authority.root().to_owned(),
-        connected: 0,
-        done: 0,
-        waiting: Vec::new(),
-        time: now(),
+/// What this control plane sees.
+fn progress(held: &Held, judged: &Judged) -> Progress {
+    let marks = |done: bool| {
+        let pods = judged.pods.iter();
+        pods.filter(move |(_, said)| said.1 == done)
+            .map(|(mark, _)| mark.clone())
     };
-    for (name, done) in nodes {
-        progress.connected += 1;
-        if done {
-            progress.done += 1;
-        } else if progress.waiting.len() < SHOWN {
-            progress.waiting.push(name);
-        }
+    let pods: BTreeSet<String> = marks(true).collect();
+    Progress {
+        phase: held.phase,
+        root: held.root.clone(),
+        connected: judged.pods.len() + judged.strangers.len(),
+        done: pods.len(),
+        waiting: Vec::new(),
+        more: 0,
+        pods,
+        strangers: judged.strangers.clone(),
+        time: now(),
     }
-    progress
 }

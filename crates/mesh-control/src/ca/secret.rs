@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::Options;
-use crate::ca::{Held, Origin, rotation};
+use crate::ca::{Held, Origin, put, rotation};
 use crate::metrics::Metrics;
 use crate::serving::now;
 
@@ -44,6 +44,19 @@ pub(crate) enum SecretError {
     Content(String),
     #[error(transparent)]
     Authority(#[from] CaError),
+    /// The root would be swapped under the feet of everybody.
+    #[error(
+        "its roots (root-cert.pem) leave out {present}, under which all certificates of now are, so that workloads would not trust each other any more; what was in \
+         force before stays. To change the root take two steps: first put both roots into root-cert.pem and wait until all proxies trust both \
+         (mesh proxy-config secret), then put the new certificate and key there, and when all certificates are renewed take the old root out. \
+         To change it at once, at the price of refused connections, restart the control plane"
+    )]
+    NoOverlap { present: String },
+    /// An operator's authority is gone.
+    #[error(
+        "it was deleted; what it held stays in force until the control plane is restarted: put it back, or put one there whose root-cert.pem holds {present} too"
+    )]
+    Deleted { present: String },
 }
 
 impl From<kube::Error> for SecretError {
@@ -96,10 +109,15 @@ pub(crate) async fn keep(
         if !plugged_in.listed || !own.listed {
             continue;
         }
-        match settle(&api, &options, &plugged_in, &own).await {
-            Ok(held) => {
+        let present = issuing.borrow().clone();
+        match settle(&api, &options, (&plugged_in, &own), present.as_deref()).await {
+            Ok(Settled::Now(held)) => {
                 backoff.reset();
-                put(&issuing, &metrics, held);
+                put(&issuing, &metrics, *held);
+            }
+            Ok(Settled::Restored(written)) => {
+                backoff.reset();
+                metrics.citadel.restored.inc_by(i64::from(written));
             }
             Err((secret, error)) => {
                 metrics.citadel.load_failures.inc();
@@ -137,26 +155,78 @@ impl Seen {
     }
 }
 
-/// The authority that the Secrets say; makes one where they say nothing.
+/// What the Secrets led to.
+enum Settled {
+    /// The authority that they say.
+    Now(Box<Held>),
+    /// They said nothing any more, and say again what is in force; whether it was written here.
+    Restored(bool),
+}
+
+/// The authority that the Secrets say; makes one where they say nothing, and nothing is in force. What would swap the root that is in force
+/// for another one, without a time in which both are trusted, is refused (as in Istio).
 async fn settle(
     api: &Api<DynamicObject>,
     options: &Options,
-    plugged_in: &Seen,
-    own: &Seen,
-) -> Result<Held, (&'static str, SecretError)> {
-    if let Some(secret) = &plugged_in.secret {
-        return load(secret, Origin::PluggedIn).map_err(|error| (PLUGGED_IN, error));
-    }
-    let loaded = match &own.secret {
-        Some(secret) => load(secret, Origin::SelfSigned),
-        None => make(api, options).await,
+    (plugged_in, own): (&Seen, &Seen),
+    present: Option<&Held>,
+) -> Result<Settled, (&'static str, SecretError)> {
+    let (name, loaded) = match (&plugged_in.secret, &own.secret, present) {
+        (Some(secret), ..) => (PLUGGED_IN, load(secret, Origin::PluggedIn)),
+        (None, Some(secret), _) => (SELF_SIGNED, load(secret, Origin::SelfSigned)),
+        (None, None, None) => (SELF_SIGNED, make(api, options).await),
+        (None, None, Some(present)) if present.origin == Origin::PluggedIn => {
+            let present = present.root.clone();
+            return Err((PLUGGED_IN, SecretError::Deleted { present }));
+        }
+        (None, None, Some(present)) => {
+            let restored = restore(api, options, present).await;
+            return restored
+                .map(Settled::Restored)
+                .map_err(|error| (SELF_SIGNED, error));
+        }
     };
-    loaded.map_err(|error| (SELF_SIGNED, error))
+    let held = loaded.map_err(|error| (name, error))?;
+    match present {
+        Some(present) if !present.is_continued_by(&held) => {
+            let present = present.root.clone();
+            Err((name, SecretError::NoOverlap { present }))
+        }
+        _ => Ok(Settled::Now(Box::new(held))),
+    }
 }
 
-/// Makes an authority and keeps it. When two control planes start at once, one of them creates the Secret and the other loads it.
-async fn make(api: &Api<DynamicObject>, options: &Options) -> Result<Held, SecretError> {
-    let authority = Authority::generate(ORGANIZATION, COMMON_NAME, now(), ROOT_LIFETIME)?;
+/// Writes the Secret of the self-signed authority again, from what is in force. A next root that was only trusted is given up: nothing is
+/// signed by it yet.
+async fn restore(
+    api: &Api<DynamicObject>,
+    options: &Options,
+    present: &Held,
+) -> Result<bool, SecretError> {
+    let Some(authority) = present.own() else {
+        return Ok(false);
+    };
+    let secret = object(options, authority, present.trusted.pem())?;
+    match api.create(&PostParams::default(), &secret).await {
+        Ok(_) => {
+            tracing::warn!(
+                root = present.root,
+                "Secret {SELF_SIGNED} was deleted, and is written again with the authority that is in force; a new root is asked for with `mesh ca rotate`"
+            );
+            Ok(true)
+        }
+        // Somebody else wrote one, or the watch has not shown ours yet.
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The Secret of a self-signed authority.
+fn object(
+    options: &Options,
+    authority: &Authority,
+    roots: &str,
+) -> Result<DynamicObject, SecretError> {
     let secret = json!({
         "apiVersion": "v1",
         "kind": "Secret",
@@ -166,11 +236,16 @@ async fn make(api: &Api<DynamicObject>, options: &Options) -> Result<Held, Secre
             CERTIFICATE: BASE64.encode(authority.certificate_pem()),
             KEY: BASE64.encode(authority.key_pem()),
             CHAIN: "",
-            ROOTS: BASE64.encode(authority.certificate_pem()),
+            ROOTS: BASE64.encode(roots),
         },
     });
-    let secret: DynamicObject =
-        serde_json::from_value(secret).map_err(|error| SecretError::Content(error.to_string()))?;
+    serde_json::from_value(secret).map_err(|error| SecretError::Content(error.to_string()))
+}
+
+/// Makes an authority and keeps it. When two control planes start at once, one of them creates the Secret and the other loads it.
+async fn make(api: &Api<DynamicObject>, options: &Options) -> Result<Held, SecretError> {
+    let authority = Authority::generate(ORGANIZATION, COMMON_NAME, now(), ROOT_LIFETIME)?;
+    let secret = object(options, &authority, authority.certificate_pem())?;
     match api.create(&PostParams::default(), &secret).await {
         Ok(_) => {
             tracing::info!(
@@ -241,36 +316,6 @@ pub(crate) fn part(data: &Value, key: &str) -> Result<String, SecretError> {
         .ok()
         .and_then(|bytes| String::from_utf8(bytes).ok())
         .ok_or_else(|| SecretError::Content(format!("{key} is not text in base64")))
-}
-
-fn put(issuing: &watch::Sender<Option<Arc<Held>>>, metrics: &Metrics, held: Held) {
-    let seconds = |time: u64| i64::try_from(time).unwrap_or(i64::MAX);
-    let roots = mesh_identity::trust::describe(held.authority.roots().pem()).unwrap_or_default();
-    let root_end = roots.iter().map(|root| root.not_after).min().unwrap_or(0);
-    metrics.citadel.root_expiry.set(seconds(root_end));
-    metrics
-        .citadel
-        .chain_expiry
-        .set(seconds(held.authority.not_after()));
-    issuing.send_if_modified(|present| {
-        let same = present.as_ref().is_some_and(|present| {
-            present.authority.certificate_pem() == held.authority.certificate_pem()
-                && present.trusted == held.trusted
-                && present.origin == held.origin
-                && present.phase == held.phase
-                && present.requested == held.requested
-        });
-        if !same {
-            tracing::info!(
-                origin = ?held.origin,
-                root = held.authority.root(),
-                trusted = held.trusted.fingerprints().len(),
-                "certificate authority in force"
-            );
-            *present = Some(Arc::new(held));
-        }
-        !same
-    });
 }
 
 pub(crate) fn secrets(options: &Options) -> Api<DynamicObject> {

@@ -9,9 +9,13 @@ use mesh_xds::certificate::{Authority, CertificateRequest, CertificateResponse};
 use tonic::{Request, Status};
 
 use crate::auth::{Authenticator, Refusal};
-use crate::ca::Issuing;
+use crate::ca::registration::SignError;
+use crate::ca::{Issuing, Signer};
 use crate::metrics::Metrics;
 use crate::serving::now;
+
+/// Where a caller names the signer that it wants.
+const CERT_SIGNER: &str = "CertSigner";
 
 /// How long certificates are valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +79,8 @@ enum Error {
         "the setting {0} of the request is not supported: this authority has one signer, and certifies its callers alone"
     )]
     Setting(String),
+    #[error(transparent)]
+    Signer(#[from] SignError),
     #[error("the requested validity of {asked} s is above the maximum of {max} s")]
     Validity { asked: i64, max: u64 },
     #[error("the control plane has no certificate authority yet; try again")]
@@ -94,8 +100,10 @@ impl Error {
             Self::Request(CsrError::Key(_)) => "key",
             Self::Request(CsrError::Name { .. }) => "name",
             Self::Request(CsrError::Authority) => "ca",
+            Self::Request(CsrError::Subject(_)) => "subject",
             Self::Request(CsrError::Extension(_)) => "extension",
             Self::Setting(_) => "setting",
+            Self::Signer(error) => error.label(),
             Self::Validity { .. } => "TTL_ERROR",
             Self::NotReady => "CA_NOT_READY",
             Self::Issue(_) => "CERT_GEN_ERROR",
@@ -109,11 +117,21 @@ impl From<Error> for Status {
         match error {
             Error::Caller(refusal) => refusal.into(),
             Error::Request(
-                CsrError::Name { .. } | CsrError::Authority | CsrError::Extension(_),
+                CsrError::Name { .. }
+                | CsrError::Authority
+                | CsrError::Extension(_)
+                | CsrError::Subject(_),
             ) => Status::permission_denied(text),
             Error::Request(_) | Error::Setting(_) | Error::Validity { .. } => {
                 Status::invalid_argument(text)
             }
+            Error::Signer(error) => match error {
+                SignError::Signer(..) | SignError::TooShort(_) => Status::invalid_argument(text),
+                SignError::Denied { .. } => Status::permission_denied(text),
+                SignError::Busy(_) => Status::resource_exhausted(text),
+                SignError::Api { .. } | SignError::Late { .. } => Status::unavailable(text),
+                _ => Status::internal(text),
+            },
             Error::NotReady => Status::unavailable(text),
             Error::Issue(_) => Status::internal(text),
         }
@@ -130,19 +148,35 @@ impl Service {
             .identify(request.metadata(), request.extensions(), true)
             .await?;
         let message = request.get_ref();
-        plain_settings(message)?;
+        let settings = settings(message)?;
         let lifetime = self.lifetime(message.validity_duration)?;
-        let checked = csr::check(&message.csr, &self.authenticator.names_of(&caller.identity))?;
+        let names = self.authenticator.names_of(&caller.identity);
         let held = self.issuing.borrow().clone().ok_or(Error::NotReady)?;
-        let chain = held
-            .authority
-            .issue_workload(&checked, &caller.identity, now(), lifetime)?;
+        let (chain, trusted) = match &held.signer {
+            Signer::Own(own) => {
+                if settings.is_some() {
+                    return Err(Error::Setting(CERT_SIGNER.to_owned()));
+                }
+                let checked = csr::check(&message.csr, &names)?;
+                let chain = own.issue_workload(&checked, &caller.identity, now(), lifetime)?;
+                (chain, held.trusted.clone())
+            }
+            Signer::Elsewhere(elsewhere) => {
+                let checked = csr::check_for_signer(&message.csr, &names)?;
+                let max = self.lifetimes.max.as_secs();
+                let request = (message.csr.as_str(), &checked);
+                let issued = elsewhere
+                    .workload(request, &names, settings.as_deref(), lifetime, max)
+                    .await?;
+                (issued.chain_pem, held.trusted.with_first(&issued.root))
+            }
+        };
         self.metrics.citadel.issued.inc();
         let described = mesh_identity::trust::describe(&chain).unwrap_or_default();
         let leaf = described.first();
         tracing::info!(
             identity = %caller.identity,
-            pod = caller.pod,
+            pod = caller.pod.as_ref().map(|(name, _)| name.as_str()),
             by = caller.by(),
             serial = leaf.map(|leaf| leaf.serial.as_str()),
             not_after = leaf.map(|leaf| leaf.not_after),
@@ -150,7 +184,7 @@ impl Service {
         );
         let mut cert_chain = blocks(&chain);
         // The last one is what is trusted, which may be several roots while they change.
-        cert_chain.push(held.trusted.pem().to_owned());
+        cert_chain.push(trusted.pem().to_owned());
         Ok(CertificateResponse { cert_chain })
     }
 
@@ -164,23 +198,22 @@ impl Service {
     }
 }
 
-/// Istio's agents send the settings always, and empty where they are not used.
-fn plain_settings(message: &CertificateRequest) -> Result<(), Error> {
+/// The signer that the caller names. Istio's agents send the settings always, and empty where they are not used.
+fn settings(message: &CertificateRequest) -> Result<Option<String>, Error> {
+    let mut signer = None;
     let fields = message
         .metadata
         .iter()
         .flat_map(|metadata| &metadata.fields);
     for (name, value) in fields {
-        let empty = match &value.kind {
-            None | Some(Kind::NullValue(_)) => true,
-            Some(Kind::StringValue(text)) => text.is_empty(),
-            _ => false,
-        };
-        if !empty {
-            return Err(Error::Setting(name.chars().take(100).collect()));
+        match &value.kind {
+            None | Some(Kind::NullValue(_)) => {}
+            Some(Kind::StringValue(text)) if text.is_empty() => {}
+            Some(Kind::StringValue(text)) if name == CERT_SIGNER => signer = Some(text.clone()),
+            _ => return Err(Error::Setting(name.chars().take(100).collect())),
         }
     }
-    Ok(())
+    Ok(signer)
 }
 
 /// The certificates of a PEM text one by one.

@@ -299,14 +299,14 @@ fn is_public(address: IpAddr) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
     use super::*;
 
     /// Answers every connection with the same text.
-    async fn server(answer: String) -> SocketAddr {
+    pub(in crate::jwks) async fn server(answer: String) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         tokio::spawn(async move {
@@ -319,14 +319,14 @@ mod tests {
         address
     }
 
-    fn ok(body: &str) -> String {
+    pub(in crate::jwks) fn ok(body: &str) -> String {
         format!(
             "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
             body.len()
         )
     }
 
-    fn everywhere() -> Fetcher {
+    pub(in crate::jwks) fn everywhere() -> Fetcher {
         Fetcher {
             allowed: |_| true,
             ..Fetcher::new(&[])

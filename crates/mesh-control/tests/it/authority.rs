@@ -25,7 +25,7 @@ use crate::api::Api;
 use crate::control::{Plane, get, options, start, start_with};
 use crate::world;
 
-const DAY: u64 = 86_400;
+pub const DAY: u64 = 86_400;
 
 fn reviews() -> SpiffeId {
     "spiffe://cluster.local/ns/default/sa/default"
@@ -62,6 +62,11 @@ pub fn cluster() -> Api {
             "pathlike",
             json!({"authenticated": true, "audiences": ["istio-ca"], "user": user("system:serviceaccount:default:../sa/admin", &accounts)}),
         ),
+        // Bound to pods: the right one, one that is gone, an earlier one of the name, one that runs as somebody else.
+        ("bound", bound("default", "reviews-v1", "v1-0000")),
+        ("bound-gone", bound("default", "reviews-v9", "v9-0000")),
+        ("bound-earlier", bound("default", "reviews-v1", "v1-9999")),
+        ("bound-other", bound("admin", "reviews-v1", "v1-0000")),
         (
             "deleted",
             json!({"authenticated": false, "error": "the token's pod does not exist any more"}),
@@ -73,7 +78,19 @@ pub fn cluster() -> Api {
         );
     }
     api.apply("serviceaccounts", json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "default"}}));
+    let mut pod = api.get("pods", "default", "reviews-v1").unwrap();
+    pod["metadata"]["uid"] = json!("v1-0000");
+    api.apply("pods", pod);
     api
+}
+
+/// What the cluster says of a token of an account that is bound to a pod.
+fn bound(account: &str, pod: &str, uid: &str) -> Value {
+    json!({"authenticated": true, "audiences": ["istio-ca"], "user": {
+        "username": format!("system:serviceaccount:default:{account}"),
+        "groups": ["system:serviceaccounts", "system:authenticated"],
+        "extra": {"authentication.kubernetes.io/pod-name": [pod], "authentication.kubernetes.io/pod-uid": [uid]},
+    }})
 }
 
 /// Asks again until there is an answer.
@@ -88,7 +105,7 @@ pub async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T 
 }
 
 /// What a namespace's ConfigMap says.
-fn roots_in(api: &Api, namespace: &str) -> Option<String> {
+pub fn roots_in(api: &Api, namespace: &str) -> Option<String> {
     let map = api.get("configmaps", namespace, "istio-ca-root-cert")?;
     Some(map["data"]["root-cert.pem"].as_str()?.to_owned())
 }
@@ -115,7 +132,7 @@ fn connector() -> Connector {
     Arc::new(|address| Box::pin(TcpStream::connect(address)))
 }
 
-async fn ask(
+pub async fn ask(
     address: SocketAddr,
     credentials: &CredentialSource,
     request: CertificateRequest,
@@ -128,7 +145,7 @@ async fn ask(
     certificate::create(&connection, request).await
 }
 
-fn request(csr: &str) -> CertificateRequest {
+pub fn request(csr: &str) -> CertificateRequest {
     CertificateRequest {
         csr: csr.to_owned(),
         ..Default::default()
@@ -136,7 +153,7 @@ fn request(csr: &str) -> CertificateRequest {
 }
 
 /// A certificate, as a workload gets its first one.
-async fn first(plane: &Plane, trusted: &TrustBundle) -> Leaf {
+pub async fn first(plane: &Plane, trusted: &TrustBundle) -> Leaf {
     let (csr, key) = csr::make(&reviews()).unwrap();
     let credentials = source(trusted, Some("good"), None);
     let answer = ask(plane.addresses.secure_grpc, &credentials, request(&csr)).await;
@@ -200,6 +217,9 @@ async fn what_is_not_the_callers_is_refused_and_counted() {
         Some("admin"),
         Some("pathlike"),
         Some("deleted"),
+        Some("bound-gone"),
+        Some("bound-earlier"),
+        Some("bound-other"),
     ];
     for token in tokens {
         let credentials = source(&trusted, token, None);
@@ -286,7 +306,7 @@ async fn what_is_not_the_callers_is_refused_and_counted() {
     let (_, metrics) = get(plane.addresses.monitoring, "/metrics", "localhost").await;
     for line in [
         format!("citadel_server_csr_count {refusals}"),
-        "citadel_server_authentication_failure_count 8".to_owned(),
+        "citadel_server_authentication_failure_count 11".to_owned(),
         "citadel_server_id_extraction_err_count 3".to_owned(),
         "citadel_server_csr_parsing_err_count 2".to_owned(),
         "citadel_server_success_cert_issuance_count 0".to_owned(),
@@ -300,7 +320,7 @@ async fn what_is_not_the_callers_is_refused_and_counted() {
     plane.stop().await;
 }
 
-fn now() -> u64 {
+pub fn now() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap()
@@ -341,7 +361,7 @@ async fn the_roots_are_in_every_namespace_whoever_changes_them() {
 }
 
 /// A Secret `cacerts` as Istio's documentation has it made.
-fn plugged_in(root: &Authority) -> Value {
+pub fn plugged_in(root: &Authority) -> Value {
     let middle = root
         .intermediate("Istio", "Intermediate CA", now(), 100 * DAY)
         .unwrap();
@@ -397,7 +417,7 @@ impl Handler for Updates {
 }
 
 /// Opens a discovery stream on the secure port: the first type that comes, or why there is no stream.
-async fn discover(
+pub async fn discover(
     address: SocketAddr,
     id: &str,
     account: Option<&str>,
@@ -452,7 +472,8 @@ async fn discovery_on_the_secure_port_is_for_whom_the_node_says_it_is() {
     let leaf = first(&plane, &trusted).await;
     let token = || source(&trusted, Some("good"), None);
     let certificate = || source(&trusted, None, Some(&leaf));
-    for credentials in [token(), certificate()] {
+    let bound = || source(&trusted, Some("bound"), None);
+    for credentials in [token(), certificate(), bound()] {
         assert_eq!(
             discover(address, own, Some("default"), credentials)
                 .await
@@ -496,6 +517,13 @@ async fn discovery_on_the_secure_port_is_for_whom_the_node_says_it_is() {
             token(),
             "PermissionDenied",
         ),
+        (
+            "another pod",
+            "sidecar~10.244.7.11~reviews-v2.default~default.svc.cluster.local",
+            None,
+            bound(),
+            "PermissionDenied",
+        ),
     ] {
         let error = discover(address, id, account, credentials)
             .await
@@ -519,17 +547,23 @@ async fn plain_discovery_can_be_switched_off() {
 }
 
 /// A proxy as far as a rotation goes: it says what it is told to say.
-struct Truster {
+pub struct Truster {
     said: Arc<std::sync::Mutex<(Vec<String>, String)>>,
     again: tokio::sync::watch::Sender<u64>,
-    task: tokio::task::JoinHandle<()>,
+    pub task: tokio::task::JoinHandle<()>,
 }
 
 impl Truster {
-    fn start(plane: &Plane, credentials: CredentialSource, roots: Vec<String>, root: &str) -> Self {
+    pub fn start(
+        plane: &Plane,
+        credentials: CredentialSource,
+        pod: &str,
+        roots: Vec<String>,
+        root: &str,
+    ) -> Self {
         let said = Arc::new(std::sync::Mutex::new((roots, root.to_owned())));
         let node = Node {
-            id: "sidecar~10.244.7.10~reviews-v1.default~default.svc.cluster.local".to_owned(),
+            id: format!("sidecar~10.244.7.10~{pod}.default~default.svc.cluster.local"),
             ..Default::default()
         };
         let address = plane.addresses.secure_grpc;
@@ -575,7 +609,7 @@ impl Truster {
         Self { said, again, task }
     }
 
-    fn say(&self, roots: Vec<String>, root: &str) {
+    pub fn say(&self, roots: Vec<String>, root: &str) {
         *self.said.lock().unwrap() = (roots, root.to_owned());
         self.again.send_modify(|number| *number += 1);
     }
@@ -587,8 +621,9 @@ async fn a_root_is_changed_when_everybody_trusts_the_next_and_forgotten_when_nob
     let plane = start(&api).await;
     let old = ready(&plane, &api).await;
     let old_root = old.fingerprints().remove(0);
-    let credentials = source(&old, Some("good"), None);
-    let proxy = Truster::start(&plane, credentials, vec![old_root.clone()], &old_root);
+    let credentials = source(&old, Some("bound"), None);
+    let trusts = vec![old_root.clone()];
+    let proxy = Truster::start(&plane, credentials, "reviews-v1", trusts, &old_root);
     let addresses = plane.addresses;
     until("the proxy's connection", async || {
         let (_, metrics) = get(addresses.monitoring, "/metrics", "localhost").await;

@@ -6,6 +6,8 @@ mod api;
 mod authority;
 mod control;
 mod discovery;
+mod external;
 mod real;
+mod roots;
 mod secrets;
 mod world;

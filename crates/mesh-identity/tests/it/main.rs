@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod authority;
+mod issued;
 mod jwt;
 
 use std::net::{IpAddr, Ipv4Addr};

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -245,11 +246,30 @@ fn prepare(process: &ProcessSpec, input: Option<OwnedFd>) -> anyhow::Result<()> 
         None => {}
     }
     drop_privileges(&process.privileges)?;
+    heed_signals()?;
     if process.argv.is_empty() {
         bail!("no command");
     }
     std::env::set_current_dir(&process.cwd)
         .with_context(|| format!("changing to the working directory {}", process.cwd))
+}
+
+/// A program begins with every signal's default action. Whoever started the cluster may have had some ignored (nohup, a script's background
+/// job), and that passes on to programs where a handler does not (execve(2)): Ctrl-C would do nothing in a container's terminal.
+fn heed_signals() -> anyhow::Result<()> {
+    use signal_hook::consts::{
+        SIGALRM, SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, SIGUSR1,
+        SIGUSR2,
+    };
+    let ignorable = [
+        SIGALRM, SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, SIGUSR1,
+        SIGUSR2,
+    ];
+    for signal in ignorable {
+        signal_hook::flag::register(signal, Arc::default())
+            .with_context(|| format!("taking signal {signal} to be handled"))?;
+    }
+    Ok(())
 }
 
 fn drop_privileges(privileges: &Privileges) -> anyhow::Result<()> {

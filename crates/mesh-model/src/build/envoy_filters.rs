@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use mesh_api::networking::envoy_filter::{
-    ApplyTo, EnvoyConfigObjectMatch, EnvoyConfigObjectPatch, EnvoyFilter as Spec, PatchContext,
-    PatchOperation,
+    ApplyTo, EnvoyConfigObjectMatch, EnvoyConfigObjectPatch, EnvoyFilter as Spec, FilterClass,
+    Patch, PatchContext, PatchOperation,
 };
 use mesh_api::{AnyObject, Object};
-use mesh_envoy_json::Descriptors;
+use mesh_envoy_json::{Descriptors, JsonError};
 use regex::RegexBuilder;
 
 use super::created;
@@ -107,6 +107,11 @@ fn patch(
         );
         return None;
     }
+    if what.filter_class != FilterClass::Unspecified {
+        let message = "filters are put where the operation says (INSERT_BEFORE, INSERT_AFTER, INSERT_FIRST or at the end); the class has no effect";
+        let field = format!("{field}.patch.filterClass");
+        report.report(Severity::Warning, None, field, message);
+    }
     let proxy = matcher.proxy.as_ref();
     let pattern = proxy.map_or("", |proxy| proxy.proxy_version.as_str());
     Some(EnvoyPatch {
@@ -195,27 +200,52 @@ fn version(
     }
 }
 
-fn value(
-    type_url: &str,
-    what: &mesh_api::networking::envoy_filter::Patch,
-    field: &str,
-    report: &mut Reporter<'_>,
-) -> Option<Vec<u8>> {
+fn value(type_url: &str, what: &Patch, field: &str, report: &mut Reporter<'_>) -> Option<Vec<u8>> {
+    match encoded(type_url, what)? {
+        Ok(bytes) => Some(bytes),
+        Err((path, message)) => {
+            refuse(report, format!("{field}.patch.value{path}"), message);
+            None
+        }
+    }
+}
+
+/// The value of a patch as a message; `None` where there is none to be read. An error is the way into the value, with a dot before it, and what is
+/// wrong there.
+fn encoded(type_url: &str, what: &Patch) -> Option<Result<Vec<u8>, (String, String)>> {
     if what.operation == PatchOperation::Remove {
-        return Some(Vec::new());
+        return Some(Ok(Vec::new()));
     }
     if what.value.is_null() {
         return None;
     }
     let mut value = what.value.clone();
     mesh_envoy_json::resolve_typed_structs(&mut value);
-    match mesh_envoy_json::from_json(type_url, &value) {
-        Ok(bytes) => Some(mesh_envoy_json::ordered(type_url, &bytes)),
-        Err(error) => {
-            refuse(report, format!("{field}.patch.value"), error.to_string());
-            None
+    let read = mesh_envoy_json::from_json(type_url, &value);
+    Some(match read {
+        Ok(bytes) => Ok(mesh_envoy_json::ordered(type_url, &bytes)),
+        Err(JsonError::Field { path, message }) if !path.is_empty() => {
+            Err((format!(".{path}"), message))
         }
-    }
+        Err(error) => Err((String::new(), error.to_string())),
+    })
+}
+
+/// Fields of an EnvoyFilter, and what is wrong there, whose values are not messages of the types that they patch: what only this crate can tell, and
+/// what Istio refuses at admission.
+pub fn unreadable_patches(spec: &Spec) -> Vec<(String, String)> {
+    let _held = Descriptors::hold();
+    let patches = spec.config_patches.iter().enumerate();
+    patches
+        .filter_map(|(index, given)| {
+            let read = encoded(type_of(given.apply_to)?, given.patch.as_ref()?)?;
+            let (path, message) = read.err()?;
+            Some((
+                format!("spec.configPatches[{index}].patch.value{path}"),
+                message,
+            ))
+        })
+        .collect()
 }
 
 fn refuse(report: &mut Reporter<'_>, field: String, message: String) {

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_api::networking::VirtualService as Spec;
+use mesh_api::validate::is_about_claims;
 use mesh_api::{AnyObject, Object};
 
 use self::delegates::Delegates;
@@ -40,6 +41,7 @@ pub(crate) fn build(
             size::check(&mut rule, mesh, &mut report);
             check_gateways(&rule, objects, &gateways, &mut report);
             check_connections(&rule, mesh, &mut report);
+            check_claims(&object.spec, &rule, &mut report);
             check_ownership(&rule, mesh, &mut report);
             rules.push(Arc::new(rule));
         }
@@ -231,6 +233,25 @@ fn check_connections(rule: &VirtualService, mesh: &Mesh, report: &mut Reporter<'
     if sidecars_only && !(rule.tls.is_empty() && rule.tcp.is_empty()) && !any_service() {
         let message = "no service has any of these names; tls and tcp rules have no effect";
         report.not_found("spec.hosts", message);
+    }
+}
+
+/// Tokens are judged at gateways: in a sidecar that sends a request nothing is known of its token. Validation refuses such a rule.
+fn check_claims(spec: &Spec, rule: &VirtualService, report: &mut Reporter<'_>) {
+    if !rule.is_bound_to(MESH_GATEWAY) {
+        return;
+    }
+    for (index, http) in spec.http.iter().enumerate() {
+        for (place, item) in http.matches.iter().enumerate() {
+            let mut names = item.headers.keys().chain(item.without_headers.keys());
+            if let Some(name) = names.find(|name| is_about_claims(name)) {
+                let message = format!(
+                    "{name}: claims of tokens are known at gateways only; for clients inside the mesh no token has the claim. Write gateways without \"mesh\""
+                );
+                let field = format!("spec.http[{index}].match[{place}].headers");
+                report.report(Severity::Warning, None, field, message);
+            }
+        }
     }
 }
 

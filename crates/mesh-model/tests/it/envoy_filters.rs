@@ -91,6 +91,8 @@ fn bad_patches_are_named_and_the_others_stay() {
   - applyTo: LISTENER
     match: { listener: { portName: http } }
     patch: { operation: REMOVE }
+  - applyTo: HTTP_FILTER
+    patch: { operation: ADD, filterClass: AUTHZ, value: { name: f } }
 "#;
     let mesh = mesh(&filter("f", "default", spec));
     let fields: Vec<_> = mesh
@@ -101,20 +103,23 @@ fn bad_patches_are_named_and_the_others_stay() {
     assert_eq!(
         fields,
         [
-            "spec.configPatches[1].patch.value",
-            "spec.configPatches[2].patch.value",
+            "spec.configPatches[1].patch.value.conect_timeout",
+            "spec.configPatches[2].patch.value.typed_config.@type",
             "spec.configPatches[3].match.proxy.proxyVersion",
             "spec.configPatches[4].patch.operation",
             "spec.configPatches[5].applyTo",
             "spec.configPatches[7].match.listener.portName",
+            "spec.configPatches[8].patch.filterClass",
         ]
     );
-    let misspelt = &mesh.problems()[0].message;
-    assert!(misspelt.contains("conect_timeout"), "{misspelt}");
+    assert_eq!(
+        mesh.problems()[0].message,
+        "envoy.config.cluster.v3.Cluster has no field \"conect_timeout\" (did you mean \"connect_timeout\"?); the patch has no effect, the object's others have"
+    );
     assert!(mesh.problems()[1].message.contains("foo.Bar"));
     let sidecar = node("sidecar", "default", json!({ "ISTIO_VERSION": "1.30.1" }));
     let filter = mesh.envoy_filters_of(&sidecar)[0];
-    assert_eq!(filter.patches.len(), 2);
+    assert_eq!(filter.patches.len(), 3);
     assert!(filter.patches[0].is_for(&sidecar));
     assert!(!filter.patches[1].is_for(&sidecar), "no such metadata");
     let edge = json!({ "ISTIO_VERSION": "1.30.1", "ROLE": "edge" });

@@ -22,6 +22,9 @@ pub enum CallError {
     /// The configuration names a cluster that is not there.
     #[error("there is no cluster {0:?}")]
     NoCluster(String),
+    /// The name of the service is not one that HTTP/2 can carry.
+    #[error("the request's host is no authority")]
+    Authority,
     /// The cluster has no usable endpoint.
     #[error("no healthy endpoint")]
     NoHealthy,
@@ -56,7 +59,9 @@ pub async fn send(
         .ok_or_else(|| CallError::NoCluster(cluster.to_owned()))?;
     let state = worker.cluster_state(cluster);
     let version = version.unwrap_or_else(|| upstream_version(cluster, Version::HTTP_11));
-    address_head(&mut request, version);
+    if !address_head(&mut request, version) {
+        return Err(CallError::Authority);
+    }
     // A connection from the pool may have been closed at this very moment; then the service has seen nothing.
     let mut fresh = false;
     loop {

@@ -27,20 +27,25 @@ pub struct RbacStats {
     denied: Counter,
     shadow_allowed: Counter,
     shadow_denied: Counter,
-    /// The first part of the names.
-    prefix: String,
+    /// The first part of the names of what each policy counts.
+    policies: String,
+    /// The same for shadow rules.
+    shadow_policies: String,
 }
 
 impl RbacStats {
-    /// `prefix` with its final dot; the other two go between it and the name.
+    /// `prefix` with its final dot; the other two go between it and the name, `shadow` where shadow rules count.
     pub fn new(stats: &Stats, prefix: &str, rules: &str, shadow: &str) -> Self {
-        let of = |kind: &str, name: &str| stats.counter(format!("{prefix}rbac.{kind}{name}"));
+        let enforced = join(&format!("{prefix}rbac."), rules);
+        let dry = join(&enforced, shadow);
+        let of = |prefix: &str, name: &str| stats.counter(join(prefix, name));
         Self {
-            allowed: of(rules, "allowed"),
-            denied: of(rules, "denied"),
-            shadow_allowed: of(shadow, "shadow_allowed"),
-            shadow_denied: of(shadow, "shadow_denied"),
-            prefix: prefix.to_owned(),
+            allowed: of(&enforced, "allowed"),
+            denied: of(&enforced, "denied"),
+            shadow_allowed: of(&dry, "shadow_allowed"),
+            shadow_denied: of(&dry, "shadow_denied"),
+            policies: join(&enforced, "policy."),
+            shadow_policies: join(&dry, "policy."),
         }
     }
 
@@ -54,6 +59,15 @@ impl RbacStats {
             false => &self.shadow_denied,
         });
     }
+}
+
+/// Parts of a name with one dot between them (Envoy: `statPrefixJoin`).
+fn join(prefix: &str, rest: &str) -> String {
+    let dot = match prefix.is_empty() || rest.is_empty() || prefix.ends_with('.') {
+        true => "",
+        false => ".",
+    };
+    format!("{prefix}{dot}{rest}")
 }
 
 impl<'a> Request<'a> {
@@ -91,7 +105,7 @@ impl<'a> Request<'a> {
                 ..facts
             });
             stats.count_shadow(verdict.allowed);
-            self.count_policy(filter, &stats, verdict, "shadow_");
+            self.count_policy(filter, &stats.shadow_policies, verdict, "shadow_");
             notes.add(HTTP_SECTION, findings(shadow, verdict));
         }
         let engine = rules.rules.as_ref()?;
@@ -104,7 +118,7 @@ impl<'a> Request<'a> {
             notes.add(COMMON_SECTION, one("access_log_hint", hint));
         }
         stats.count(verdict.allowed);
-        self.count_policy(filter, &stats, verdict, "");
+        self.count_policy(filter, &stats.policies, verdict, "");
         if verdict.allowed {
             return None;
         }
@@ -128,11 +142,11 @@ impl<'a> Request<'a> {
     }
 
     /// Where the configuration asks for it, each policy has statistics of its own.
-    fn count_policy(&self, filter: &Rbac, stats: &RbacStats, verdict: Verdict<'_>, kind: &str) {
+    fn count_policy(&self, filter: &Rbac, prefix: &str, verdict: Verdict<'_>, kind: &str) {
         if let Some(policy) = verdict.policy.filter(|_| filter.each_policy) {
             let counters = &self.exchange.connection.worker.shared.counters;
             let result = if verdict.allowed { "allowed" } else { "denied" };
-            let name = format!("{}rbac.policy.{policy}.{kind}{result}", stats.prefix);
+            let name = format!("{prefix}{policy}.{kind}{result}");
             inc(&counters.stats.counter(name));
         }
     }

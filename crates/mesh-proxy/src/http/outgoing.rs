@@ -144,8 +144,9 @@ pub fn upstream_version(cluster: &Cluster, downstream: Version) -> Upstream {
 }
 
 /// Brings the request's head into the form of the version: origin form and `Host`, or an absolute URI without it; CONNECT has only an
-/// authority in both.
-pub fn address_head(request: &mut Request<RequestBody>, version: Upstream) {
+/// authority in both. False where HTTP/2 cannot name the authority that a rewrite has made.
+#[must_use]
+pub fn address_head(request: &mut Request<RequestBody>, version: Upstream) -> bool {
     let connect = request.method() == Method::CONNECT;
     match version {
         Upstream::Http1 => {
@@ -159,18 +160,20 @@ pub fn address_head(request: &mut Request<RequestBody>, version: Upstream) {
                 *request.uri_mut() = path.map_or_else(|| Uri::from_static("/"), Uri::from);
             }
             *request.version_mut() = Version::HTTP_11;
+            true
         }
         Upstream::Http2 => {
-            address_http2(request, connect);
             *request.version_mut() = Version::HTTP_2;
+            address_http2(request, connect)
         }
     }
 }
 
-fn address_http2(request: &mut Request<RequestBody>, connect: bool) {
+fn address_http2(request: &mut Request<RequestBody>, connect: bool) -> bool {
     let path = request.uri().path_and_query().cloned();
     let host = request.headers_mut().remove(HOST);
     let authority = host.and_then(|h| Authority::try_from(h.as_bytes()).ok());
+    let named = authority.is_some();
     // Connection-specific headers have no place in HTTP/2 (RFC 9113 section 8.2.2); an upgrade is a CONNECT with a protocol (RFC 8441).
     request.headers_mut().remove(CONNECTION);
     let upgrade = request.headers_mut().remove(UPGRADE);
@@ -189,6 +192,7 @@ fn address_http2(request: &mut Request<RequestBody>, connect: bool) {
             .extensions_mut()
             .insert(hyper::ext::Protocol::from(kind));
     }
+    named
 }
 
 /// May the request be repeated although it may have been received (RFC 9110 section 9.2.2)?

@@ -52,8 +52,10 @@ impl Timeouts {
         is_grpc: bool,
         controls: bool,
     ) -> Self {
+        // A route that limits the whole exchange has no other timeout (Envoy: `usingNewTimeouts`).
+        let old = route.stream_duration.is_none();
         let mut timeouts = Self {
-            global: route.timeout,
+            global: route.timeout.filter(|_| old),
             per_try: policy.and_then(|policy| policy.per_try_timeout),
             per_try_idle: policy.and_then(|policy| policy.per_try_idle_timeout),
             idle: route.idle_timeout.unwrap_or(manager.stream_idle_timeout),
@@ -62,7 +64,8 @@ impl Timeouts {
             no_content: false,
             started: Instant::now(),
         };
-        if is_grpc && let Some(limit) = &route.grpc_timeout {
+        let grpc_timeout_rules = is_grpc && old && route.grpc_timeout.is_some();
+        if grpc_timeout_rules && let Some(limit) = &route.grpc_timeout {
             timeouts.global = limit.apply(grpc_timeout(headers));
         }
         if let Some(limit) = &route.stream_duration {
@@ -88,7 +91,7 @@ impl Timeouts {
         {
             timeouts.per_try = None;
         }
-        timeouts.announce(headers, is_grpc && route.grpc_timeout.is_some());
+        timeouts.announce(headers, grpc_timeout_rules);
         timeouts
     }
 
@@ -97,9 +100,8 @@ impl Timeouts {
             return;
         };
         let millis = u64::try_from(expected.as_millis()).unwrap_or(u64::MAX);
-        if !grpc {
-            headers.insert(EXPECTED, HeaderValue::from(millis));
-        } else if let Ok(value) = HeaderValue::from_str(&grpc_text(millis)) {
+        headers.insert(EXPECTED, HeaderValue::from(millis));
+        if grpc && let Ok(value) = HeaderValue::from_str(&grpc_text(millis)) {
             headers.insert(GRPC, value);
         }
     }

@@ -10,7 +10,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use envoy_types::pb::envoy::config::core::v3::data_source::Specifier;
 use envoy_types::pb::envoy::config::core::v3::http_uri::HttpUpstreamType;
-use envoy_types::pb::envoy::config::core::v3::{CidrRange, DataSource, HttpUri};
+use envoy_types::pb::envoy::config::core::v3::{
+    CidrRange, DataSource, Http2ProtocolOptions, HttpUri,
+};
 use envoy_types::pb::envoy::config::listener::v3::Filter;
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType as NetworkType;
 use envoy_types::pb::envoy::config::rbac::v3 as rbac;
@@ -175,8 +177,8 @@ fn rules_refuse_and_count_and_shadow_rules_only_count() {
     assert_eq!(client.get("/", "").status, 200, "the connection goes on");
     assert_eq!(stat(&proxy, "http.test.rbac.allowed"), 2);
     assert_eq!(stat(&proxy, "http.test.rbac.denied"), 1);
-    assert_eq!(stat(&proxy, "http.test.rbac.dry_shadow_allowed"), 2);
-    assert_eq!(stat(&proxy, "http.test.rbac.dry_shadow_denied"), 1);
+    assert_eq!(stat(&proxy, "http.test.rbac.dry_.shadow_allowed"), 2);
+    assert_eq!(stat(&proxy, "http.test.rbac.dry_.shadow_denied"), 1);
 }
 
 fn provider(source: jwt::jwt_provider::JwksSourceSpecifier) -> jwt::JwtAuthentication {
@@ -411,6 +413,34 @@ fn a_missing_service_means_no_unless_it_is_to_mean_yes() {
         let proxy = Proxy::start(&config(at, filters, &clusters));
         assert_eq!(Client::connect(at).get("/", "").status, status);
         assert_eq!(stat(&proxy, "http.test.ext_authz.error"), 1);
+    }
+}
+
+/// The client chooses the host, and HTTP/2 can't carry every one: that is no outage of the service.
+#[test]
+fn a_host_that_cannot_be_asked_about_is_refused_also_where_the_filter_fails_open() {
+    let (at, app) = (free_port(), App::start("a"));
+    let http = authz::HttpService {
+        server_uri: Some(uri("http://authz.test")),
+        ..Default::default()
+    };
+    let filters = vec![filter(
+        "authz",
+        &authz::ExtAuthz {
+            services: Some(authz::ext_authz::Services::HttpService(http)),
+            failure_mode_allow: true,
+            ..Default::default()
+        },
+    )];
+    let mut state = config(at, filters, &[("app", app.address)]);
+    let mut service = cluster("service", &[free_port()]);
+    service.http2_protocol_options = Some(Http2ProtocolOptions::default());
+    state.clusters.insert("service".to_owned(), service.into());
+    let _proxy = Proxy::start(&state);
+    for (host, status) in [("a.test", 200), ("a%b", 400), ("a:b:c", 400)] {
+        let mut client = Client::connect(at);
+        client.send(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+        assert_eq!(client.reply().expect("a reply").status, status, "{host}");
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use envoy_types::pb::envoy::config::core::v3::TrafficDirection;
 use http_body_util::Full;
 use hyper::Request;
 use hyper::client::conn::http2;
@@ -34,6 +35,7 @@ fn the_other_process() {
     let (health, admin, seconds): (u16, u16, u16) = (number(), number(), number());
     let mut options = options(Path::new(parts.next().expect("a folder")));
     options.termination_drain = Duration::from_secs(seconds.into());
+    options.drain = Duration::from_secs(1);
     options.ports = Ports {
         admin,
         health,
@@ -56,7 +58,9 @@ impl Proxy {
     async fn start(app: SocketAddr, echo: SocketAddr, seconds: u16) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let (http, tcp) = (free_port(), free_port());
-        let listeners = [http_listener(http, |_| {}), tcp_listener(tcp, "echo")];
+        let mut inbound = tcp_listener(tcp, "echo");
+        inbound.traffic_direction = TrafficDirection::Inbound as i32;
+        let listeners = [http_listener(http, |_| {}), inbound];
         let routes = table(vec![route_to(prefix("/"), action("app"))]);
         let mut resources = vec![
             (
@@ -232,6 +236,53 @@ async fn sigterm_lets_everything_end_in_peace() {
         "TCP had its time"
     );
     assert!(!say(&mut tcp, "too late"));
+}
+
+/// `POST /drain_listeners` in all its forms, as Envoy's admin documents them.
+#[tokio::test]
+async fn listeners_are_closed_at_once_or_after_the_drain_time() {
+    let app = Held::start("app");
+    app.release();
+    let proxy = Proxy::start(app.address, echo(), 60).await;
+    let post = |query: &str| {
+        ask(
+            proxy.admin,
+            "POST",
+            &format!("/drain_listeners{query}"),
+            LOCAL,
+        )
+    };
+    let ready = || ask(proxy.health, "GET", "/healthz/ready", LOCAL).status;
+    let is_open = |at: SocketAddr| TcpStream::connect(at).is_ok();
+    let refused = post("?skip_exit");
+    assert_eq!(refused.status, 400, "{}", refused.body);
+    assert_eq!(ready(), 200);
+
+    let mut tcp = TcpStream::connect(proxy.tcp).expect("a connection");
+    assert!(say(&mut tcp, "before"));
+    assert_eq!(post("?inboundonly&graceful&skip_exit").status, 200);
+    assert_eq!(ready(), 503);
+    let mut late = TcpStream::connect(proxy.tcp).expect("the listener stays");
+    assert!(say(&mut late, "served"));
+
+    assert_eq!(post("?inboundonly").status, 200);
+    wait(|| !is_open(proxy.tcp));
+    assert!(say(&mut tcp, "connections are left alone"));
+    let mut client = Client::connect(proxy.http);
+    let reply = client.get("/", "");
+    assert_eq!((reply.status, reply.header("connection")), (200, None));
+
+    assert_eq!(post("?graceful").status, 200);
+    wait(|| {
+        Client::connect(proxy.http)
+            .get("/", "")
+            .header("connection")
+            == Some("close")
+    });
+    wait(|| !is_open(proxy.http));
+    assert!(say(&mut tcp, "to the end"));
+    let clusters = ask(proxy.admin, "GET", "/clusters", LOCAL);
+    assert_eq!(clusters.status, 200, "the process goes on");
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 
 mod access;
 mod balancing;
+mod changes;
 mod config;
 mod control;
 mod drain;
@@ -15,6 +16,7 @@ mod hashing;
 mod http;
 mod http2;
 mod limits;
+mod local;
 mod mirrors;
 mod pki;
 mod process;

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use envoy_types::pb::envoy::config::rbac::v3::Rbac as RbacRules;
+use envoy_types::pb::envoy::extensions::filters::http::rbac::v3::Rbac;
 use mesh_proxy::control::{Keeper, Receiver};
 use mesh_proxy::shared::Shared;
 use mesh_proxy::{Ports, ProxyOptions, Role, run};
@@ -10,7 +12,7 @@ use mesh_routing::compile::{CLUSTER, LISTENER, ROUTE};
 use mesh_xds::{Handler, Resource, Update};
 use prost::Message;
 
-use crate::config::{action, cluster, http_listener, prefix, route_to, table};
+use crate::config::{action, cluster, filter, http_listener, prefix, route_to, table};
 use crate::stage::{App, Client, Reply, free_port, wait};
 
 pub fn options(state_dir: &Path) -> ProxyOptions {
@@ -56,7 +58,15 @@ pub const LOCAL: &str = "host: localhost\r\n";
 async fn a_process_serves_its_ports_and_ends_when_asked() {
     let dir = tempfile::tempdir().expect("a folder");
     let (at, app) = (free_port(), App::start("a"));
-    let listener = http_listener(at, |_| {});
+    // A policy that is only tried out, as Istio's control plane has it.
+    let dry = Rbac {
+        shadow_rules: Some(RbacRules::default()),
+        shadow_rules_stat_prefix: "istio_dry_run_allow_".to_owned(),
+        ..Default::default()
+    };
+    let listener = http_listener(at, |manager| {
+        manager.http_filters = vec![filter("envoy.filters.http.rbac", &dry)];
+    });
     keep(
         dir.path(),
         vec![
@@ -94,6 +104,10 @@ async fn a_process_serves_its_ports_and_ends_when_asked() {
                 .body
                 .contains("istio_requests_total{reporter=\"source\"")
         });
+        let text = ask(port, "GET", "/stats/prometheus", LOCAL).body;
+        let found = "envoy_http_test_rbac{authz_dry_run_action=\"allow\",authz_dry_run_result=\"denied\"} 1\n";
+        assert!(text.contains(found), "{text}");
+        assert!(text.ends_with("\n# EOF\n") && text.matches("# EOF").count() == 1);
     }
     let admin = |path: &str| ask(ports.admin, "GET", path, LOCAL);
     let dump: serde_json::Value =

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -33,6 +33,10 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn start(state: &XdsState) -> Self {
+        Self::start_with(state, |_| {})
+    }
+
+    pub fn start_with(state: &XdsState, change: impl FnOnce(&mut ProxyOptions)) -> Self {
         let mut options =
             ProxyOptions::from_vars(Role::Sidecar, BTreeMap::new(), Path::new("/nowhere"))
                 .expect("options");
@@ -41,6 +45,7 @@ impl Proxy {
         options
             .metadata
             .insert("WORKLOAD_NAME".to_owned(), "client".into());
+        change(&mut options);
         let shared = Shared::new(options);
         let refused = shared.publish(state);
         assert!(refused.is_empty(), "{refused:?}");
@@ -234,6 +239,10 @@ impl Client {
 
     /// Nothing more comes: the proxy closed the connection.
     pub fn is_closed(&mut self) -> bool {
-        matches!(self.0.read(&mut [0; 1024]), Ok(0)) || self.0.peek(&mut [0]).is_err()
+        match self.0.read(&mut [0; 1024]) {
+            Ok(n) => n == 0,
+            // That is the time of this client, which is over with the connection still open.
+            Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut),
+        }
     }
 }

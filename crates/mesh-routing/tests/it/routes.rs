@@ -511,6 +511,62 @@ fn the_most_specific_mutations_come_first() {
 }
 
 #[test]
+fn mutations_of_one_level_look_at_the_headers_as_they_came() {
+    let op = |name: &str, value: &str, how: HeaderAppendAction| HeaderValueOption {
+        header: Some(PbValue {
+            key: name.to_owned(),
+            value: value.to_owned(),
+            ..Default::default()
+        }),
+        append_action: how as i32,
+        ..Default::default()
+    };
+    use HeaderAppendAction::{
+        AddIfAbsent, AppendIfExistsOrAdd, OverwriteIfExists, OverwriteIfExistsOrAdd,
+    };
+    let route = pb::Route {
+        request_headers_to_add: vec![
+            op("x-b", "new", OverwriteIfExistsOrAdd),
+            op("x-copy", "%REQ(x-b)%", AppendIfExistsOrAdd),
+            op("x-c", "made", OverwriteIfExistsOrAdd),
+            op("x-c", "again", OverwriteIfExists),
+            op("x-d", "first", AddIfAbsent),
+            op("x-d", "second", AddIfAbsent),
+            op("x-gone", "%REQ(x-removed)%", AppendIfExistsOrAdd),
+        ],
+        request_headers_to_remove: vec!["x-removed".to_owned()],
+        ..to("r", any())
+    };
+    let mut vhost = host("h", &["*"], vec![route]);
+    vhost.request_headers_to_add = vec![op("x-outer", "%REQ(x-b)%", AppendIfExistsOrAdd)];
+    let table = table(vec![vhost]);
+    let mut headers = HeaderMap::new();
+    for name in ["x-b", "x-removed"] {
+        headers.insert(name, "old".parse().expect("a value"));
+    }
+    let Decision::Matched(matched) = table.decide(&request("h", "/", &headers)) else {
+        panic!("no route")
+    };
+    matched
+        .route
+        .request_ops
+        .apply_to_request(&mut headers, &mesh_routing::format::Facts::default());
+    assert_eq!(headers["x-b"], "new");
+    assert_eq!(headers["x-copy"], "old", "the value before the level's own");
+    assert_eq!(
+        headers["x-c"], "made",
+        "it was not there when the level began"
+    );
+    let both: Vec<_> = headers.get_all("x-d").iter().collect();
+    assert_eq!(both, ["first", "second"]);
+    assert!(
+        !headers.contains_key("x-gone"),
+        "removals of the level come before its values"
+    );
+    assert_eq!(headers["x-outer"], "new", "the next level sees them");
+}
+
+#[test]
 fn what_is_not_implemented_is_refused_by_name() {
     let refused = |change: &dyn Fn(&mut pb::Route)| {
         let mut route = to("r", any());

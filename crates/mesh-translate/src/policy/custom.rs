@@ -38,11 +38,11 @@ struct Authorizer {
 }
 
 /// Adds a filter that finds out whether a rule matches, and the one that asks then. What can't be asked is refused.
-pub(super) fn add(
+pub(super) fn add<'a>(
     mesh: &Mesh,
     node: &Node,
-    policies: &[&AuthorizationPolicy],
-    filters: &mut Policies,
+    policies: &[&'a AuthorizationPolicy],
+    filters: &mut Policies<'a>,
     resources: &mut Resources,
 ) {
     let mut providers: Vec<&str> = policies
@@ -58,7 +58,7 @@ pub(super) fn add(
         )
     });
     for name in &providers {
-        let of_provider: Vec<&AuthorizationPolicy> = policies
+        let of_provider: Vec<&'a AuthorizationPolicy> = policies
             .iter()
             .copied()
             .filter(|policy| policy.provider == *name)
@@ -94,16 +94,33 @@ pub(super) fn add(
         };
         filters.push_http(HTTP_NAME, any(&ask));
         // An authorizer over HTTP judges requests only: connections pass it by, as in Istio.
-        if let Some(tcp) = authorizer.tcp {
-            let shadow = NetworkRbac::new(None, Some(rules(true)), SHADOW_PREFIX);
-            filters.push_tcp(rbac::NETWORK_NAME, shadow.any());
-            let ask = NetworkExtAuthz {
-                filter_enabled_metadata: Some(matched(rbac::NETWORK_NAME, &prefix)),
-                ..tcp
-            };
-            filters.push_tcp(NETWORK_NAME, any(&ask));
+        match authorizer.tcp {
+            None => filters.requests_only.extend(&of_provider),
+            Some(tcp) => {
+                let shadow = NetworkRbac::new(None, Some(rules(true)), SHADOW_PREFIX);
+                filters.push_tcp(rbac::NETWORK_NAME, shadow.any());
+                let ask = NetworkExtAuthz {
+                    filter_enabled_metadata: Some(matched(rbac::NETWORK_NAME, &prefix)),
+                    ..tcp
+                };
+                filters.push_tcp(NETWORK_NAME, any(&ask));
+            }
         }
     }
+}
+
+/// True unless no rule of a policy is for this port.
+pub(super) fn concerns(policy: &AuthorizationPolicy, port: u16) -> bool {
+    let port = port.to_string();
+    let mut rules = policy.rules.iter();
+    rules.any(|rule| {
+        let mut operations = rule.to.iter().filter_map(|to| to.operation.as_ref());
+        rule.to.is_empty()
+            || operations.any(|operation| {
+                (operation.ports.is_empty() || operation.ports.contains(&port))
+                    && !operation.not_ports.contains(&port)
+            })
+    })
 }
 
 /// True where the RBAC filter before found a rule of the provider that matches.

@@ -8,12 +8,13 @@ use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::matcher::v3::{MetadataMatcher, RegexMatcher, StringMatcher};
 use mesh_api::StringMatch;
 use mesh_api::networking::virtual_service::HttpMatchRequest;
+use mesh_api::validate::claim_of_token;
 
 use crate::pb::boolean;
 use crate::policy;
 
 pub(super) fn of(condition: &HttpMatchRequest) -> RouteMatch {
-    let is_claim = |name: &String| claim_names(name).is_some();
+    let is_claim = |name: &String| claim_of_token(name).is_some();
     let mut headers: Vec<HeaderMatcher> = condition
         .headers
         .iter()
@@ -60,28 +61,9 @@ pub(super) fn of(condition: &HttpMatchRequest) -> RouteMatch {
     }
 }
 
-/// Names that begin so are claims of the request's token.
-const CLAIMS: &str = "@request.auth.claims";
-
-/// The way to a claim: `@request.auth.claims.a.b`, or `@request.auth.claims[a][b]` for names with dots.
-fn claim_names(name: &str) -> Option<Vec<&str>> {
-    let (prefix, rest) = name.split_at_checked(CLAIMS.len())?;
-    if !prefix.eq_ignore_ascii_case(CLAIMS) {
-        return None;
-    }
-    let names: Vec<&str> = match rest.strip_prefix('.') {
-        Some(dotted) => dotted.split('.').collect(),
-        None => {
-            let inner = rest.strip_prefix('[')?.strip_suffix(']')?;
-            inner.split("][").collect()
-        }
-    };
-    names.iter().all(|name| !name.is_empty()).then_some(names)
-}
-
 /// A condition on a claim.
 fn claim(name: &str, value: &StringMatch, invert: bool) -> Option<MetadataMatcher> {
-    let names = claim_names(name)?;
+    let names = claim_of_token(name)?;
     let matcher = pattern(value).unwrap_or_else(|| StringMatcher {
         match_pattern: Some(MatchPattern::SafeRegex(regex(".+"))),
         ignore_case: false,

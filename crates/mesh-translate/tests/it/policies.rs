@@ -173,3 +173,61 @@ fn the_narrowest_mode_of_mutual_tls_wins() {
     assert_eq!(mesh.mtls("default", &none, 1), MtlsMode::Disable);
     assert_eq!(mesh.mtls("other", &labels, 1), MtlsMode::Strict);
 }
+
+/// A port of undeclared protocol takes requests, which the authorizer judges, and other connections, which pass one that speaks HTTP by (as in
+/// Istio); the policy says so.
+#[test]
+fn an_authorizer_over_http_judges_the_requests_of_a_port_of_any_protocol() {
+    let chains = |provider: &str, rule: Value| {
+        let case = Case::named("protocols-inbound");
+        let raw = json!({
+            "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": { "name": "ask", "namespace": "default" },
+            "spec": { "action": "CUSTOM", "provider": { "name": provider }, "rules": [rule] },
+        });
+        let mut all = case.objects;
+        all.upsert(item(&raw));
+        let place = json!({ "service": "default/server", "port": 80 });
+        let config = json!({ "extensionProviders": [
+            { "name": "web", "envoyExtAuthzHttp": place }, { "name": "rpc", "envoyExtAuthzGrpc": place },
+        ] });
+        all.set_mesh_config(mesh_api::mesh_config::MeshConfig::from_value(&config).unwrap());
+        let resources = translate(&Mesh::build(&all), &case.node);
+        let listeners = bootstrap(&resources)["static_resources"]["listeners"].clone();
+        let listeners = listeners.as_array().unwrap();
+        let inbound = listeners
+            .iter()
+            .find(|listener| listener["name"] == "virtualInbound")
+            .unwrap();
+        let of_port = inbound["filter_chains"].as_array().unwrap().iter();
+        let of_port: Vec<(bool, bool)> = of_port
+            .filter(|chain| chain["filter_chain_match"]["destination_port"] == 9999)
+            .map(|chain| {
+                let text = chain["filters"].to_string();
+                (
+                    text.contains("http_connection_manager"),
+                    text.contains("ext_authz"),
+                )
+            })
+            .collect();
+        let problems: Vec<String> = resources.problems.iter().map(ToString::to_string).collect();
+        (of_port, problems.join("\n"))
+    };
+    let (over_http, problems) = chains("web", json!({}));
+    let kinds = |is_http: bool| over_http.iter().filter(move |(http, _)| *http == is_http);
+    assert!(
+        kinds(true).count() >= 2 && kinds(false).count() >= 2,
+        "{over_http:?}"
+    );
+    assert!(over_http.iter().all(|(http, asked)| http == asked));
+    assert!(
+        problems.starts_with("Warning (AuthorizationPolicy default/ask spec.provider.name)")
+            && problems.contains("(port 3306, 8080, 9999)")
+            && !problems.contains("5000"),
+        "{problems}"
+    );
+    let (over_grpc, problems) = chains("rpc", json!({}));
+    assert!(over_grpc.iter().all(|(_, asked)| *asked), "{over_grpc:?}");
+    assert_eq!(problems, "");
+    let elsewhere = json!({ "to": [{ "operation": { "ports": ["5000"] } }] });
+    assert_eq!(chains("web", elsewhere).1, "");
+}

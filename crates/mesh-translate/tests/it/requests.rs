@@ -5,16 +5,22 @@
 //! A line `connect ADDRESS:PORT [sni=NAME] [alpn=NAME] [random=N] -> OUTCOME` is a connection to the node's only listening port (a sidecar's outgoing
 //! one, or a gateway's by port); the outcome is the cluster, `http TABLE`, or `closed`. `inbound` in its place is a connection to a sidecar from outside.
 //! Behind an outcome that is a cluster ` | NAME VALUE` tells more: `route`, `tries`, `per-try`, `timeout`, `mirror`, `hash` (whether there is one), or the
-//! name of a request header with its value as the upstream sees it (`-` for none).
+//! name of a request header with its value as the upstream sees it (`-` for none). `claim.NAME=VALUE` is a claim of the request's token (`a/b` is one
+//! inside another, `x,y` a list).
 
+use std::collections::HashMap;
 use std::fs;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use envoy_types::pb::google::protobuf::value::Kind;
+use envoy_types::pb::google::protobuf::{ListValue, Struct, Value};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use mesh_routing::Snapshot;
 use mesh_routing::action::{Action, ClusterTarget, Forward};
 use mesh_routing::chain::{ConnectionView, NetworkFilter};
+use mesh_routing::dynamic::Dynamic;
 use mesh_routing::format::Facts;
 use mesh_routing::hcm::RouteSource;
 use mesh_routing::listener::Listener;
@@ -70,10 +76,15 @@ fn outcome(snapshot: &Snapshot, line: &str, asked: &[&str]) -> String {
     let (table, method, host, path) = (next(), next(), next(), next());
     let mut headers = HeaderMap::new();
     let mut random = 0;
+    let mut claims = Vec::new();
     for word in words {
         let (name, value) = word.split_once('=').unwrap();
         match name {
             "random" => random = value.parse().unwrap(),
+            name if name.starts_with("claim.") => {
+                let path: Vec<&str> = name["claim.".len()..].split('/').collect();
+                claims.push(claim(&path, value));
+            }
             _ => drop(headers.insert(
                 HeaderName::try_from(name).unwrap(),
                 HeaderValue::from_str(value).unwrap(),
@@ -91,7 +102,13 @@ fn outcome(snapshot: &Snapshot, line: &str, asked: &[&str]) -> String {
     let routes = snapshot
         .routes(table)
         .unwrap_or_else(|| panic!("no table {table}"));
-    let matched = match routes.decide(&request) {
+    let known = (!claims.is_empty()).then(|| {
+        let payload = fields([("payload", structure(claims.into_iter().collect()))]);
+        let mut known = Dynamic::default();
+        known.add("envoy.filters.http.jwt_authn", Arc::new(payload));
+        known
+    });
+    let matched = match routes.decide_with(&request, known.as_ref()) {
         Decision::Matched(matched) => matched,
         Decision::TlsRequired => return "https".to_owned(),
         Decision::NoRoute => return "none".to_owned(),
@@ -127,6 +144,36 @@ fn outcome(snapshot: &Snapshot, line: &str, asked: &[&str]) -> String {
                 .collect();
             format!("{}{new_path}{host}{details}", entry.name)
         }
+    }
+}
+
+/// A claim by its way, the first name of which comes back with what is inside.
+fn claim(path: &[&str], value: &str) -> (String, Value) {
+    let text = |text: &str| Value {
+        kind: Some(Kind::StringValue(text.to_owned())),
+    };
+    let value = match path {
+        [_] if value.contains(',') => Value {
+            kind: Some(Kind::ListValue(ListValue {
+                values: value.split(',').map(text).collect(),
+            })),
+        },
+        [_] | [] => text(value),
+        [_, inner @ ..] => structure([claim(inner, value)].into()),
+    };
+    (path[0].to_owned(), value)
+}
+
+fn structure(fields: HashMap<String, Value>) -> Value {
+    Value {
+        kind: Some(Kind::StructValue(Struct { fields })),
+    }
+}
+
+fn fields<const N: usize>(fields: [(&str, Value); N]) -> Struct {
+    let fields = fields.map(|(name, value)| (name.to_owned(), value));
+    Struct {
+        fields: fields.into(),
     }
 }
 

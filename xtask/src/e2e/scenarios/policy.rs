@@ -424,8 +424,32 @@ pub(super) fn dry_run(cluster: &mut Cluster) -> anyhow::Result<()> {
         let denied = counted(cluster, &[".rbac.denied"])?;
         ensure!(denied > 0, "no refusal is counted");
         cluster.call(&["delete", "authorizationpolicy", "trial", "-n", "policies"])?;
-        rows(cluster, "everybody to be let in again", &open)
+        rows(cluster, "everybody to be let in again", &open)?;
+        audited(cluster, &open)
     })
+}
+
+/// AUDIT decides nothing: who it is about is let in and who it is not about too; Envoy's filter counts both as allowed.
+fn audited(cluster: &Cluster, open: &[Row<'_>]) -> anyhow::Result<()> {
+    let spec = "action: AUDIT, rules: [{from: [{source: {principals: [cluster.local/ns/policies/sa/bob]}}]}]";
+    let allowed = |cluster: &Cluster| counted(cluster, &[".rbac.allowed"]);
+    let before = allowed(cluster)?;
+    cluster.apply(&policy("audit", "httpbin", false, spec))?;
+    cluster.wait("the audit to count", || {
+        open.iter()
+            .try_for_each(|(who, args, status)| expect(cluster, *who, args, *status))?;
+        Ok((allowed(cluster)? > before).then_some(()))
+    })?;
+    let (before, denied) = (allowed(cluster)?, counted(cluster, &[".rbac.denied"])?);
+    rows(cluster, "an audit refuses nothing", open)?;
+    // Each look at the rows is two looks, at alice's and at bob's request.
+    let grown = allowed(cluster)? - before;
+    ensure!(grown == 4, "four requests were counted as {grown} allowed");
+    let more = counted(cluster, &[".rbac.denied"])? - denied;
+    ensure!(more == 0, "{more} requests count as refused");
+    cluster
+        .call(&["delete", "authorizationpolicy", "audit", "-n", "policies"])
+        .map(drop)
 }
 
 const ECHO: &str = "

@@ -34,7 +34,7 @@ const FORGED: [&str; 2] = [
 ];
 
 const DEMO_ISSUER: &str = "testing@secure.istio.io";
-const ISSUER: &str = "walk@mesh.test";
+pub(super) const ISSUER: &str = "walk@mesh.test";
 /// An issuer whose keys are said to be where nobody may be sent to.
 const NOWHERE: &str = "nowhere@mesh.test";
 const AUDIENCE: &str = "walk";
@@ -74,16 +74,16 @@ fn base64url(bytes: &[u8]) -> String {
 }
 
 /// An issuer's RSA key of 2048 bits.
-struct Key(KeyPair);
+pub(super) struct Key(KeyPair);
 
 impl Key {
-    fn new() -> anyhow::Result<Self> {
+    pub(super) fn new() -> anyhow::Result<Self> {
         let pair = KeyPair::generate_for(&PKCS_RSA_SHA256).context("making an RSA key")?;
         Ok(Self(pair))
     }
 
     /// The public key as a set of one.
-    fn set(&self) -> anyhow::Result<String> {
+    pub(super) fn set(&self) -> anyhow::Result<String> {
         // RSAPublicKey of RFC 8017: a sequence of two integers, of which the first has 256 bytes behind one of zero.
         let der = self.0.der_bytes();
         ensure!(
@@ -95,7 +95,7 @@ impl Key {
     }
 
     /// A token of the usual head, signed.
-    fn token(&self, claims: &Value) -> anyhow::Result<String> {
+    pub(super) fn token(&self, claims: &Value) -> anyhow::Result<String> {
         self.signed(
             &json!({"alg": "RS256", "kid": KEY_ID, "typ": "JWT"}),
             claims,
@@ -115,7 +115,7 @@ fn unsigned(head: &Value, claims: &Value) -> String {
 }
 
 /// What a good token says, but for these claims.
-fn claims(other: &Value) -> anyhow::Result<Value> {
+pub(super) fn claims(other: &Value) -> anyhow::Result<Value> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     let mut claims =
         json!({"iss": ISSUER, "sub": "walker", "aud": AUDIENCE, "iat": now, "exp": now + 600});

@@ -132,9 +132,11 @@ fn request(entry: &HttpMatchRequest, in_mesh: bool, check: &mut Check) {
     ] {
         for (name, value) in map {
             check.at(&format!("{field}[{name}]"), |check| {
-                let claim = name.starts_with("@request.auth.claims");
+                let claim = names::is_about_claims(name);
                 if claim && in_mesh {
-                    check.error("claims of tokens can be matched on gateways only");
+                    check.error("claims of tokens can be matched on gateways only; name gateways without \"mesh\"");
+                } else if claim && names::claim_of_token(name).is_none() {
+                    check.error(format!("{name:?} names no claim; write @request.auth.claims.NAME, or @request.auth.claims[NAME][NAME] for names with dots"));
                 } else if !claim && !header_name(name) {
                     check.error(format!("{name:?} is not a header name"));
                 } else if name.as_str() != name.to_ascii_lowercase() && !claim {
@@ -277,7 +279,7 @@ fn redirect(redirect: &HttpRedirect, route: &HttpRoute, check: &mut Check) {
             .iter()
             .all(|entry| matches!(entry.uri, Some(StringMatch::Prefix(_))));
         check.require(
-            !route.matches.is_empty() && prefixes,
+            prefixes,
             "prefixRewrite",
             "every match of the rule has to be by uri.prefix",
         );

@@ -3,8 +3,11 @@
 mod filters;
 mod sanitize;
 
+use std::collections::BTreeMap;
+
 use mesh_api::StringMatch;
 use mesh_api::networking::virtual_service::{HttpMatchRequest, HttpRoute};
+use mesh_api::validate::{claim_of_token, is_about_claims};
 
 use super::destinations::{self, Context};
 use super::gateway_names;
@@ -145,18 +148,6 @@ impl Context<'_> {
             let message = "is sent to the proxies; stock Envoys count by it, mesh's own proxy keeps no counters of single routes";
             report.report(Severity::Info, None, format!("{field}.statPrefix"), message);
         }
-        let claims = item
-            .headers
-            .keys()
-            .chain(item.without_headers.keys())
-            .find(|name| name.starts_with("@request.auth.claims"));
-        if let Some(name) = claims {
-            let message = format!(
-                "{name} is not applied yet by this version of mesh; this condition never holds"
-            );
-            report.report(Severity::Warning, None, format!("{field}.headers"), message);
-            return None;
-        }
         let names = [
             ("headers", &item.headers),
             ("withoutHeaders", &item.without_headers),
@@ -165,8 +156,15 @@ impl Context<'_> {
             .into_iter()
             .flat_map(|(part, map)| map.keys().map(move |name| (part, name)))
         {
-            if !sanitize::is_header_name(name) {
-                let message = format!("{name:?} is not a header name; this condition never holds");
+            let known = if is_about_claims(name) {
+                claim_of_token(name).is_some()
+            } else {
+                sanitize::is_header_name(name)
+            };
+            if !known {
+                let message = format!(
+                    "{name:?} is neither a header name nor a claim (@request.auth.claims.NAME); this condition never holds"
+                );
                 report.report(
                     Severity::Error,
                     Some("IST0106"),
@@ -204,18 +202,22 @@ impl Context<'_> {
             check_regex(value, &format!("{field}.{name}"), report)?;
         }
         item.gateways = gateway_names(&item.gateways, self.namespace);
-        item.headers = item
-            .headers
-            .into_iter()
-            .map(|(name, value)| (name.to_ascii_lowercase(), value))
-            .collect();
-        item.without_headers = item
-            .without_headers
-            .into_iter()
-            .map(|(name, value)| (name.to_ascii_lowercase(), value))
-            .collect();
+        item.headers = lower_case(item.headers);
+        item.without_headers = lower_case(item.without_headers);
         Some(item)
     }
+}
+
+/// Names of headers are compared in lower case; those of claims as they are.
+fn lower_case(conditions: BTreeMap<String, StringMatch>) -> BTreeMap<String, StringMatch> {
+    let name = |name: String| match is_about_claims(&name) {
+        true => name,
+        false => name.to_ascii_lowercase(),
+    };
+    conditions
+        .into_iter()
+        .map(|(given, value)| (name(given), value))
+        .collect()
 }
 
 /// Redirects and fixed responses.

@@ -26,7 +26,7 @@ use mesh_routing::filter::ext_authz::{
 use super::verdict::Verdict;
 use super::{Notes, Part, Request};
 use crate::body::RequestBody;
-use crate::filter::call;
+use crate::filter::call::{self, CallError};
 use crate::http::view;
 use crate::listener::Downstream;
 
@@ -173,10 +173,12 @@ impl Request<'_> {
         }
         let worker = &self.exchange.connection.worker;
         let cluster = &service.service.cluster;
-        let (head, body) = call::whole(worker, self.snapshot, cluster, question, LONGEST_ANSWER)
-            .await
-            .map_err(|error| error.to_string())?;
-        Verdict::of_http(&service.out, &head, body)
+        match call::whole(worker, self.snapshot, cluster, question, LONGEST_ANSWER).await {
+            Ok((head, body)) => Verdict::of_http(&service.out, &head, body),
+            // The client chose the host: what cannot be asked because of it is no outage, through which a filter that fails open lets it.
+            Err(CallError::Authority) => Ok(Verdict::unaskable()),
+            Err(error) => Err(error.to_string()),
+        }
     }
 }
 

@@ -56,6 +56,14 @@ enum How {
 }
 
 impl Verdict {
+    /// The request's own parts cannot be put to the service.
+    pub(super) fn unaskable() -> Self {
+        Self {
+            status: Some(StatusCode::BAD_REQUEST),
+            ..Self::default()
+        }
+    }
+
     pub(super) fn of_grpc(answer: CheckResponse) -> Self {
         let allowed = answer.status.is_none_or(|status| status.code == 0);
         let mut verdict = Self {
