@@ -10,7 +10,7 @@ use crate::cluster::Cluster;
 /// Flags that every command has.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Global {
-    /// Kubeconfig file of the cluster [default: KUBECONFIG, else the local cluster of `mesh all-in-one`]
+    /// Kubeconfig file of the cluster [default: KUBECONFIG, else the local cluster of `mesh all-in-one`, else ~/.kube/config]
     #[arg(
         long,
         global = true,
@@ -35,7 +35,7 @@ pub struct Global {
 
 impl Global {
     /// Connects to the cluster that the flags choose: `--kubeconfig`, else KUBECONFIG, else `~/.kube/config` if `--context` names one of its
-    /// contexts, else the service account of the pod that this runs in, else the local cluster.
+    /// contexts, else the service account of the pod that this runs in, else the local cluster, else `~/.kube/config`.
     pub(crate) async fn cluster(&self) -> anyhow::Result<Cluster> {
         let config = self.config().await?;
         let namespace = self
@@ -75,11 +75,15 @@ impl Global {
         if let Ok(config) = kube::Config::incluster() {
             return Ok(config);
         }
-        let local = local_kubeconfig().filter(|path| path.exists());
-        match local {
+        let users = in_home(".kube/config");
+        let there = [local_kubeconfig(), users]
+            .into_iter()
+            .flatten()
+            .find(|path| path.exists());
+        match there {
             Some(path) => from_file(&path, &options).await,
             None => anyhow::bail!(
-                "no cluster: start a local one with `mesh all-in-one`, or name one with --kubeconfig FILE, --context NAME or the environment variable KUBECONFIG"
+                "no cluster: start a local one with `mesh all-in-one`, or name one with --kubeconfig FILE, --context NAME or the environment variable KUBECONFIG; there is no ~/.kube/config either"
             ),
         }
     }
@@ -95,12 +99,16 @@ async fn from_file(path: &Path, options: &KubeConfigOptions) -> anyhow::Result<k
 
 /// Where `mesh all-in-one` keeps the kubeconfig of its cluster, unless it is told another state directory.
 fn local_kubeconfig() -> Option<PathBuf> {
-    let set = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    let state =
-        set("XDG_STATE_HOME").or_else(|| set("HOME").map(|home| home.join(".local/state")))?;
+    let state = variable("XDG_STATE_HOME").or_else(|| in_home(".local/state"))?;
     Some(state.join("mesh/kubeconfig"))
+}
+
+fn in_home(path: &str) -> Option<PathBuf> {
+    Some(variable("HOME")?.join(path))
+}
+
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
 }

@@ -201,7 +201,15 @@ async fn one(cluster: &Cluster, group: &str, version: &str) -> anyhow::Result<Ve
     } else {
         format!("/apis/{group}/{version}")
     };
-    let list: ResourceList = serde_json::from_value(cluster.read(&path).await?)
+    let listed = match cluster.read(&path).await {
+        // A group whose own server is away (metrics, say) is in nobody's way who does not need it.
+        Err(error) if !group.is_empty() => {
+            eprintln!("warning: the kinds of {group}/{version} can't be listed: {error:#}");
+            return Ok(Vec::new());
+        }
+        listed => listed?,
+    };
+    let list: ResourceList = serde_json::from_value(listed)
         .with_context(|| format!("reading the list of kinds of {path}"))?;
     let resource = |entry: Entry| Resource {
         group: group.to_owned(),

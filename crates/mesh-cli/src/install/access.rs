@@ -10,15 +10,22 @@ use super::resolve::Resolved;
 const GROUP: &str = "rbac.authorization.k8s.io";
 const READ: &[&str] = &["get", "list", "watch"];
 
-/// The rights of the control plane, whose service account is `account`.
-pub(super) fn control_plane(settings: &Resolved, account: &str, labels: &Value) -> [Value; 4] {
+/// The rights of the control plane, whose service account is `account` and whose environment variables are `env`.
+pub(super) fn control_plane(
+    settings: &Resolved,
+    account: &str,
+    labels: &Value,
+    env: &[Value],
+) -> [Value; 4] {
     let namespace = &settings.namespace;
     let everywhere = format!("{}-{namespace}", settings.revisioned("istiod-clusterrole"));
     let cluster_wide = json!({ "name": everywhere, "labels": labels });
     let own = metadata(account, namespace, labels.clone());
     let subject = (namespace.as_str(), account);
+    let mut rules = cluster_rules();
+    rules.extend(signer_rules(env));
     [
-        role("ClusterRole", &cluster_wide, &cluster_rules()),
+        role("ClusterRole", &cluster_wide, &rules),
         binding("ClusterRoleBinding", &cluster_wide, "ClusterRole", subject),
         role("Role", &own, &own_rules()),
         binding("RoleBinding", &own, "Role", subject),
@@ -83,6 +90,39 @@ fn cluster_rules() -> Vec<Value> {
     rules
 }
 
+/// Where a signer of the cluster has the authority's place: requests to it, and the word that they are good.
+fn signer_rules(env: &[Value]) -> Vec<Value> {
+    let value = |name: &str| {
+        let variable = env.iter().find(|variable| variable["name"] == name)?;
+        variable["value"].as_str().filter(|value| !value.is_empty())
+    };
+    if value("EXTERNAL_CA").is_none() {
+        return Vec::new();
+    }
+    let own = value("PILOT_CERT_PROVIDER").and_then(|provider| provider.strip_prefix("k8s.io/"));
+    let domain = value("CERT_SIGNER_DOMAIN").map(|domain| format!("{domain}/*"));
+    let mut signers: Vec<String> = [value("K8S_SIGNER"), own]
+        .into_iter()
+        .flatten()
+        .map(str::to_owned)
+        .chain(domain)
+        .collect();
+    signers.dedup();
+    let group = &["certificates.k8s.io"];
+    let requests = "certificatesigningrequests";
+    let mut rules = vec![
+        rule(group, &[requests], &["create", "delete", "get", "watch"]),
+        rule(group, &["certificatesigningrequests/approval"], &["update"]),
+    ];
+    // Without names the rule would be for every signer.
+    if !signers.is_empty() {
+        let mut approve = rule(group, &["signers"], &["approve"]);
+        approve["resourceNames"] = json!(signers);
+        rules.push(approve);
+    }
+    rules
+}
+
 /// In the namespace of the control plane.
 fn own_rules() -> [Value; 3] {
     let all = [
@@ -117,4 +157,34 @@ fn binding(kind: &str, metadata: &Value, role: &str, (namespace, account): (&str
         "roleRef": { "apiGroup": GROUP, "kind": role, "name": metadata["name"] },
         "subjects": [{ "kind": "ServiceAccount", "name": account, "namespace": namespace }],
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signer_elsewhere_is_asked_and_approved_by_name_only() {
+        let variable = |name: &str, value: &str| json!({ "name": name, "value": value });
+        assert_eq!(
+            signer_rules(&[variable("K8S_SIGNER", "example.com/a")]),
+            Vec::<Value>::new()
+        );
+        let env = [
+            variable("EXTERNAL_CA", "ISTIOD_RA_KUBERNETES_API"),
+            variable("K8S_SIGNER", "example.com/a"),
+            variable("CERT_SIGNER_DOMAIN", "example.org"),
+        ];
+        let rules = signer_rules(&env);
+        assert_eq!(rules.len(), 3);
+        assert_eq!(
+            rules[2]["resourceNames"],
+            json!(["example.com/a", "example.org/*"])
+        );
+        assert!(
+            signer_rules(&env[..1])
+                .iter()
+                .all(|rule| rule["resources"] != json!(["signers"]))
+        );
+    }
 }

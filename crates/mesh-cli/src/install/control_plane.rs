@@ -23,7 +23,12 @@ pub(super) fn objects(settings: &Resolved, part: &Part) -> Result<Vec<Value>, In
         &pilot.service_account_annotations,
     )];
     // Before the pod that needs them.
-    all.extend(access::control_plane(settings, &name, &labels));
+    all.extend(access::control_plane(
+        settings,
+        &name,
+        &labels,
+        &part.k8s.env,
+    ));
     all.push(json!({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": own(&settings.revisioned("istio")),
         "data": { "mesh": yaml::to_string(&settings.mesh), "meshNetworks": "networks: {}\n" },

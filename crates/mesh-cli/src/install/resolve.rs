@@ -323,12 +323,15 @@ fn injector_config(spec: &Spec) -> Value {
 }
 
 /// Environment variables that the control plane reads.
-const READ_BY_PILOT: [&str; 8] = [
+const READ_BY_PILOT: [&str; 11] = [
     "BLOCKED_CIDRS_IN_JWKS_URIS",
+    "CERT_SIGNER_DOMAIN",
     "DEFAULT_WORKLOAD_CERT_TTL",
     "EXTERNAL_CA",
+    "K8S_SIGNER",
     "MAX_WORKLOAD_CERT_TTL",
     "MESH_LOG",
+    "PILOT_CERT_PROVIDER",
     "PILOT_ENABLE_XDS_IDENTITY_CHECK",
     "TOKEN_AUDIENCES",
     "XDS_AUTH",
