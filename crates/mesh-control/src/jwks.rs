@@ -209,7 +209,7 @@ mod tests {
     use axum::response::IntoResponse;
     use serde_json::{Value, json};
 
-    use super::fetch::tests::{everywhere, ok, server};
+    use super::fetch::fake::{everywhere, ok, server};
     use super::*;
 
     type Map = Arc<Mutex<Option<Value>>>;

@@ -321,11 +321,8 @@ impl Control {
             "the control plane's certificate",
             serving::keep(Arc::clone(&options), certificate.clone(), issuing.clone()),
         ));
-        let webhook = webhook::Webhook::new(
-            Arc::clone(&options),
-            Arc::clone(&shared),
-            Arc::clone(&metrics),
-        );
+        let (own, seen) = (Arc::clone(&options), Arc::clone(&shared));
+        let webhook = webhook::Webhook::new(own, seen, Arc::clone(&metrics));
         tasks.spawn(webhook::serve(self.webhook, certificate.clone(), webhook));
         let state = http::State {
             nodes: nodes.clone(),
@@ -338,10 +335,7 @@ impl Control {
         tasks.spawn(http::serve(self.http, router, "readiness"));
         let router = http::monitoring_router(state);
         tasks.spawn(http::serve(self.monitoring, router, "metrics"));
-        let identifier = format!(
-            "{{\"Component\":\"istiod\",\"Info\":{{\"version\":\"{}\"}}}}",
-            options.version
-        );
+        let identifier = identifier(&options.version);
         let limits = mesh_xds::Limits::default();
         let ads = mesh_xds::AdsServer::new(nodes.clone(), &identifier, limits);
         // Whoever may talk to the plain port must not be able to take the places of those who have proven who they are.
@@ -350,8 +344,8 @@ impl Control {
         let mut servers = JoinSet::new();
         if let Some(listener) = self.grpc {
             let incoming = plain::connections(listener, Arc::clone(&metrics));
-            let router = plain.router();
-            servers.spawn(router.serve_with_incoming_shutdown(incoming, until(stopped.clone())));
+            let end = until(stopped.clone());
+            servers.spawn(plain.router().serve_with_incoming_shutdown(incoming, end));
         }
         let service = ca::service::Service {
             issuing,
@@ -388,6 +382,11 @@ impl Control {
         let _ = tokio::time::timeout(grace, servers.join_all()).await;
         Ok(())
     }
+}
+
+/// How discovery names itself to clients, in Istio's form.
+fn identifier(version: &str) -> String {
+    format!("{{\"Component\":\"istiod\",\"Info\":{{\"version\":\"{version}\"}}}}")
 }
 
 /// Starts what keeps the authority and its roots.

@@ -31,10 +31,14 @@ use crate::shared::Shared;
 
 /// Time from one look at the file of the roots, and at the clock, to the next.
 const LOOK: Duration = Duration::from_secs(1);
-/// One request for a certificate may take this long, with connecting.
+/// Connecting to the authority may take this long.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// One request for a certificate may take this long, with connecting: behind the authority may be a signer that takes its time.
+const ANSWER: Duration = Duration::from_secs(70);
 /// After a change of the roots proxies ask for certificates over this time, not all at once.
 const SPREAD: Duration = Duration::from_secs(3);
+/// Where the request names the signer that is wanted (Istio's agents do the same).
+const CERT_SIGNER: &str = "CertSigner";
 /// What the node says of its trust stands under this key of its metadata.
 const TRUST: &str = "TRUST";
 
@@ -54,12 +58,20 @@ pub struct IdentityOptions {
     /// A folder in memory where key and certificate outlive the process, so that it can start again while the authority is away; `None`
     /// keeps nothing. One that is on a disk is not used. Default `/var/run/secrets/workload-spiffe-credentials` where that exists.
     pub credentials_dir: Option<PathBuf>,
+    /// The signer to ask for, where the authority has several (`ISTIO_META_CERT_SIGNER`). Default: the authority's choice.
+    pub signer: Option<String>,
     /// Validity to ask for (`SECRET_TTL`). Default 24 h.
     pub lifetime: Duration,
     /// Share of the lifetime that is left when a certificate is renewed (`SECRET_GRACE_PERIOD_RATIO`). Default 0.5.
     pub grace: f64,
     /// By how much of the lifetime the renewal is moved, earlier or later, at random (`SECRET_GRACE_PERIOD_RATIO_JITTER`). Default 0.01.
     pub jitter: f64,
+}
+
+fn text(text: String) -> Value {
+    Value {
+        kind: Some(Kind::StringValue(text)),
+    }
 }
 
 /// Why there is no new certificate.
@@ -80,7 +92,7 @@ enum IdentityError {
     Channel(#[from] ChannelError),
     #[error("the certificate authority says {:?}: {}", .0.code(), .0.message())]
     Authority(#[from] tonic::Status),
-    #[error("the certificate authority takes longer than {PATIENCE:?}")]
+    #[error("the certificate authority takes longer than {ANSWER:?}")]
     Late,
     #[error("what the certificate authority sent can't be used: {0}")]
     Answer(String),
@@ -166,9 +178,6 @@ impl Agent {
     pub fn node_update(&self) -> NodeUpdate {
         let present = Arc::clone(&self.present);
         Arc::new(move |node: &mut Node| {
-            let text = |text: String| Value {
-                kind: Some(Kind::StringValue(text)),
-            };
             let roots = present.trusted.load().fingerprints();
             let roots = ListValue {
                 values: roots.into_iter().map(text).collect(),
@@ -321,7 +330,7 @@ impl Agent {
             csr::make(&identity).map_err(|error| IdentityError::Request(error.to_string()))?;
         let key = Zeroizing::new(key);
         let asked = self.ask(request, &trusted);
-        let mut chain = tokio::time::timeout(PATIENCE, asked)
+        let mut chain = tokio::time::timeout(ANSWER, asked)
             .await
             .map_err(|_| IdentityError::Late)??;
         let roots = chain.pop();
@@ -364,7 +373,11 @@ impl Agent {
         let request = CertificateRequest {
             csr,
             validity_duration: i64::try_from(self.options.lifetime.as_secs()).unwrap_or(0),
-            metadata: None,
+            metadata: self.options.signer.as_deref().map(|signer| Struct {
+                fields: [(CERT_SIGNER.to_owned(), text(signer.to_owned()))]
+                    .into_iter()
+                    .collect(),
+            }),
         };
         Ok(certificate::create(&connection, request).await?.cert_chain)
     }

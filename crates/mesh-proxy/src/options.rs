@@ -276,6 +276,9 @@ fn identity<'a>(
         roots_file: path("CA_ROOT_CA", "/var/run/secrets/istio/root-cert.pem"),
         credentials_dir: Some(path("MESH_CREDENTIALS_DIR", CREDENTIALS_DIR))
             .filter(|dir| dir.is_dir()),
+        signer: get("ISTIO_META_CERT_SIGNER")
+            .filter(|name| !name.is_empty())
+            .map(str::to_owned),
         lifetime: go_duration(lifetime)
             .ok_or_else(|| bad("SECRET_TTL", lifetime, "is not a duration, such as 24h"))?,
         grace: share("SECRET_GRACE_PERIOD_RATIO", 0.5)?,

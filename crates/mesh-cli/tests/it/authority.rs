@@ -97,6 +97,46 @@ async fn how_far_a_rotation_is_comes_from_the_control_planes() {
         watched.contains("waiting for reviews-v1.default"),
         "{watched}"
     );
+    // Whoever is waited for can be given up, by name, and once.
+    let forced = world.mesh("ca rotate --force --no-wait").await.ok();
+    assert_eq!(forced, "going on without reviews-v1.default\n");
+    let annotations = world
+        .mesh("get secret istio-ca-secret -n istio-system -o json")
+        .await
+        .ok();
+    let without = r#""security.mesh/rotate-without": "[\"reviews-v1.default\"]""#;
+    assert!(annotations.contains(without), "{annotations}");
+    let status = world.mesh("ca status").await.ok();
+    assert!(
+        status.contains("  goes on without reviews-v1.default\n"),
+        "{status}"
+    );
+    let error = world.mesh("ca rotate --force").await.error();
+    assert!(error.contains("nobody else is waited for"), "{error}");
+}
+
+#[tokio::test]
+async fn force_is_for_a_rotation_that_waits_and_an_authority_elsewhere_shows_its_roots() {
+    let world = World::start().await;
+    world.file("room.yaml", ROOM);
+    world.mesh("apply -f @room.yaml").await.ok();
+    let root = Authority::generate("Elsewhere", "Root CA", now(), 86_400).expect("a root");
+    let map = format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio-ca-root-cert, namespace: istio-system}}\ndata:\n  root-cert.pem: |\n{}",
+        text(root.certificate_pem())
+    );
+    world.file("map.yaml", &map);
+    world.mesh("apply -f @map.yaml").await.ok();
+    let status = world.mesh("ca status").await.ok();
+    assert!(
+        status.starts_with("Authority: elsewhere") && status.contains("O=Elsewhere, CN=Root CA"),
+        "{status}"
+    );
+    let roots = root.certificate_pem();
+    world.file("ca.yaml", &secret("istio-ca-secret", &root, roots, ""));
+    world.mesh("apply -f @ca.yaml").await.ok();
+    let error = world.mesh("ca rotate --force").await.error();
+    assert!(error.contains("no rotation is under way"), "{error}");
 }
 
 #[tokio::test]

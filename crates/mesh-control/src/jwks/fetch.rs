@@ -298,12 +298,15 @@ fn is_public(address: IpAddr) -> bool {
     }
 }
 
+/// Servers of tests, and a fetcher that asks them.
 #[cfg(test)]
-pub(super) mod tests {
+pub(super) mod fake {
+    use std::net::SocketAddr;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
-    use super::*;
+    use super::Fetcher;
 
     /// Answers every connection with the same text.
     pub(in crate::jwks) async fn server(answer: String) -> SocketAddr {
@@ -332,6 +335,12 @@ pub(super) mod tests {
             ..Fetcher::new(&[])
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fake::{everywhere, ok, server};
+    use super::*;
 
     const KEYS: &str = r#"{"keys":[{"kty":"EC"}]}"#;
 

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use envoy_types::pb::google::protobuf::value::Kind;
 use mesh_identity::ca::Authority;
 use mesh_identity::spiffe::SpiffeId;
 use mesh_identity::{channel, csr, trust};
@@ -55,6 +56,9 @@ impl certificate::Authority for TestAuthority {
         behaviour.issued += 1;
         let mut identity: SpiffeId = ME.parse().expect("an id");
         let message = request.into_inner();
+        let named = message.metadata.as_ref().map(|named| &named.fields);
+        let named = named.and_then(|fields| fields["CertSigner"].kind.clone());
+        assert_eq!(named, Some(Kind::StringValue("mesh".to_owned())));
         let checked =
             csr::check(&message.csr, std::slice::from_ref(&identity)).expect("a good request");
         if behaviour.for_somebody_else {
@@ -187,6 +191,7 @@ fn proxy(dir: &Path, authority: SocketAddr) -> ProxyOptions {
         ("POD_NAMESPACE", "default".to_owned()),
         ("SERVICE_ACCOUNT", "reviews".to_owned()),
         ("CA_ADDR", format!("localhost:{}", authority.port())),
+        ("ISTIO_META_CERT_SIGNER", "mesh".to_owned()),
         ("MESH_TOKEN_FILE", file("token")),
         ("CA_ROOT_CA", file("roots.pem")),
         ("MESH_CREDENTIALS_DIR", dir.display().to_string()),
