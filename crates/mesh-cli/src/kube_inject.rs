@@ -234,10 +234,13 @@ fn documents(text: &str) -> Vec<&str> {
     let (mut parts, mut start, mut at) = (Vec::new(), 0, 0);
     for line in text.split_inclusive('\n') {
         let rest = line.strip_prefix("---");
-        if rest.is_some_and(|rest| rest.trim().is_empty() || rest.starts_with([' ', '\t'])) {
+        if let Some(rest) = rest.filter(|r| r.trim().is_empty() || r.starts_with([' ', '\t'])) {
             parts.push(&text[start..at]);
             // What stands on the same line belongs to the document.
-            start = at + 3;
+            start = match rest.trim() {
+                "" => at + line.len(),
+                _ => at + 3,
+            };
         }
         at += line.len();
     }
