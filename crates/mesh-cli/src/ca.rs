@@ -261,7 +261,8 @@ async fn go_on(cluster: &Cluster, global: &Global) -> anyhow::Result<()> {
     );
     let all = progress(cluster, global).await?;
     let mut names: Vec<String> = authority.without.clone();
-    for said in all.values() {
+    let fresh = |said: &&Progress| unix_now().saturating_sub(said.time) <= FRESH_SECONDS;
+    for said in all.values().filter(fresh) {
         let new = said.waiting.iter().filter(|name| !names.contains(name));
         let new: Vec<String> = new.cloned().collect();
         for name in &new {
@@ -334,7 +335,13 @@ struct Progress {
     waiting: Vec<String>,
     #[serde(default)]
     more: usize,
+    /// When the control plane said it, seconds since 1970.
+    #[serde(default)]
+    time: u64,
 }
+
+/// What a control plane said longer ago is about proxies that it has no more (it says it again every ten seconds).
+const FRESH_SECONDS: u64 = 30;
 
 /// Names in one line at most.
 const NAMED: usize = 10;

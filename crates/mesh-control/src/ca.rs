@@ -52,6 +52,8 @@ pub(crate) struct Held {
     pub(crate) phase: rotation::Phase,
     /// Somebody asks for one.
     pub(crate) requested: bool,
+    /// Fingerprint of the root before, where a rotation of ours brought this one.
+    pub(crate) former: Option<String>,
 }
 
 impl Held {
@@ -64,6 +66,7 @@ impl Held {
             trusted,
             phase: rotation::Phase::Idle,
             requested: false,
+            former: None,
         })
     }
 
@@ -98,17 +101,22 @@ impl Held {
             && self.requested == other.requested
     }
 
-    /// Whether whoever has a certificate of now is still trusted by those who trust `next`.
+    /// Whether whoever has a certificate of now is still trusted by those who trust `next`, and the other way round.
     fn is_continued_by(&self, next: &Self) -> bool {
         let after = next.trusted.fingerprints();
-        match self.origin {
-            // Which of several signers' roots are in use is not known here.
-            Origin::External => self
-                .trusted
-                .fingerprints()
-                .iter()
-                .any(|root| after.contains(root)),
-            _ => after.contains(&self.root),
+        let trusted =
+            |bundle: &TrustBundle| bundle.fingerprints().iter().any(|r| after.contains(r));
+        match &self.signer {
+            // Which of a signer's roots is in use is not known here.
+            Signer::Elsewhere(elsewhere) => {
+                elsewhere.roots.iter().all(|roots| trusted(&roots.bundle))
+            }
+            // A rotation of our own, of which this replica has not seen every step; or both trust the root of the other one.
+            _ => {
+                next.former.as_ref() == Some(&self.root)
+                    || after.contains(&self.root)
+                        && self.trusted.fingerprints().contains(&next.root)
+            }
         }
     }
 }

@@ -157,11 +157,12 @@ async fn one(
         };
         let wait = match fetched {
             Ok(fetched) => {
-                keys.kept.write(&source, &fetched).await;
-                let change = Change::Keys(source.clone(), fetched);
+                // They are in force before they are kept: the API may be slow.
+                let change = Change::Keys(source.clone(), fetched.clone());
                 if changes.send(change).await.is_err() {
                     return;
                 }
+                keys.kept.write(&source, &fetched).await;
                 pause.succeeded()
             }
             Err(error) => {

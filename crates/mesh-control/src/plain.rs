@@ -28,10 +28,14 @@ const STREAMS: usize = 512;
 /// Largest request, in bytes: nobody here is worth the memory of a large one.
 const REQUEST: usize = 4 << 20;
 
+/// Streams of one connection: a proxy needs one, and an address may have a few connections.
+const STREAMS_PER_CONNECTION: u32 = 4;
+
 /// What the streams of this port may cost.
 pub(crate) fn limits() -> Limits {
     Limits {
         max_streams: STREAMS,
+        max_streams_per_connection: STREAMS_PER_CONNECTION,
         max_request_bytes: REQUEST,
         ..Limits::default()
     }

@@ -93,6 +93,8 @@ pub trait Report: Send {
 pub struct Limits {
     /// Streams at a time. Default: 10,000.
     pub max_streams: usize,
+    /// Streams of one connection at a time. Default: 100.
+    pub max_streams_per_connection: u32,
     /// Largest request. Default: 16 MiB (a reconnect names every resource with its version).
     pub max_request_bytes: usize,
     /// How long a client may leave its first request out. Default: 10 s.
@@ -108,6 +110,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_streams: 10_000,
+            max_streams_per_connection: 100,
             max_request_bytes: 16 << 20,
             first_request: Duration::from_secs(10),
             send: Duration::from_secs(20),
@@ -191,7 +194,7 @@ impl<S: NodeSource> AdsServer<S> {
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(4 << 20)
-            .max_concurrent_streams(100)
+            .max_concurrent_streams(limits.max_streams_per_connection)
             .max_connection_age(limits.max_connection_age)
             .max_connection_age_grace(Duration::from_secs(10))
             .add_service(service)

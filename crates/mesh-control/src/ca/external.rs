@@ -152,6 +152,7 @@ fn next(
         trusted,
         phase: rotation::Phase::Idle,
         requested: false,
+        former: None,
     };
     match present.is_none_or(|present| present.is_continued_by(&held)) {
         true => Ok(held),

@@ -9,7 +9,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::StreamExt;
 use kube::Api;
-use kube::api::{DeleteParams, PostParams, WatchEvent, WatchParams};
+use kube::api::{DeleteParams, PostParams, Preconditions, WatchEvent, WatchParams};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use mesh_identity::ca::Leaf;
 use mesh_identity::csr::{self, CertificateRequest};
@@ -457,16 +457,23 @@ impl Desk {
         let created = created.map_err(|_| late())?;
         let created = created.map_err(|source| failed("creating", &signer, source))?;
         let name = created.metadata.name.clone().unwrap_or_default();
+        let created_uid = created.metadata.uid.clone();
         let work = async {
             let approved = approve(&api, created, &signer).await?;
             certificate(&api, approved, &signer).await
         };
         let result = tokio::time::timeout_at(end, work).await;
         // Nobody needs it any more; one that stays is taken away by the cluster in time.
-        let plain = DeleteParams::default();
-        let deleted = api.delete(&name, &plain);
+        let ours = DeleteParams {
+            preconditions: Some(Preconditions {
+                uid: created_uid,
+                resource_version: None,
+            }),
+            ..DeleteParams::default()
+        };
+        let deleted = api.delete(&name, &ours);
         if let Ok(Err(error)) = tokio::time::timeout(Duration::from_secs(10), deleted).await
-            && !matches!(&error, kube::Error::Api(status) if status.code == 404)
+            && !matches!(&error, kube::Error::Api(status) if matches!(status.code, 404 | 409))
         {
             tracing::warn!(name, %error, "deleting a CertificateSigningRequest that is done with");
         }
@@ -521,10 +528,15 @@ async fn approve(
         match replaced {
             Ok(approved) => return Ok(approved),
             Err(kube::Error::Api(status)) if status.code == 409 => {
-                object = api
+                let now = api
                     .get(&name)
                     .await
                     .map_err(|source| failed("reading", signer, source))?;
+                // Of that name there may be somebody else's by now: no word of ours may make that one good.
+                if !is_same(&now, &object) {
+                    return Err(SignError::Gone(name));
+                }
+                object = now;
             }
             Err(source) => return Err(failed("approving", signer, source)),
         }
@@ -532,6 +544,15 @@ async fn approve(
     Err(SignError::Ended(
         "others keep changing the CertificateSigningRequest".to_owned(),
     ))
+}
+
+/// Is it the very request, and not another one of its name?
+fn is_same(now: &DynamicObject, ours: &DynamicObject) -> bool {
+    let of = |object: &DynamicObject| {
+        let spec = &object.data["spec"];
+        (spec["request"].clone(), spec["signerName"].clone())
+    };
+    now.metadata.uid == ours.metadata.uid && of(now) == of(ours)
 }
 
 /// Waits for the certificate.
@@ -554,6 +575,9 @@ async fn certificate(
                     Ok(WatchEvent::Added(now) | WatchEvent::Modified(now))
                         if now.metadata.name.as_ref() == Some(&name) =>
                     {
+                        if !is_same(&now, &object) {
+                            return Err(SignError::Gone(name));
+                        }
                         if let Some(done) = outcome(&name, signer, &now.data) {
                             return done;
                         }
@@ -568,8 +592,8 @@ async fn certificate(
         }
         tokio::time::sleep(PAUSE).await;
         object = match api.get_opt(&name).await {
-            Ok(Some(now)) => now,
-            Ok(None) => return Err(SignError::Gone(name)),
+            Ok(Some(now)) if is_same(&now, &object) => now,
+            Ok(_) => return Err(SignError::Gone(name)),
             // The API may be away for a moment; the patience of the caller ends this.
             Err(_) => object,
         };
@@ -633,6 +657,38 @@ mod tests {
         assert!(begin("one").is_ok());
         drop(all);
         assert!(desk.under_way.lock().expect("no panic").is_empty());
+    }
+
+    #[tokio::test]
+    async fn another_request_of_the_same_name_gets_no_word_of_ours() {
+        use axum::http::StatusCode;
+        use axum::routing::{get, put};
+
+        let request = |uid: &str| {
+            let object = json!({
+                "apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest",
+                "metadata": {"name": "csr-a", "uid": uid, "resourceVersion": "2"},
+                "spec": {"request": "AAAA", "signerName": "example.com/mesh"},
+            });
+            serde_json::from_value::<DynamicObject>(object).expect("an object")
+        };
+        let theirs = serde_json::to_value(request("theirs")).expect("JSON");
+        let conflict = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Conflict", "code": 409});
+        let puts = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = Arc::clone(&puts);
+        let refuse = move || {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            std::future::ready((StatusCode::CONFLICT, axum::Json(conflict.clone())))
+        };
+        let show = move || std::future::ready(axum::Json(theirs.clone()));
+        let place = "/apis/certificates.k8s.io/v1/certificatesigningrequests/csr-a";
+        let router = axum::Router::new()
+            .route(&format!("{place}/approval"), put(refuse))
+            .route(place, get(show));
+        let api = requests(&kube::Client::new(router, "default"));
+        let end = approve(&api, request("ours"), "example.com/mesh").await;
+        assert!(matches!(end, Err(SignError::Gone(_))), "{end:?}");
+        assert_eq!(puts.load(std::sync::atomic::Ordering::Relaxed), 1);
     }
 
     #[test]

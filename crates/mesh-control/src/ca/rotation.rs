@@ -36,6 +36,8 @@ pub(crate) const NEXT_CERTIFICATE: &str = "next-cert.pem";
 const NEXT_KEY: &str = "next-key.pem";
 /// Where each control plane says how far its proxies are.
 const PROGRESS: &str = "istio-ca-rotation";
+/// Annotation of the Secret: fingerprint of the root before the present one, for control planes that missed the steps between.
+pub(crate) const FORMER: &str = "security.mesh/former-root";
 /// Whom an operator does not want to wait for: names as the progress shows them, a list in JSON.
 pub(crate) const WITHOUT: &str = "security.mesh/rotate-without";
 /// Time from one look to the next while the root changes.
@@ -297,6 +299,13 @@ fn switch(secret: &mut DynamicObject) -> Result<(), SecretError> {
     put(secret, CERTIFICATE, &next);
     put(secret, KEY, &key);
     put(secret, ROOTS, &format!("{next}{old}"));
+    let former = TrustBundle::from_pem(&old)
+        .map_err(|error| SecretError::Content(format!("its {CERTIFICATE}: {error}")))?
+        .fingerprints();
+    let annotations = secret.metadata.annotations.get_or_insert_default();
+    annotations.remove(WITHOUT);
+    let first = former.into_iter().next();
+    annotations.extend(first.map(|former| (FORMER.to_owned(), former)));
     if let Some(data) = secret.data["data"].as_object_mut() {
         data.remove(NEXT_CERTIFICATE);
         data.remove(NEXT_KEY);

@@ -46,8 +46,8 @@ pub(crate) enum SecretError {
     Authority(#[from] CaError),
     /// The root would be swapped under the feet of everybody.
     #[error(
-        "its roots (root-cert.pem) leave out {present}, under which all certificates of now are, so that workloads would not trust each other any more; what was in \
-         force before stays. To change the root take two steps: first put both roots into root-cert.pem and wait until all proxies trust both \
+        "its roots (root-cert.pem) leave out {present}, under which all certificates of now are, or its own root is not trusted by all as yet, so that workloads would \
+         not trust each other any more; what was in force before stays. To change the root take two steps: first put both roots into root-cert.pem and wait until all proxies trust both \
          (mesh proxy-config secret), then put the new certificate and key there, and when all certificates are renewed take the old root out. \
          To change it at once, at the price of refused connections, restart the control plane"
     )]
@@ -294,6 +294,7 @@ pub(crate) fn load(secret: &DynamicObject, origin: Origin) -> Result<Held, Secre
         held.phase = rotation::phase(data, &held.trusted);
         let annotations = secret.metadata.annotations.as_ref();
         held.requested = annotations.is_some_and(|all| all.contains_key(rotation::REQUEST));
+        held.former = annotations.and_then(|all| all.get(rotation::FORMER).cloned());
     }
     Ok(held)
 }

@@ -78,6 +78,27 @@ async fn a_deleted_secret_is_written_again_and_a_changed_one_does_not_swap_the_r
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_control_plane_that_missed_the_steps_of_a_rotation_follows_it() {
+    let api = cluster();
+    let plane = start(&api).await;
+    let trusted = ready(&plane, &api).await;
+    let old_root = trusted.fingerprints().swap_remove(0);
+    let next = Authority::generate("cluster.local", "Root CA", now(), 100 * DAY).unwrap();
+    let text = |pem: &str| json!(BASE64.encode(pem));
+    let mut last = secret(&api).unwrap();
+    last["data"]["ca-cert.pem"] = text(next.certificate_pem());
+    last["data"]["ca-key.pem"] = text(next.key_pem());
+    last["data"]["root-cert.pem"] = text(next.certificate_pem());
+    last["metadata"]["annotations"] = json!({"security.mesh/former-root": old_root});
+    api.apply("secrets", last);
+    until("the root that the others have", async || {
+        (roots_in(&api, "default").as_deref() == Some(next.roots().pem())).then_some(())
+    })
+    .await;
+    plane.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_operators_root_changes_in_two_steps_or_not_at_all() {
     let api = cluster();
     let old = Authority::generate("Istio", "Old root", now(), 1000 * DAY).unwrap();
@@ -113,6 +134,15 @@ async fn an_operators_root_changes_in_two_steps_or_not_at_all() {
     .await;
     first(&plane, &trusted).await;
     assert_eq!(secret(&api), None);
+    // In one step, with both roots: those who know the old one alone would not trust what the new one signs.
+    let before = counted(&plane, failures).await;
+    api.apply("secrets", with_roots(&new, &[&old, &new]));
+    until("the third failure", async || {
+        (counted(&plane, failures).await > before).then_some(())
+    })
+    .await;
+    first(&plane, &trusted).await;
+    assert_eq!(roots_in(&api, "default").as_deref(), Some(trusted.pem()));
     // Step by step.
     api.apply("secrets", with_roots(&old, &[&old, &new]));
     published(&[&old, &new]).await;
@@ -195,24 +225,30 @@ async fn nobody_speaks_for_a_dead_proxy_and_an_operator_goes_on_without_it() {
     assert_eq!(roots.fingerprints(), both.fingerprints(), "it went on");
 
     // An operator gives it up: the rest goes as ever.
-    let mut forced = secret(&api).unwrap();
-    forced["metadata"]["annotations"] =
-        json!({"security.mesh/rotate-without": "[\"reviews-v2.default\"]"});
-    api.apply("secrets", forced);
+    let force = || {
+        let mut forced = secret(&api).unwrap();
+        forced["metadata"]["annotations"]["security.mesh/rotate-without"] =
+            json!("[\"reviews-v2.default\"]");
+        api.apply("secrets", forced);
+    };
+    force();
     until("the change of the signer", async || {
         let roots = TrustBundle::from_pem(&roots_in(&api, "default")?).unwrap();
         (roots.fingerprints() == [new_root.clone(), old_root.clone()]).then_some(())
     })
     .await;
-    waits_for(&["reviews-v1.default"]).await;
+    // That was for one step alone.
+    waits_for(&["reviews-v1.default", "reviews-v2.default"]).await;
     honest.say(both.fingerprints(), &new_root);
+    waits_for(&["reviews-v2.default"]).await;
+    force();
     until("the end of the old root", async || {
         let roots = TrustBundle::from_pem(&roots_in(&api, "default")?).unwrap();
         (roots.fingerprints() == [new_root.clone()]).then_some(())
     })
     .await;
     let annotations = secret(&api).unwrap()["metadata"]["annotations"].clone();
-    assert_eq!(annotations, json!({}), "it is for one rotation alone");
+    assert_eq!(annotations, json!({"security.mesh/former-root": old_root}));
     honest.task.abort();
     liar.task.abort();
     plane.stop().await;
