@@ -222,8 +222,15 @@ const PARTICULAR: &[(&str, Needs)] = &[
         "policy: requests by identity, method, path and address",
         Needs::Shell,
     ),
-    ("policy: a dry run counts and refuses nothing", Needs::Shell),
+    (
+        "policy: a dry run counts and refuses nothing, AUDIT neither",
+        Needs::Shell,
+    ),
     ("policy: a service of one's own decides", Needs::Shell),
+    (
+        "TLS goes by server name, at the gateway and in sidecars",
+        Needs::Shell,
+    ),
     ("tokens are judged, the good and the bad", Needs::Shell),
     (
         "web servers by weight, for clients in the mesh",
