@@ -189,8 +189,9 @@ impl Downstream {
         }
     }
 
-    /// Called every second: closes what has had its time. A connection with requests of earlier versions that don't end in a moment is told to
-    /// end, too, so that no other request is lost when it is closed.
+    /// Called every second: closes what has had its time. An HTTP/2 connection with requests of earlier versions that don't end in a moment is told
+    /// to end, too, so that no other request is lost when it is closed. Over HTTP/1 there is no other, and an answer that has begun can't say any
+    /// more that the connection ends with it.
     pub(super) fn check_lapse(&self) {
         let Some(end) = self.lapse.ends.get() else {
             return;
@@ -199,7 +200,10 @@ impl Downstream {
         if end <= now {
             tracing::debug!(remote = %self.remote, "closed: its filter chain was changed, and the drain time is over");
             self.close(Closing::Now);
-        } else if !self.is_leaving() && now.saturating_sub(self.lapse.since.get()) > MOMENT {
+        } else if self.http2.get()
+            && !self.is_leaving()
+            && now.saturating_sub(self.lapse.since.get()) > MOMENT
+        {
             self.end_gracefully();
         }
     }

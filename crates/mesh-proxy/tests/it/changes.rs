@@ -177,7 +177,8 @@ fn http_connections_go_on_where_only_what_requests_meet_has_changed() {
     proxy.publish(&web(at, "two", "c", app.address));
     // What runs under the old version has its time, and not more.
     assert!(running.is_closed());
-    app.gate.add_permits(2);
+    // One more, should the endpoint not have noticed yet that nobody waits for the other answer.
+    app.gate.add_permits(3);
     for _ in 0..2 {
         let reply = idle.get("/", "");
         let found = (reply.header("server"), reply.header("connection"));
@@ -225,4 +226,54 @@ async fn http_connections_of_a_chain_that_is_gone_are_told_to_end() {
     let ended = ended.expect("it ends").expect("a task");
     ended.expect("in peace");
     drop(check.await.expect("no failure"));
+}
+
+/// Answers in two halves, the second one well after a change was noticed.
+fn slow() -> SocketAddr {
+    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let address = socket.local_addr().expect("its address");
+    std::thread::spawn(move || {
+        for stream in socket.incoming() {
+            let mut stream = stream.expect("a connection");
+            std::thread::spawn(move || {
+                let mut buffer = [0; 4096];
+                while stream.read(&mut buffer).is_ok_and(|read| read > 0) {
+                    let head = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nfirst";
+                    if stream.write_all(head).is_err() {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(3500));
+                    if stream.write_all(b" half").is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn a_request_behind_a_long_answer_is_not_lost_with_a_change() {
+    let (at, upstream) = (free_port(), slow());
+    let proxy = Proxy::start_with(&web(at, "one", "chain", upstream), |options| {
+        options.drain = Duration::from_secs(30);
+    });
+    let mut client = Client::connect(at);
+    let request = "GET / HTTP/1.1\r\nHost: app.test\r\n\r\n";
+    client.send(request);
+    let mut seen = String::new();
+    let mut buffer = [0; 4096];
+    let mut read_until = |client: &mut Client, done: &dyn Fn(&str) -> bool| {
+        while !done(&seen) {
+            let read = client.0.read(&mut buffer).expect("an answer in time");
+            assert!(read > 0, "closed after {seen:?}");
+            seen.push_str(std::str::from_utf8(&buffer[..read]).expect("text"));
+        }
+    };
+    read_until(&mut client, &|seen| seen.ends_with("first"));
+    proxy.publish(&web(at, "two", "chain", upstream));
+    // The next one is sent before the first one's answer ends.
+    client.send(request);
+    read_until(&mut client, &|seen| seen.matches("first half").count() == 2);
 }
