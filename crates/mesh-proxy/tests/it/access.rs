@@ -393,22 +393,24 @@ fn a_service_is_asked_and_its_word_carried_out() {
     assert!((flags - 1.0).abs() < f64::EPSILON);
 }
 
+/// Asks an authorizer over HTTP.
+fn asking(fails_open: bool) -> authz::ExtAuthz {
+    let http = authz::HttpService {
+        server_uri: Some(uri("http://authz.test")),
+        ..Default::default()
+    };
+    authz::ExtAuthz {
+        services: Some(authz::ext_authz::Services::HttpService(http)),
+        failure_mode_allow: fails_open,
+        ..Default::default()
+    }
+}
+
 #[test]
 fn a_missing_service_means_no_unless_it_is_to_mean_yes() {
     for (open, status) in [(false, 403), (true, 200)] {
         let (at, app) = (free_port(), App::start("a"));
-        let http = authz::HttpService {
-            server_uri: Some(uri("http://authz.test")),
-            ..Default::default()
-        };
-        let filters = vec![filter(
-            "authz",
-            &authz::ExtAuthz {
-                services: Some(authz::ext_authz::Services::HttpService(http)),
-                failure_mode_allow: open,
-                ..Default::default()
-            },
-        )];
+        let filters = vec![filter("authz", &asking(open))];
         let clusters = [("app", app.address), ("service", free_port())];
         let proxy = Proxy::start(&config(at, filters, &clusters));
         assert_eq!(Client::connect(at).get("/", "").status, status);
@@ -420,18 +422,7 @@ fn a_missing_service_means_no_unless_it_is_to_mean_yes() {
 #[test]
 fn a_host_that_cannot_be_asked_about_is_refused_also_where_the_filter_fails_open() {
     let (at, app) = (free_port(), App::start("a"));
-    let http = authz::HttpService {
-        server_uri: Some(uri("http://authz.test")),
-        ..Default::default()
-    };
-    let filters = vec![filter(
-        "authz",
-        &authz::ExtAuthz {
-            services: Some(authz::ext_authz::Services::HttpService(http)),
-            failure_mode_allow: true,
-            ..Default::default()
-        },
-    )];
+    let filters = vec![filter("authz", &asking(true))];
     let mut state = config(at, filters, &[("app", app.address)]);
     let mut service = cluster("service", &[free_port()]);
     service.http2_protocol_options = Some(Http2ProtocolOptions::default());
@@ -454,14 +445,6 @@ fn a_service_is_asked_also_where_a_token_leads_to_the_route() {
             *response.status_mut() = status;
             response
         });
-        let http = authz::HttpService {
-            server_uri: Some(uri("http://authz.test")),
-            ..Default::default()
-        };
-        let asked = authz::ExtAuthz {
-            services: Some(authz::ext_authz::Services::HttpService(http)),
-            ..Default::default()
-        };
         let inline = Specifier::InlineString(keys());
         let source = DataSource {
             specifier: Some(inline),
@@ -476,7 +459,7 @@ fn a_service_is_asked_also_where_a_token_leads_to_the_route() {
                 ..Default::default()
             }];
         }
-        let filters = vec![filter("authz", &asked), filter("jwt", &tokens)];
+        let filters = vec![filter("authz", &asking(false)), filter("jwt", &tokens)];
         let clusters = [("app", app.address), ("service", service)];
         let mut state = config(at, filters, &clusters);
         let mut claimed = prefix("/");

@@ -22,33 +22,11 @@ use crate::balancing::Held;
 use crate::config::{
     action, any, cluster, http_listener, prefix, route_to, state, table, tcp_listener,
 };
-use crate::stage::{App, Client, Proxy, free_port, wait};
+use crate::stage::{App, Client, Proxy, echo, free_port, say, wait};
 
 /// Drains for one second.
 fn start(state: &XdsState) -> Proxy {
     Proxy::start_with(state, |options| options.drain = Duration::from_secs(1))
-}
-
-fn echo() -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let address = socket.local_addr().expect("its address");
-    std::thread::spawn(move || {
-        for stream in socket.incoming() {
-            let mut stream = stream.expect("a connection");
-            std::thread::spawn(move || {
-                let mut reader = stream.try_clone().expect("a second handle");
-                let _ = std::io::copy(&mut reader, &mut stream);
-            });
-        }
-    });
-    address
-}
-
-fn say(client: &mut Client, text: &str) -> bool {
-    let mut back = vec![0; text.len()];
-    client.0.write_all(text.as_bytes()).is_ok()
-        && client.0.read_exact(&mut back).is_ok()
-        && back == text.as_bytes()
 }
 
 fn tcp(listeners: Vec<Listener>, upstream: SocketAddr) -> XdsState {
@@ -67,19 +45,19 @@ fn tcp_connections_of_a_changed_chain_have_the_drain_time() {
     let proxy = start(&tcp(before, echo));
     let mut all = [changed, removed, kept].map(Client::connect);
     for stream in &mut all {
-        assert!(say(stream, "before"));
+        assert!(say(&mut stream.0, "before"));
     }
     // The same chain in a message of its own, and another cluster for one of the others.
     let after = vec![tcp_listener(changed, "other"), tcp_listener(kept, "echo")];
     proxy.publish(&tcp(after, echo));
     let [mut changed_stream, mut removed_stream, mut kept_stream] = all;
     let leaving = [&mut changed_stream, &mut removed_stream];
-    assert!(leaving.map(|s| say(s, "they have their time")) == [true; 2]);
+    assert!(leaving.map(|s| say(&mut s.0, "they have their time")) == [true; 2]);
     for stream in [&mut changed_stream, &mut removed_stream] {
         assert!(stream.is_closed(), "and then they end");
     }
-    assert!(say(&mut kept_stream, "an unchanged chain keeps its own"));
-    assert!(say(&mut Client::connect(changed), "new ones are taken"));
+    assert!(say(&mut kept_stream.0, "an unchanged chain keeps its own"));
+    assert!(say(&mut Client::connect(changed).0, "new ones are taken"));
     assert!(TcpStream::connect(removed).is_err());
 }
 
@@ -88,7 +66,7 @@ fn a_policy_reaches_tcp_connections_that_are_open() {
     let (at, echo) = (free_port(), echo());
     let proxy = start(&tcp(vec![tcp_listener(at, "echo")], echo));
     let mut stream = Client::connect(at);
-    assert!(say(&mut stream, "before"));
+    assert!(say(&mut stream.0, "before"));
     // Nobody is allowed.
     let rbac = Rbac {
         rules: Some(Rules::default()),
@@ -103,7 +81,7 @@ fn a_policy_reaches_tcp_connections_that_are_open() {
     guarded.filter_chains[0].filters.insert(0, filter);
     proxy.publish(&tcp(vec![guarded], echo));
     assert!(stream.is_closed());
-    assert!(!say(&mut Client::connect(at), "and nobody gets in"));
+    assert!(!say(&mut Client::connect(at).0, "and nobody gets in"));
 }
 
 fn web(at: SocketAddr, server: &str, chain: &str, upstream: SocketAddr) -> XdsState {
@@ -149,7 +127,7 @@ fn upgraded_connections_of_a_changed_chain_have_the_drain_time() {
         let mut client = Client::connect(at);
         let reply = client.get("/", "connection: upgrade\r\nupgrade: websocket\r\n");
         assert_eq!(reply.status, 101);
-        assert!(say(&mut client, "hello"));
+        assert!(say(&mut client.0, "hello"));
         client
     };
     let mut stream = upgraded();
@@ -159,9 +137,9 @@ fn upgraded_connections_of_a_changed_chain_have_the_drain_time() {
     // Until the worker has seen it.
     wait(|| Client::connect(at).get("/", "").header("server") == Some("two"));
     let mut later = upgraded();
-    assert!(say(&mut stream, "it has its time"));
+    assert!(say(&mut stream.0, "it has its time"));
     assert!(stream.is_closed(), "and then it ends");
-    assert!(say(&mut later, "this one is of the new chain"));
+    assert!(say(&mut later.0, "this one is of the new chain"));
 }
 
 #[test]

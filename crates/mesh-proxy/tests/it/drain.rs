@@ -1,7 +1,6 @@
 //! SIGTERM: what is under way ends in peace. The proxy runs in a process of its own, since a signal is for a whole process.
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -19,7 +18,7 @@ use prost::Message;
 use crate::balancing::Held;
 use crate::config::{action, cluster, http_listener, prefix, route_to, table, tcp_listener};
 use crate::process::{LOCAL, ask, keep, options};
-use crate::stage::{Client, free_port, wait};
+use crate::stage::{Client, echo, free_port, say, wait};
 
 /// Set for the process that is the proxy: state directory, health port, admin port, seconds to drain.
 const CHILD: &str = "MESH_PROXY_DRAIN_TEST";
@@ -129,28 +128,6 @@ impl Drop for Proxy {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-fn echo() -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let address = socket.local_addr().expect("its address");
-    std::thread::spawn(move || {
-        for stream in socket.incoming() {
-            let mut stream = stream.expect("a connection");
-            std::thread::spawn(move || {
-                let mut reader = stream.try_clone().expect("a second handle");
-                let _ = std::io::copy(&mut reader, &mut stream);
-            });
-        }
-    });
-    address
-}
-
-fn say(stream: &mut TcpStream, text: &str) -> bool {
-    let mut back = vec![0; text.len()];
-    stream.write_all(text.as_bytes()).is_ok()
-        && stream.read_exact(&mut back).is_ok()
-        && back == text.as_bytes()
 }
 
 #[tokio::test]

@@ -328,7 +328,7 @@ fn slow_heads_and_slow_readers_end() {
     slow.send("GET / HTTP/1.1\r\nHo");
     // Somebody who asks for much and reads nothing of it.
     let mut deaf = Client::connect(at);
-    let large = "x".repeat(32 << 20);
+    let large = "x".repeat(24 << 20);
     let mut writer = deaf.0.try_clone().expect("a clone");
     std::thread::spawn(move || {
         let head = format!(

@@ -87,13 +87,13 @@ impl Proxy {
 
 /// Waits for up to ten seconds.
 pub fn wait(condition: impl Fn() -> bool) {
-    for _ in 0..1000 {
+    for _ in 0..4000 {
         if condition() {
             return;
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    panic!("waited ten seconds for nothing");
+    panic!("waited forty seconds for nothing");
 }
 
 /// An application that answers with its name, the request line, the headers and the body it got. Speaks HTTP/1.1 and HTTP/2.
@@ -245,4 +245,28 @@ impl Client {
             Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut),
         }
     }
+}
+
+/// Sends back what it gets.
+pub fn echo() -> SocketAddr {
+    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let address = socket.local_addr().expect("its address");
+    std::thread::spawn(move || {
+        for stream in socket.incoming() {
+            let mut stream = stream.expect("a connection");
+            std::thread::spawn(move || {
+                let mut reader = stream.try_clone().expect("a second handle");
+                let _ = std::io::copy(&mut reader, &mut stream);
+            });
+        }
+    });
+    address
+}
+
+/// Is what is said sent back?
+pub fn say(stream: &mut TcpStream, text: &str) -> bool {
+    let mut back = vec![0; text.len()];
+    stream.write_all(text.as_bytes()).is_ok()
+        && stream.read_exact(&mut back).is_ok()
+        && back == text.as_bytes()
 }
