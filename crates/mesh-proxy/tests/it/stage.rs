@@ -85,7 +85,7 @@ impl Proxy {
     }
 }
 
-/// Waits for up to ten seconds.
+/// Waits for up to forty seconds.
 pub fn wait(condition: impl Fn() -> bool) {
     for _ in 0..4000 {
         if condition() {
