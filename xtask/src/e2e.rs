@@ -15,6 +15,7 @@ pub use cluster::{Cluster, family};
 mod collect;
 mod driver;
 pub(crate) mod http;
+mod objects;
 mod scenarios;
 
 /// What to run, and on what.

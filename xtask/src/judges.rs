@@ -30,15 +30,16 @@ pub struct Args {
 type Judge = fn(&Path) -> anyhow::Result<()>;
 
 const JUDGES: &[(&str, Judge)] = &[
-    // The walk with the oldest and the newest; what those two agree on, the one between them does.
+    // The walk with the oldest and the newest; what those two agree on, the one between them does. The newest one's cluster begins empty:
+    // the mesh is installed there by our own command, and leaves nothing behind.
     ("kubectl-1.20", |mesh| {
-        kubectl_walk(mesh, &debian_kubectl()?)
+        kubectl_walk(mesh, &debian_kubectl()?, &[])
     }),
     ("kubectl-1.32", |mesh| {
         kubectl_commands(mesh, &install::kubectl("v32")?)
     }),
     ("kubectl-1.36", |mesh| {
-        kubectl_walk(mesh, &install::kubectl("v36")?)
+        kubectl_walk(mesh, &install::kubectl("v36")?, &["--install"])
     }),
     ("stock-envoy", envoy::run),
     ("stock-envoy-goldens", goldens::run),
@@ -94,14 +95,15 @@ fn kubectl_commands(mesh: &Path, kubectl: &Path) -> anyhow::Result<()> {
 }
 
 /// Its commands, then the whole walk with this kubectl in place of our own commands.
-fn kubectl_walk(mesh: &Path, kubectl: &Path) -> anyhow::Result<()> {
+fn kubectl_walk(mesh: &Path, kubectl: &Path, flags: &[&str]) -> anyhow::Result<()> {
     kubectl_commands(mesh, kubectl)?;
     run::check(
         Command::new(std::env::current_exe()?)
             .args(["e2e", "--driver", "local", "--binary"])
             .arg(mesh)
             .arg("--kubectl")
-            .arg(kubectl),
+            .arg(kubectl)
+            .args(flags),
     )
 }
 

@@ -17,7 +17,7 @@ const MAGIC: &[u8] = b"k8s\0";
 const MAX_DEPTH: usize = 32;
 
 /// A type, then its fields: number, name, form. Forms: `s` text, `i` number, `b` truth (left out when zero), `S` `I` `B` the same where zero
-/// is a value, `t` text list, `m` map of text, `M` map of bytes, `q` map of quantities, `x` int-or-string, `-` ignored (status, times of
+/// is a value, `y` bytes, `t` text list, `m` map of text, `M` map of bytes, `q` map of quantities, `x` int-or-string, `-` ignored (status, times of
 /// the server), `T` a message, `[T` a list of messages. Numbers are those of the published `generated.proto` files.
 const TABLE: &str = "
 ObjectMeta 1 name s 2 generateName s 3 namespace s 4 selfLink - 5 uid s 6 resourceVersion s 7 generation - 8 creationTimestamp - 9 deletionTimestamp - 10 deletionGracePeriodSeconds - 11 labels m 12 annotations m 13 ownerReferences [OwnerReference 14 finalizers t 17 managedFields -
@@ -86,6 +86,10 @@ ClusterRoleBinding 1 metadata ObjectMeta 2 subjects [Subject 3 roleRef RoleRef
 Eviction 1 metadata ObjectMeta 2 deleteOptions DeleteOptions
 DeleteOptions 1 gracePeriodSeconds I 2 preconditions Preconditions 3 orphanDependents B 4 propagationPolicy S 5 dryRun t 6 ignoreStoreReadErrorWithClusterBreakingPotential -
 Preconditions 1 uid S 2 resourceVersion S
+CertificateSigningRequest 1 metadata ObjectMeta 2 spec CertificateSigningRequestSpec 3 status CertificateSigningRequestStatus
+CertificateSigningRequestSpec 1 request y 2 username s 3 uid s 4 groups t 5 usages t 6 extra - 7 signerName s 8 expirationSeconds I
+CertificateSigningRequestStatus 1 conditions [CertificateSigningRequestCondition 2 certificate y
+CertificateSigningRequestCondition 1 type s 2 reason s 3 message s 4 lastUpdateTime - 5 lastTransitionTime - 6 status s
 ";
 
 type Fields = HashMap<u64, (&'static str, &'static str)>;
@@ -167,8 +171,9 @@ fn message(name: &str, bytes: &[u8], depth: usize) -> Result<Value, String> {
         let wrong = || format!("field {field} of {name} has the wrong form");
         match (*form, wire) {
             ("-", _) => {}
-            ("s", Wire::Bytes([])) | ("i" | "b", Wire::Number(0)) => {}
+            ("s" | "y", Wire::Bytes([])) | ("i" | "b", Wire::Number(0)) => {}
             ("s" | "S", Wire::Bytes(text)) => set(&mut out, field, utf8(text)?.into()),
+            ("y", Wire::Bytes(bytes)) => set(&mut out, field, STANDARD.encode(bytes).into()),
             // Numbers are two's complement, as protobuf has it for int32 and int64.
             ("i" | "I", Wire::Number(n)) => set(&mut out, field, n.cast_signed().into()),
             ("b" | "B", Wire::Number(n)) => set(&mut out, field, (n != 0).into()),

@@ -1,8 +1,14 @@
 //! A Kubernetes API, with raw requests and kubectl's words for its errors.
 
-use futures::AsyncBufRead;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::{AsyncBufRead, AsyncReadExt as _};
 use kube::Client;
 use serde_json::Value;
+use tokio::time::Instant;
+
+use crate::out::Out;
 
 /// A cluster to talk to.
 pub(crate) struct Cluster {
@@ -11,12 +17,28 @@ pub(crate) struct Cluster {
     pub(crate) namespace: String,
     /// Address of the API, for messages.
     pub(crate) server: String,
+    /// It answered once: from then on, a server that is busy or away for a moment is waited for.
+    answered: AtomicBool,
 }
+
+/// Longest wait for a server that is busy or away.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// First and longest pause before it is asked again.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(4));
 
 /// Lists as a server prints them.
 pub(crate) const AS_TABLE: &str = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json";
 
 impl Cluster {
+    pub(crate) fn new(client: Client, namespace: String, server: String) -> Self {
+        Self {
+            client,
+            namespace,
+            server,
+            answered: AtomicBool::new(false),
+        }
+    }
+
     /// GET of a path, as JSON.
     pub(crate) async fn read(&self, path: &str) -> anyhow::Result<Value> {
         self.request("GET", path, &[], Vec::new()).await
@@ -65,9 +87,26 @@ impl Cluster {
         headers: &[(&str, &str)],
         body: Vec<u8>,
     ) -> Result<Value, kube::Error> {
-        self.client
-            .request(build(method, path, headers, body)?)
-            .await
+        let end = Instant::now() + PATIENCE;
+        let mut pause = PAUSES.0;
+        loop {
+            let request = build(method, path, headers, body.clone())?;
+            let result = self.client.request(request).await;
+            match &result {
+                Ok(_) => self.answered.store(true, Ordering::Relaxed),
+                Err(error)
+                    if self.answered.load(Ordering::Relaxed)
+                        && passes(error, path)
+                        && Instant::now() + pause < end =>
+                {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSES.1);
+                    continue;
+                }
+                Err(_) => {}
+            }
+            return result;
+        }
     }
 
     /// GET of a path, as lines that arrive over time.
@@ -81,6 +120,19 @@ impl Cluster {
             .request_stream(request)
             .await
             .map_err(|error| self.words(error))
+    }
+
+    /// GET of a path; what is answered is passed on as it arrives.
+    pub(crate) async fn print(&self, path: &str, out: &Out) -> anyhow::Result<()> {
+        let mut stream = std::pin::pin!(self.stream(path, &[]).await?);
+        let mut buffer = vec![0; 16 * 1024];
+        loop {
+            let count = stream.read(&mut buffer).await?;
+            if count == 0 {
+                return Ok(());
+            }
+            out.bytes(&buffer[..count])?;
+        }
     }
 
     /// An error in kubectl's words.
@@ -100,6 +152,19 @@ impl Cluster {
                 anyhow::Error::new(error).context(context)
             }
         }
+    }
+}
+
+/// Whether an error may be over soon, so that the same is asked again. What the commands send more than once does the same as once.
+fn passes(error: &kube::Error, path: &str) -> bool {
+    // Lists of what an aggregated API serves (`/apis/GROUP/VERSION`) are done without.
+    if path.starts_with("/apis") && path.split('/').count() <= 4 {
+        return false;
+    }
+    match error {
+        kube::Error::Api(status) => matches!(status.code, 429 | 503 | 504),
+        kube::Error::HyperError(_) | kube::Error::Service(_) => true,
+        _ => false,
     }
 }
 

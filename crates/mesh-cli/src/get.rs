@@ -15,8 +15,11 @@ use crate::table::{Columns, Table};
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// TYPE[,TYPE...] [NAME...] or TYPE/NAME...
-    #[arg(required = true, value_name = "TYPE NAME")]
+    #[arg(required_unless_present = "raw", value_name = "TYPE NAME")]
     pub targets: Vec<String>,
+    /// Print what the server answers at this path, such as /healthz or /api/v1/nodes
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["targets", "output", "selector", "field_selector", "all_namespaces", "watch"])]
+    pub raw: Option<String>,
     /// Form of the output
     #[arg(short, long, value_name = "FORM")]
     pub output: Option<Output>,
@@ -62,6 +65,15 @@ pub enum Output {
 /// An unknown type, an object that is not there, flags that don't fit together.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let cluster = global.cluster().await?;
+    if let Some(path) = &args.raw {
+        if !path.starts_with('/') {
+            anyhow::bail!(
+                "--raw {path:?}: a path of the API begins with a slash, such as /healthz"
+            );
+        }
+        cluster.print(path, &global.out).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let found = Resources::discover(&cluster).await?;
     let mut queries = Vec::new();
     for (kind, names) in resources::targets(&args.targets)? {

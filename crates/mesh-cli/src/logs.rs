@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use futures::AsyncReadExt as _;
 use serde_json::Value;
 
 use crate::Global;
@@ -93,13 +92,5 @@ async fn copy(
     if let Some(since) = since {
         path.push_str(&format!("&sinceSeconds={}", since.0.as_secs().max(1)));
     }
-    let mut stream = Box::pin(cluster.stream(&path, &[]).await?);
-    let mut buffer = vec![0; 16 * 1024];
-    loop {
-        let count = stream.read(&mut buffer).await?;
-        if count == 0 {
-            return Ok(());
-        }
-        out.bytes(&buffer[..count])?;
-    }
+    cluster.print(&path, out).await
 }

@@ -27,6 +27,18 @@ const MANIFESTS: &[&str] = &[
     "curl/curl.yaml",
 ];
 
+/// What the mesh is installed with. Small requests: a node of two processors has room for all. And round robin is strictly in turn with one
+/// worker.
+pub const SETTINGS: &[&str] = &[
+    "--set",
+    "profile=demo",
+    "--set",
+    "meshConfig.defaultConfig.concurrency=1",
+];
+
+/// Where a local cluster says which ports of a Service are open on the host: `PORT=ADDRESS:PORT`, comma-separated.
+const HOST_PORTS: &str = "mesh.local/host-ports";
+
 const NO_PROCESS: &str = "only a local cluster has a main process";
 
 /// A running cluster.
@@ -43,9 +55,18 @@ pub struct Cluster {
 
 enum Home {
     /// The main process of a local cluster.
-    Local(Child),
+    Local(Child, Start),
     /// Some Kubernetes.
     Remote(Remote),
+}
+
+/// What a local cluster starts with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// The mesh and the samples.
+    Whole,
+    /// Nothing: the mesh is installed as on a Kubernetes.
+    Empty,
 }
 
 /// A Kubernetes that others run.
@@ -59,23 +80,37 @@ pub struct Remote {
 }
 
 impl Cluster {
-    /// Starts a cluster on free ports with a state directory of its own.
+    /// Starts a cluster on free ports with a state directory of its own, the mesh and the samples.
     pub fn start(binary: &Path, kubectl: Option<&Path>) -> anyhow::Result<Self> {
+        let began = Instant::now();
+        let mut cluster = Self::launch(binary, kubectl, Start::Whole)?;
+        cluster.await_first_page(began)?;
+        Ok(cluster)
+    }
+
+    /// Starts a cluster with nothing in it, for [`Self::deploy`] to fill.
+    pub fn empty(binary: &Path, kubectl: Option<&Path>) -> anyhow::Result<Self> {
+        let cluster = Self::launch(binary, kubectl, Start::Empty)?;
+        let ready = cluster.wait("the API to answer", || {
+            let nodes = cluster.get(&["nodes"])?;
+            Ok((!nodes["items"].as_array().is_none_or(Vec::is_empty)).then_some(()))
+        });
+        ready.with_context(|| cluster.printed())?;
+        Ok(cluster)
+    }
+
+    fn launch(binary: &Path, kubectl: Option<&Path>, start: Start) -> anyhow::Result<Self> {
         // A build leaves gigabytes to be written; the cluster's own small flushes would queue behind them.
         nix::unistd::sync();
         let place = tempfile::Builder::new().prefix("mesh-cluster-").tempdir()?;
-        let began = Instant::now();
-        let child = launch(binary, place.path())?;
-        let mut cluster = Self {
+        Ok(Self {
             binary: binary.to_owned(),
             kubectl: kubectl.map(Path::to_owned),
+            home: Home::Local(launch(binary, place.path(), start)?, start),
             place,
-            home: Home::Local(child),
             gateway: String::new(),
             first_page: Duration::ZERO,
-        };
-        cluster.await_first_page(began)?;
-        Ok(cluster)
+        })
     }
 
     /// A Kubernetes without the mesh as yet.
@@ -92,22 +127,15 @@ impl Cluster {
 
     /// Is it a local cluster of ours?
     pub fn is_local(&self) -> bool {
-        matches!(self.home, Home::Local(_))
+        matches!(self.home, Home::Local(..))
     }
 
     /// Installs the mesh and applies the samples where [`Self::start`] has not done so, and waits for the first page.
     pub fn deploy(&mut self) -> anyhow::Result<()> {
-        if self.is_local() {
+        if matches!(self.home, Home::Local(_, Start::Whole)) {
             return Ok(());
         }
-        // Small requests: a node of two processors has room for all. And round robin is strictly in turn with one worker.
-        let settings = [
-            "--set",
-            "profile=demo",
-            "--set",
-            "meshConfig.defaultConfig.concurrency=1",
-        ];
-        let install = [&["install", "-y"], &settings[..]].concat();
+        let install = [&["install", "-y"], SETTINGS].concat();
         print!("{}", self.mesh(&install)?);
         let began = Instant::now();
         self.apply(
@@ -118,14 +146,23 @@ impl Cluster {
                 run::root().join("samples").join(file),
             )?)?;
         }
-        self.gateway = self.gateway_address()?;
+        if !self.is_local() {
+            self.gateway = self.gateway_address()?;
+        }
         // Images may have to be pulled.
         self.first_page_within(began, Duration::from_secs(300))
     }
 
-    /// The load balancer's address where there is one, else the first node's with the gateway's node port.
+    /// The host's port on a local cluster, else the load balancer's address, else the first node's with the gateway's node port.
     fn gateway_address(&self) -> anyhow::Result<String> {
         let service = self.get(&["service", "istio-ingressgateway", "-n", "istio-system"])?;
+        if self.is_local() {
+            let ports = service["metadata"]["annotations"][HOST_PORTS].as_str();
+            let mut ports = ports.unwrap_or_default().split(',');
+            let address = ports.find_map(|port| port.strip_prefix("80="));
+            let address = address.context("the gateway's port 80 is not open on the host")?;
+            return Ok(format!("http://{address}"));
+        }
         let balancer = &service["status"]["loadBalancer"]["ingress"][0];
         if let Some(address) = balancer["ip"].as_str().or(balancer["hostname"].as_str()) {
             return Ok(format!("http://{address}"));
@@ -148,18 +185,20 @@ impl Cluster {
 
     fn main_process(&mut self) -> anyhow::Result<&mut Child> {
         match &mut self.home {
-            Home::Local(child) => Ok(child),
+            Home::Local(child, _) => Ok(child),
             Home::Remote(_) => bail!(NO_PROCESS),
         }
     }
 
     /// Sends SIGKILL to the main process and starts another one on the same state directory.
     pub fn kill_and_restart(&mut self) -> anyhow::Result<()> {
-        let child = self.main_process()?;
+        let Home::Local(child, start) = &mut self.home else {
+            bail!(NO_PROCESS);
+        };
         child.kill()?;
         child.wait()?;
         let began = Instant::now();
-        self.home = Home::Local(launch(&self.binary, self.place.path())?);
+        *child = launch(&self.binary, self.place.path(), *start)?;
         self.await_first_page(began)
     }
 
@@ -177,7 +216,7 @@ impl Cluster {
     /// The process id of a local cluster's main process.
     pub fn pid(&self) -> anyhow::Result<u32> {
         match &self.home {
-            Home::Local(child) => Ok(child.id()),
+            Home::Local(child, _) => Ok(child.id()),
             Home::Remote(_) => bail!(NO_PROCESS),
         }
     }
@@ -194,11 +233,16 @@ impl Cluster {
         let runtime = http::runtime()?;
         let mut last = String::from("no address was printed");
         while began.elapsed() < limit {
-            if let Home::Local(child) = &mut self.home {
+            if let Home::Local(child, start) = &mut self.home {
                 if let Some(status) = child.try_wait()? {
                     bail!("mesh all-in-one ended with {status}:\n{}", self.printed());
                 }
-                self.gateway = self.printed_url("/productpage").unwrap_or_default();
+                self.gateway = match start {
+                    Start::Whole => self.printed_url("/productpage"),
+                    // Not there until it is written; anything else shows in the end.
+                    Start::Empty => self.gateway_address().ok(),
+                }
+                .unwrap_or_default();
             }
             if !self.gateway.is_empty() {
                 let client = Client::new(&self.gateway);
@@ -231,7 +275,7 @@ impl Cluster {
 
     fn kubeconfig(&self) -> PathBuf {
         match &self.home {
-            Home::Local(_) => self.place.path().join("state/kubeconfig"),
+            Home::Local(..) => self.place.path().join("state/kubeconfig"),
             Home::Remote(remote) => remote.kubeconfig.clone(),
         }
     }
@@ -241,7 +285,7 @@ impl Cluster {
         let mut command = Command::new(program);
         command.env("KUBECONFIG", self.kubeconfig());
         match &self.home {
-            Home::Local(_) => {
+            Home::Local(..) => {
                 command.env("HOME", self.place.path());
             }
             // Programs that a kubeconfig names look for their credentials at home.
@@ -362,7 +406,7 @@ impl Cluster {
         mut done: impl FnMut() -> anyhow::Result<Option<T>>,
     ) -> anyhow::Result<T> {
         let (limit, pause) = match &self.home {
-            Home::Local(_) => (Duration::from_secs(20), Duration::from_millis(5)),
+            Home::Local(..) => (Duration::from_secs(20), Duration::from_millis(5)),
             Home::Remote(_) => (Duration::from_secs(180), Duration::from_millis(500)),
         };
         let began = Instant::now();
@@ -463,7 +507,8 @@ impl Cluster {
         kept.place.disable_cleanup(true);
     }
 
-    fn remove(&self) -> anyhow::Result<()> {
+    /// Takes out what [`Self::deploy`] has brought.
+    pub fn remove(&self) -> anyhow::Result<()> {
         for file in MANIFESTS {
             self.delete_all(&std::fs::read_to_string(
                 run::root().join("samples").join(file),
@@ -480,7 +525,7 @@ impl Drop for Cluster {
     /// A scenario that failed leaves no local cluster behind either.
     fn drop(&mut self) {
         let running = |child: &mut Child| matches!(child.try_wait(), Ok(None));
-        let Home::Local(child) = &mut self.home else {
+        let Home::Local(child, _) = &mut self.home else {
             return;
         };
         if !running(child) {
@@ -541,15 +586,22 @@ pub fn family(pid: u32) -> Vec<u32> {
     found
 }
 
-fn launch(binary: &Path, place: &Path) -> anyhow::Result<Child> {
+fn launch(binary: &Path, place: &Path, start: Start) -> anyhow::Result<Child> {
     let output = File::create(place.join("output"))?;
     let mut command = Command::new(binary);
     command
         .args(["all-in-one", "--state-dir"])
         .arg(place.join("state"));
     command.args(["--api-port", "0", "--http-port", "0", "--https-port", "0"]);
-    for sample in SAMPLES {
-        command.args(["--sample", sample]);
+    match start {
+        Start::Empty => {
+            command.args(["--profile", "empty"]);
+        }
+        Start::Whole => {
+            for sample in SAMPLES {
+                command.args(["--sample", sample]);
+            }
+        }
     }
     command
         .env("HOME", place)

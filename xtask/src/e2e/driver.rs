@@ -9,12 +9,13 @@ mod shell;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::ValueEnum;
 
 use self::shell::{Real, Shell};
 use super::cluster::{Cluster, Remote};
 use super::collect;
+use super::objects::Objects;
 
 /// Where the walk happens.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -56,6 +57,9 @@ pub struct Options {
     /// Its context, where it is not the current one.
     #[arg(long, value_name = "NAME")]
     context: Option<String>,
+    /// Begin with an empty local cluster: install the mesh and the samples as on a Kubernetes, and see in the end that the API is as before.
+    #[arg(long)]
+    install: bool,
     /// What the samples run from, on a Kubernetes.
     #[arg(long, value_enum, default_value = "mesh")]
     images: Images,
@@ -92,11 +96,19 @@ pub fn run(
     options: &Options,
     walk: impl FnOnce(&mut Cluster) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
+    if options.install && driver != Driver::Local {
+        bail!(
+            "--install is for the local driver; the others install the mesh anyway, on clusters where more than the walk happens"
+        );
+    }
     let place = tempfile::Builder::new().prefix("mesh-e2e-").tempdir()?;
     let kubeconfig = place.path().join("kubeconfig");
     let name = options.cluster_name.clone();
     let version = options.kubernetes_version.clone();
     let provider: Box<dyn Provider> = match driver {
+        Driver::Local if options.install => {
+            return installed(Cluster::empty(binary, kubectl)?, options, walk);
+        }
         Driver::Local => {
             let cluster = Cluster::start(binary, kubectl)?;
             return walk_to_the_end(cluster, options, walk);
@@ -162,6 +174,29 @@ fn walk_to_the_end(
         cluster.keep();
         return outcome;
     }
+    let stopped = cluster.stop().context("stopping the cluster");
+    outcome.and(stopped)
+}
+
+/// The walk on an empty cluster, which has every object that it had, as it was, when all is removed.
+fn installed(
+    mut cluster: Cluster,
+    options: &Options,
+    walk: impl FnOnce(&mut Cluster) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let before = Objects::read(&cluster)?;
+    let outcome = walk_and_collect(&mut cluster, options, None, walk);
+    if options.keep {
+        cluster.keep();
+        return outcome;
+    }
+    let outcome = outcome.and_then(|()| {
+        cluster.remove()?;
+        let same = cluster.wait("the API to be as it was", || {
+            before.same(&cluster).map(Some)
+        });
+        same.context("after uninstall --purge")
+    });
     let stopped = cluster.stop().context("stopping the cluster");
     outcome.and(stopped)
 }
@@ -241,10 +276,16 @@ const PARTICULAR: &[(&str, Needs)] = &[
         Needs::Shell,
     ),
     ("a local rate limit by EnvoyFilter", Needs::Shell),
+    (
+        "an upgrade in place, under load, loses nothing",
+        Needs::Installed,
+    ),
 ];
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Needs {
+    /// A mesh that `mesh install` brought, with a record of its settings.
+    Installed,
     /// Processes, namespaces or start flags of the local cluster.
     Local,
     /// A shell in the clients' images: the host's on the local cluster, none in the mesh's image.
@@ -255,16 +296,18 @@ enum Needs {
 
 /// Why a scenario is not for this cluster.
 pub fn left_out(driver: Driver, options: &Options, scenario: &str) -> Option<&'static str> {
-    if driver == Driver::Local {
-        return None;
-    }
     let listed = PARTICULAR.iter().find(|(name, _)| *name == scenario);
     let needs = match listed {
         Some((_, needs)) => *needs,
         None if scenario.starts_with("example ") => Needs::Shell,
         None => return None,
     };
+    if driver == Driver::Local {
+        let missing = needs == Needs::Installed && !options.install;
+        return missing.then_some("needs a mesh that was installed (--install)");
+    }
     match needs {
+        Needs::Installed => None,
         Needs::Local => Some("looks into the local cluster itself"),
         Needs::Bash => Some("needs bash in the client's image"),
         Needs::Shell if options.images == Images::Mesh => {

@@ -20,6 +20,7 @@ mod samples;
 mod tasks;
 mod tcp;
 mod tokens;
+mod upgrade;
 mod web;
 pub mod wire;
 
@@ -184,6 +185,10 @@ pub const ALL: &[(&str, Scenario)] = &[
     (
         "a rolling restart, scaling and changes under load lose nothing",
         graceful::nothing_is_lost,
+    ),
+    (
+        "an upgrade in place, under load, loses nothing",
+        upgrade::in_place,
     ),
     (
         "bad input is refused with its reason and changes nothing",

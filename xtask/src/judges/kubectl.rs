@@ -5,6 +5,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, bail, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use rcgen::{CertificateParams, KeyPair};
+use serde_json::json;
 
 use crate::e2e::Cluster;
 
@@ -187,6 +191,18 @@ const STEPS: &[(&str, &str)] = &[
         "get node mesh-node --as=somebody --as-group=ops",
         "mesh-node",
     ),
+    (
+        "create -f REQUEST",
+        "certificatesigningrequest.certificates.k8s.io/wanted created",
+    ),
+    ("get csr wanted", "Pending"),
+    ("certificate approve wanted", "wanted approved"),
+    ("get csr wanted", "Approved"),
+    ("delete csr wanted", "deleted"),
+    ("create -f REQUEST", "created"),
+    ("certificate deny wanted", "wanted denied"),
+    ("get csr wanted", "Denied"),
+    ("delete csr wanted", "deleted"),
     ("delete clusterrole nodes", "deleted"),
     ("delete clusterrolebinding nodes", "deleted"),
     (
@@ -220,6 +236,20 @@ const REFUSED: &[(&str, &str)] = &[
     ),
 ];
 
+/// A request for a certificate, of a signer that nobody is.
+fn request() -> anyhow::Result<String> {
+    let pem = CertificateParams::new(Vec::new())?
+        .serialize_request(&KeyPair::generate()?)?
+        .pem()?;
+    let object = json!({
+        "apiVersion": "certificates.k8s.io/v1",
+        "kind": "CertificateSigningRequest",
+        "metadata": { "name": "wanted" },
+        "spec": { "request": STANDARD.encode(pem), "signerName": "example.com/nobody", "usages": ["client auth"] },
+    });
+    Ok(object.to_string())
+}
+
 /// Runs every command with a cluster that was started with this kubectl.
 pub fn commands(kubectl: &Path, cluster: &Cluster) -> anyhow::Result<()> {
     let place = tempfile::tempdir()?;
@@ -234,6 +264,7 @@ pub fn commands(kubectl: &Path, cluster: &Cluster) -> anyhow::Result<()> {
         ("CHANGED", file("changed.yaml", &changed)?),
         ("UNKNOWN", file("unknown.yaml", UNKNOWN_FIELD)?),
         ("ROLES", file("roles.yaml", ROLES)?),
+        ("REQUEST", file("request.json", &request()?)?),
         (
             "TYPO",
             file("typo.yaml", &MANIFEST.replace("replicas:", "replicaz:"))?,

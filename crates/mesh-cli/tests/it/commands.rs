@@ -58,6 +58,12 @@ async fn apply_says_what_it_did() {
             && !yaml.contains("managedFields"),
         "{yaml}"
     );
+    let path = "get --raw /api/v1/namespaces/default/configmaps/settings";
+    let raw: serde_json::Value =
+        serde_json::from_str(&world.mesh(path).await.ok()).expect("an object");
+    assert_eq!(raw["data"]["mode"], "0600");
+    let refused = world.mesh("get --raw api").await.error();
+    assert!(refused.contains("begins with a slash"), "{refused}");
     // What is read can be applied.
     world.file("b.yaml", &mesh_api::yaml::to_string(&serde_json::json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "shop" } })));
     assert_eq!(
