@@ -46,6 +46,8 @@ enum Command {
     Uninstall(mesh_cli::uninstall::Args),
     /// Check an installation object by object
     VerifyInstall(mesh_cli::verify_install::Args),
+    /// Give revisions names by which namespaces choose their control plane
+    Tag(mesh_cli::tag::Args),
     /// Print the objects of an installation
     Manifest(mesh_cli::manifest::Args),
     /// Show the built-in profiles of an installation
@@ -200,6 +202,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Upgrade(args) => block_on(mesh_cli::upgrade::run(args, &global)),
         Command::Uninstall(args) => block_on(mesh_cli::uninstall::run(args, &global)),
         Command::VerifyInstall(args) => block_on(mesh_cli::verify_install::run(args, &global)),
+        Command::Tag(args) => block_on(mesh_cli::tag::run(args, &global)),
         Command::Manifest(args) => mesh_cli::manifest::run(args, &global),
         Command::Profile(args) => mesh_cli::profile::run(args, &global),
         Command::Apply(args) => block_on(mesh_cli::apply::run(args, &global)),

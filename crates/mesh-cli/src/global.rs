@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 
 use crate::cluster::Cluster;
 
@@ -45,11 +45,7 @@ impl Global {
         let server = config.cluster_url.to_string();
         let client = kube::Client::try_from(config)
             .with_context(|| format!("preparing the connection to {server}"))?;
-        Ok(Cluster {
-            client,
-            namespace,
-            server,
-        })
+        Ok(Cluster::new(client, namespace, server))
     }
 
     async fn config(&self) -> anyhow::Result<kube::Config> {
@@ -60,8 +56,9 @@ impl Global {
         if let Some(path) = &self.kubeconfig {
             return from_file(path, &options).await;
         }
-        let environment =
-            Kubeconfig::from_env().context("reading the files that KUBECONFIG names")?;
+        let environment = Kubeconfig::from_env()
+            .map_err(words)
+            .context("reading the files that KUBECONFIG names")?;
         if let Some(file) = environment {
             return kube::Config::from_custom_kubeconfig(file, &options)
                 .await
@@ -70,6 +67,7 @@ impl Global {
         if self.context.is_some() {
             return kube::Config::from_kubeconfig(&options)
                 .await
+                .map_err(words)
                 .context("using ~/.kube/config for --context");
         }
         if let Ok(config) = kube::Config::incluster() {
@@ -91,10 +89,21 @@ impl Global {
 
 async fn from_file(path: &Path, options: &KubeConfigOptions) -> anyhow::Result<kube::Config> {
     let file = Kubeconfig::read_from(path)
-        .with_context(|| format!("reading the kubeconfig {}", path.display()))?;
+        .map_err(words)
+        .context("reading the kubeconfig")?;
     kube::Config::from_custom_kubeconfig(file, options)
         .await
         .with_context(|| format!("using the kubeconfig {}", path.display()))
+}
+
+/// An error once: some have their cause in their own text, and it is shown behind them too.
+fn words(error: KubeconfigError) -> anyhow::Error {
+    match error {
+        KubeconfigError::ReadConfig(cause, path) => {
+            anyhow::Error::new(cause).context(path.display().to_string())
+        }
+        error => anyhow::anyhow!("{error}"),
+    }
 }
 
 /// Where `mesh all-in-one` keeps the kubeconfig of its cluster, unless it is told another state directory.

@@ -11,7 +11,7 @@ mod remote;
 mod resolve;
 mod schema;
 mod spec;
-mod webhooks;
+pub(crate) mod webhooks;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -22,7 +22,9 @@ use serde_json::{Value, json};
 pub use input::{PROFILES, Settings, profile};
 pub use schema::SettingError;
 
-use resolve::{DEFAULT_REVISION, Resolved};
+pub(crate) use resolve::{DEFAULT_REVISION, name as check_name};
+
+use resolve::Resolved;
 
 /// Namespace of the mesh's own parts, where no other is asked for.
 pub const NAMESPACE: &str = "istio-system";

@@ -3,11 +3,14 @@
 //! Look first (`preflight.rs`), then apply part by part (`objects.rs`), waiting for each (`ready.rs`); then remove what the last installation
 //! of this revision owned and this one has not (`owned.rs`). What was asked for is kept in the cluster (`record.rs`).
 
+mod answer;
+pub(crate) mod build;
 pub(crate) mod objects;
 pub(crate) mod owned;
 mod preflight;
 pub(crate) mod ready;
 pub(crate) mod record;
+pub(crate) mod tags;
 
 use std::io::{BufRead as _, IsTerminal as _};
 use std::process::ExitCode;
@@ -19,7 +22,8 @@ use serde_json::Value;
 use crate::Global;
 use crate::apply::Change;
 use crate::cluster::Cluster;
-use crate::install::{Component, NAMESPACE, Plan, Settings};
+use crate::install::webhooks::TAG;
+use crate::install::{Component, DEFAULT_REVISION, NAMESPACE, Plan, Settings};
 use crate::version::VERSION;
 
 use objects::Session;
@@ -68,7 +72,8 @@ pub(crate) async fn carry_out(
     how: &How,
     global: &Global,
 ) -> anyhow::Result<ExitCode> {
-    let plan = Plan::new(spec)?;
+    let mut plan = Plan::new(spec)?;
+    build::mark(&mut plan);
     for warning in &plan.warnings {
         eprintln!("Warning: {warning}");
     }
@@ -79,7 +84,7 @@ pub(crate) async fn carry_out(
         );
     }
     let cluster = global.cluster().await?;
-    let mut session = preflight::look(&cluster, &plan, how).await?;
+    let mut session = preflight::look(&cluster, &mut plan, how).await?;
     if how.dry_run {
         return dry_run(&mut session, &plan, global).await;
     }
@@ -94,6 +99,15 @@ pub(crate) async fn carry_out(
         if component.name == "Base" {
             record::write(&session, &plan, spec, Phase::Installing).await?;
         }
+        if component.name == "Pilot" && has_default_tag(&plan) {
+            tags::switch_default(&cluster, false).await?;
+        }
+    }
+    if session.default_tag
+        && !has_default_tag(&plan)
+        && owned::loses_default_tag(&session, &plan).await?
+    {
+        tags::switch_default(&cluster, true).await?;
     }
     let gone = owned::prune(&session, &plan).await?;
     if !gone.is_empty() {
@@ -108,6 +122,12 @@ pub(crate) async fn carry_out(
     }
     global.out.line("✔ Installation complete")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether an installation makes its revision the one that answers where none is named.
+fn has_default_tag(plan: &Plan) -> bool {
+    let mut all = plan.objects();
+    all.any(|object| tags::label_of(object, TAG) == DEFAULT_REVISION)
 }
 
 /// The namespace of the mesh's own parts, where the command line names one.
@@ -171,7 +191,7 @@ async fn install(
             Change::Unchanged => {}
         }
     }
-    ready::wait(session, plan, component, how.readiness_timeout)
+    ready::wait(session, plan, component, how)
         .await
         .with_context(|| half(title))?;
     let all = component.objects.len();

@@ -22,6 +22,7 @@ pub mod out;
 pub mod profile;
 pub mod proxy_config;
 pub mod state;
+pub mod tag;
 pub mod uninstall;
 pub mod upgrade;
 pub mod verify_install;

@@ -27,7 +27,8 @@ enum Command {
 /// Settings that can't be taken.
 pub fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let Command::Generate { settings } = args.command;
-    let plan = Plan::new(&settings.spec(None)?)?;
+    let mut plan = Plan::new(&settings.spec(None)?)?;
+    crate::installer::build::mark(&mut plan);
     for warning in &plan.warnings {
         eprintln!("Warning: {warning}");
     }

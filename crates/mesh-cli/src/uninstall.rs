@@ -9,8 +9,11 @@ use tokio::time::{Instant, sleep};
 
 use crate::Global;
 use crate::cluster::query;
+use crate::install::DEFAULT_REVISION;
+use crate::install::webhooks::TAG;
 use crate::installer::objects::{self, Session, label};
-use crate::installer::{confirm, owned};
+use crate::installer::tags::{self, label_of};
+use crate::installer::{build, confirm, owned, record};
 
 /// Remove an installation from a cluster
 #[derive(Debug, Clone, clap::Args)]
@@ -49,11 +52,17 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let cluster = global.cluster().await?;
     let mut session = crate::installer::session(&cluster).await?;
     let owner = crate::install::owner(&args.revision);
-    let objects = owned::list(
-        &session,
-        Some(&owner).filter(|_| !args.purge).map(String::as_str),
-    )
-    .await?;
+    let one = (!args.purge).then_some(&args.revision);
+    let mut objects = owned::list(&session, one.map(|_| owner.as_str())).await?;
+    if args.purge || !objects.is_empty() {
+        // First, as everything that calls a control plane.
+        let tags = owned::tags(&session, one.map(String::as_str)).await?;
+        objects.splice(0..0, tags);
+    }
+    let returned = match one {
+        Some(revision) => give_back(&session, revision, &mut objects, global).await?,
+        None => Vec::new(),
+    };
     let mut shared = Vec::new();
     if args.purge {
         shared = owned::shared(&session).await?;
@@ -67,11 +76,18 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
             .out
             .line(format_args!("{} is to be removed", label(object)))?;
     }
+    for object in &returned {
+        global.out.line(format_args!(
+            "{} is to be given back to revision {:?}",
+            label(object),
+            label_of(object, "istio.io/rev")
+        ))?;
+    }
     if args.dry_run {
         global.out.line("Dry run: nothing was removed")?;
         return Ok(ExitCode::SUCCESS);
     }
-    warn(&session, &args, &shared).await?;
+    warn(&session, &args, &objects, &shared).await?;
     let question = format!(
         "This removes {} objects from {}.",
         objects.len() + shared.len(),
@@ -80,6 +96,14 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     confirm(&question, args.skip_confirmation)?;
     let deadline = Instant::now() + args.timeout;
     let namespaces = control_planes(&objects);
+    for object in &returned {
+        session.apply(object, false).await?;
+    }
+    let is_default = |(_, object): &(String, Value)| label_of(object, TAG) == DEFAULT_REVISION;
+    if !args.purge && objects.iter().any(is_default) {
+        // Before the tag goes, so that somebody always answers.
+        tags::switch_default(&cluster, true).await?;
+    }
     remove(&session, &objects, deadline).await?;
     if args.purge {
         // A control plane that still runs would make them again.
@@ -91,6 +115,35 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     }
     global.out.line("✔ Uninstall complete")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What another installation had before this one took it over (gateways have one name in all revisions) is not removed: these are the objects
+/// as that one wants them.
+async fn give_back(
+    session: &Session<'_>,
+    revision: &str,
+    objects: &mut Vec<(String, Value)>,
+    global: &Global,
+) -> anyhow::Result<Vec<Value>> {
+    let mut returned = Vec::new();
+    if objects.is_empty() {
+        return Ok(returned);
+    }
+    for mut plan in record::other_plans(session, &global.istio_namespace, revision).await? {
+        build::mark(&mut plan);
+        for object in plan.objects() {
+            if session.kind(object).is_none() {
+                continue;
+            }
+            let path = session.path(object)?;
+            let before = objects.len();
+            objects.retain(|(known, _)| *known != path);
+            if objects.len() < before {
+                returned.push(object.clone());
+            }
+        }
+    }
+    Ok(returned)
 }
 
 fn nothing(args: &Args) -> String {
@@ -137,8 +190,22 @@ async fn keep_for_another(
 async fn warn(
     session: &Session<'_>,
     args: &Args,
+    objects: &[(String, Value)],
     shared: &[(String, Value)],
 ) -> anyhow::Result<()> {
+    let tags = objects.iter().filter(|(_, object)| {
+        object["kind"] == "MutatingWebhookConfiguration" && !label_of(object, TAG).is_empty()
+    });
+    for (_, object) in tags {
+        let tag = label_of(object, TAG);
+        let users = tags::users(session.cluster, tag).await?;
+        if !users.is_empty() {
+            eprintln!(
+                "Warning: tag {tag:?} goes with its revision, and these namespaces ask for it: {}; `mesh tag set {tag} --revision OTHER --overwrite` moves it before",
+                users.join(", ")
+            );
+        }
+    }
     let pods = session.cluster.read("/api/v1/pods").await?;
     let injected = |pod: &&Value| {
         let annotations = &pod["metadata"]["annotations"];

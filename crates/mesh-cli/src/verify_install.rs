@@ -8,8 +8,9 @@ use crate::Global;
 use crate::apply::Change;
 use crate::install::{Component, NAMESPACE, Plan, Settings};
 use crate::installer::objects::{Session, label};
-use crate::installer::ready;
 use crate::installer::record::{self, Phase};
+use crate::installer::tags;
+use crate::installer::{build, ready};
 
 /// Check an installation object by object
 #[derive(Debug, Clone, clap::Args)]
@@ -25,7 +26,8 @@ pub struct Args {
 /// No installation, settings that can't be taken, a cluster that can't be reached.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let cluster = global.cluster().await?;
-    let session = crate::installer::session(&cluster).await?;
+    let mut session = crate::installer::session(&cluster).await?;
+    session.default_tag = tags::default_revision(&cluster).await?.is_some();
     let plan = wanted(&session, &args.settings, global).await?;
     let mut wrong = 0;
     for component in &plan.components {
@@ -97,7 +99,12 @@ async fn check(
     let Some(live) = session.live(object).await? else {
         return Ok(Some("it is missing".to_owned()));
     };
-    if session.apply(object, true).await?.change != Change::Unchanged {
+    if session
+        .apply(&build::as_marked(object, &live), true)
+        .await?
+        .change
+        != Change::Unchanged
+    {
         return Ok(Some("it was changed since it was installed".to_owned()));
     }
     if object["kind"] == "Deployment" && !ready::is_available(&live) {

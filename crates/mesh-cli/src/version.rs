@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::Global;
 use crate::cluster::Cluster;
 use crate::get::Output;
+use crate::install::DEFAULT_REVISION;
 
 /// Show versions of this program, the control plane and the proxies
 #[derive(Debug, Clone, clap::Args)]
@@ -35,11 +36,14 @@ pub(crate) fn form(text: &str) -> Result<Output, String> {
 /// This program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Versions in the cluster, with the number of instances.
+/// A version, and the revision that has it.
+type Instance = (String, String);
+
+/// Versions in the cluster by revision, with the number of instances.
 #[derive(Debug, Default)]
 struct Remote {
-    control_plane: BTreeMap<String, usize>,
-    proxies: BTreeMap<String, usize>,
+    control_plane: BTreeMap<Instance, usize>,
+    proxies: BTreeMap<Instance, usize>,
 }
 
 /// Runs the command. A cluster that can't be reached is a note, not a failure.
@@ -82,15 +86,15 @@ async fn ask(global: &Global) -> anyhow::Result<Remote> {
     Ok(remote)
 }
 
-async fn proxies(cluster: &Cluster) -> anyhow::Result<BTreeMap<String, usize>> {
+async fn proxies(cluster: &Cluster) -> anyhow::Result<BTreeMap<Instance, usize>> {
     Ok(images(
         &cluster.read("/api/v1/pods").await?,
         mesh_inject::PROXY_CONTAINER,
     ))
 }
 
-/// Tags of a container's image over all running pods.
-fn images(pods: &Value, container: &str) -> BTreeMap<String, usize> {
+/// Tags of a container's image over all running pods, with the pods' revisions: control planes are labelled, pods with proxies annotated.
+fn images(pods: &Value, container: &str) -> BTreeMap<Instance, usize> {
     let mut count = BTreeMap::new();
     for pod in pods["items"]
         .as_array()
@@ -98,6 +102,11 @@ fn images(pods: &Value, container: &str) -> BTreeMap<String, usize> {
         .flatten()
         .filter(|pod| pod["status"]["phase"] == "Running")
     {
+        let metadata = &pod["metadata"];
+        let revision = metadata["annotations"]["istio.io/rev"]
+            .as_str()
+            .or(metadata["labels"]["istio.io/rev"].as_str())
+            .unwrap_or(DEFAULT_REVISION);
         let lists = ["containers", "initContainers"]
             .iter()
             .flat_map(|list| pod["spec"][*list].as_array().into_iter().flatten());
@@ -109,7 +118,8 @@ fn images(pods: &Value, container: &str) -> BTreeMap<String, usize> {
             let tag = name
                 .split_once(':')
                 .map_or("latest", |(_, tag)| tag.split('@').next().unwrap_or(tag));
-            *count.entry(tag.to_owned()).or_insert(0) += 1;
+            let instance = (tag.to_owned(), revision.to_owned());
+            *count.entry(instance).or_insert(0) += 1;
         }
     }
     count
@@ -127,18 +137,32 @@ fn text(remote: Option<&Remote>, short: bool) -> String {
     if remote.control_plane.is_empty() {
         out.push_str("control plane version: none running\n");
     }
-    for version in remote.control_plane.keys() {
-        out.push_str(&format!("control plane version: {version}\n"));
+    // One that is alone and is called default needs no name.
+    let several = [&remote.control_plane, &remote.proxies]
+        .iter()
+        .any(|map| map.keys().any(|(_, revision)| revision != DEFAULT_REVISION));
+    let of = |revision: &str| match several {
+        true => format!("revision {revision}"),
+        false => String::new(),
+    };
+    for (version, revision) in remote.control_plane.keys() {
+        let of = match of(revision).as_str() {
+            "" => String::new(),
+            of => format!(" ({of})"),
+        };
+        out.push_str(&format!("control plane version: {version}{of}\n"));
     }
     if !remote.proxies.is_empty() {
         let list: Vec<String> = remote
             .proxies
             .iter()
-            .map(|(version, count)| {
-                format!(
-                    "{version} ({count} {})",
-                    if *count == 1 { "proxy" } else { "proxies" }
-                )
+            .map(|((version, revision), count)| {
+                let of = match of(revision).as_str() {
+                    "" => String::new(),
+                    of => format!(", {of}"),
+                };
+                let proxies = if *count == 1 { "proxy" } else { "proxies" };
+                format!("{version} ({count} {proxies}{of})")
             })
             .collect();
         out.push_str(&format!("data plane version: {}\n", list.join(", ")));
@@ -149,9 +173,11 @@ fn text(remote: Option<&Remote>, short: bool) -> String {
 fn object(remote: Option<&Remote>) -> Value {
     let mut object = json!({ "clientVersion": { "version": VERSION } });
     if let Some(remote) = remote {
-        let entries = |map: &BTreeMap<String, usize>| {
+        let entries = |map: &BTreeMap<Instance, usize>| {
             map.iter()
-                .map(|(version, count)| json!({ "version": version, "instances": count }))
+                .map(|((version, revision), count)| {
+                    json!({ "version": version, "revision": revision, "instances": count })
+                })
                 .collect::<Vec<_>>()
         };
         object["meshVersion"] = json!(entries(&remote.control_plane));
@@ -180,5 +206,30 @@ mod tests {
         );
         assert_eq!(text(None, true), format!("{VERSION}\n"));
         assert_eq!(object(Some(&remote))["dataPlaneVersion"][0]["instances"], 1);
+    }
+
+    #[test]
+    fn says_whose_proxies_they_are() {
+        let pod = |name: &str, tag: &str, place: &str, revision: &str| json!({ "metadata": { place: { "istio.io/rev": revision } }, "spec": { "containers": [{ "name": name, "image": format!("mesh:{tag}") }] }, "status": { "phase": "Running" } });
+        let pods = json!({ "items": [
+            pod("discovery", "1", "labels", "default"), pod("discovery", "2", "labels", "canary"),
+            pod("istio-proxy", "1", "annotations", "default"), pod("istio-proxy", "1", "annotations", "canary"), pod("istio-proxy", "1", "annotations", "canary"),
+        ] });
+        let remote = Remote {
+            control_plane: images(&pods, "discovery"),
+            proxies: images(&pods, "istio-proxy"),
+        };
+        assert_eq!(
+            text(Some(&remote), false),
+            format!(
+                "client version: {VERSION}\ncontrol plane version: 1 (revision default)\ncontrol plane version: 2 (revision canary)\n\
+                 data plane version: 1 (2 proxies, revision canary), 1 (1 proxy, revision default)\n"
+            )
+        );
+        let planes = &object(Some(&remote))["meshVersion"];
+        assert_eq!(
+            planes[1],
+            json!({ "version": "2", "revision": "canary", "instances": 1 })
+        );
     }
 }

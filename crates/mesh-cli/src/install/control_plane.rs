@@ -62,6 +62,7 @@ pub(super) fn objects(settings: &Resolved, part: &Part) -> Result<Vec<Value>, In
     if settings.spec.values.global.config_validation != Some(false) {
         all.push(webhooks::validating(settings));
     }
+    all.extend(webhooks::tags(settings));
     workload::overlay(&mut all, &part.k8s)?;
     Ok(all)
 }

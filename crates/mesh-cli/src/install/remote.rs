@@ -18,6 +18,7 @@ pub(super) fn objects(settings: &Resolved) -> Vec<Value> {
     if !settings.spec.values.global.remote_pilot_address.is_empty() {
         all.push(webhooks::validating(settings));
     }
+    all.extend(webhooks::tags(settings));
     all
 }
 

@@ -10,7 +10,7 @@ use super::path::merge;
 use super::spec::{Component, K8s, Spec, WorkloadValues};
 
 /// Revision of an installation that names none; it is left out of names.
-pub(super) const DEFAULT_REVISION: &str = "default";
+pub(crate) const DEFAULT_REVISION: &str = "default";
 
 /// What is made.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ pub(super) struct Resolved {
     pub(super) pilot: Option<Part>,
     pub(super) remote: bool,
     pub(super) gateways: Vec<Gateway>,
+    /// Names that stand for this revision.
+    pub(super) tags: Vec<String>,
     /// Settings that have no effect, by path.
     pub(super) warnings: Vec<String>,
 }
@@ -93,11 +95,13 @@ impl Resolved {
             })
             .collect();
         let pilot = pilot(&spec, &mut warnings)?;
+        let tags = tags(&spec, &revision)?;
         let mut resolved = Self {
             profile: spec.profile.clone(),
             base: spec.components.base.enabled,
             remote: spec.components.istiod_remote.enabled,
             gateways: Vec::new(),
+            tags,
             pilot,
             namespace,
             revision,
@@ -218,7 +222,7 @@ fn without_nulls(tree: &Value) -> Value {
 }
 
 /// A DNS label, as names of objects and values of labels are.
-fn name(what: &'static str, text: &str) -> Result<(), InstallError> {
+pub(crate) fn name(what: &'static str, text: &str) -> Result<(), InstallError> {
     let inside = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if (1..=63).contains(&text.len())
         && text.chars().all(inside)
@@ -246,6 +250,34 @@ fn namespace(spec: &Spec) -> Result<String, InstallError> {
         return Err(InstallError::Invalid("namespace", text));
     }
     Ok(chosen.to_owned())
+}
+
+/// The tags of this revision, each once.
+fn tags(spec: &Spec, revision: &str) -> Result<Vec<String>, InstallError> {
+    let mut all: Vec<String> = Vec::new();
+    for tag in &spec.values.revision_tags {
+        name("values.revisionTags", tag)?;
+        if tag == revision {
+            let text = format!("{tag:?} is the revision's own name: a tag is another name for it");
+            return Err(InstallError::Invalid("values.revisionTags", text));
+        }
+        if !all.contains(tag) {
+            all.push(tag.clone());
+        }
+    }
+    match spec.values.default_revision.as_str() {
+        "" => {}
+        chosen if chosen != revision => {
+            let text = format!(
+                "{chosen:?} is not the revision of this installation, {revision:?}: set it where that revision is installed, or `mesh tag set default --revision {chosen}`"
+            );
+            return Err(InstallError::Invalid("values.defaultRevision", text));
+        }
+        DEFAULT_REVISION => {}
+        _ if all.iter().any(|tag| tag == DEFAULT_REVISION) => {}
+        _ => all.push(DEFAULT_REVISION.to_owned()),
+    }
+    Ok(all)
 }
 
 fn mesh_settings(spec: &Spec, namespace: &str, revision: &str) -> Value {
@@ -443,6 +475,7 @@ mod tests {
             }
             "podDisruptionBudget" => json!({ "maxUnavailable": 2 }),
             "env" if kind == Type::Objects => json!([{ "name": "XDS_AUTH", "value": "y" }]),
+            "revisionTags" => json!(["stable"]),
             _ => Value::Null,
         };
         if !special.is_null() {

@@ -106,6 +106,8 @@ pub(super) struct Values {
     pub(super) gateways: BTreeMap<String, GatewayValues>,
     pub(super) sidecar_injector_webhook: Injector,
     pub(super) istiod_remote: Remote,
+    pub(super) revision_tags: Vec<String>,
+    pub(super) default_revision: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

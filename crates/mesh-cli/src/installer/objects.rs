@@ -21,6 +21,8 @@ pub(crate) struct Session<'a> {
     namespaces: BTreeMap<String, bool>,
     /// Another mesh is here: kinds that are its own are left as they are.
     pub(crate) other_mesh: bool,
+    /// There is a tag `default`: the webhooks of the revision of this name stand back.
+    pub(crate) default_tag: bool,
 }
 
 /// What became of an object.
@@ -37,6 +39,7 @@ impl<'a> Session<'a> {
             resources: Resources::discover(cluster).await?,
             namespaces: BTreeMap::new(),
             other_mesh: false,
+            default_tag: false,
         })
     }
 
@@ -79,7 +82,10 @@ impl<'a> Session<'a> {
                 after: kept.clone(),
             });
         }
-        let object = adapted(object, before.as_ref());
+        let mut object = adapted(object, before.as_ref());
+        if self.default_tag {
+            super::tags::stand_back(&mut object);
+        }
         let mode = if dry { "&dryRun=All" } else { "" };
         let url =
             format!("{path}?fieldManager={FIELD_MANAGER}&force=true&fieldValidation=Strict{mode}");

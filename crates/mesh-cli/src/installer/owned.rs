@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::objects::{self, Session, label};
+use super::tags::label_of;
 use crate::cluster::query;
-use crate::install::{COMPONENT, MANAGED_BY, OWNER, Plan};
+use crate::install::webhooks::TAG;
+use crate::install::{COMPONENT, DEFAULT_REVISION, MANAGED_BY, OWNER, Plan};
 
 /// Kinds of which an installation has objects, in the order in which they are removed: first what calls the mesh, then what runs, then the rest.
 /// Namespaces and resource kinds are shared by all installations, and not among them.
@@ -47,6 +49,21 @@ pub(crate) async fn list(
         found.extend(of_kind(session, version, kind, &selector).await?);
     }
     Ok(found)
+}
+
+/// The webhook configurations of tags that stand for a revision, or of all tags, as far as this program made them and no installation owns
+/// them. With their paths.
+pub(crate) async fn tags(
+    session: &Session<'_>,
+    revision: Option<&str>,
+) -> anyhow::Result<Vec<(String, Value)>> {
+    let all = super::tags::list(session.cluster).await?;
+    let of = all.into_iter().filter(|live| {
+        objects::is_ours(&live.object)
+            && label_of(&live.object, OWNER).is_empty()
+            && revision.is_none_or(|revision| live.revision == revision)
+    });
+    Ok(of.map(|live| (live.path, live.object)).collect())
 }
 
 /// Namespaces and kinds that installations share and made: kinds first.
@@ -96,6 +113,14 @@ pub(crate) async fn superfluous(
     let there = list(session, Some(&plan.owner())).await?;
     let rest = there.into_iter().filter(|(path, _)| !wanted.contains(path));
     Ok(rest.map(|(path, object)| (path, label(&object))).collect())
+}
+
+/// Whether the tag `default` is among it.
+pub(super) async fn loses_default_tag(session: &Session<'_>, plan: &Plan) -> anyhow::Result<bool> {
+    let there = list(session, Some(&plan.owner())).await?;
+    Ok(there
+        .iter()
+        .any(|(_, object)| label_of(object, TAG) == DEFAULT_REVISION))
 }
 
 /// Removes it; the names of what went.

@@ -9,8 +9,10 @@ use serde_json::{Value, json};
 use super::How;
 use super::objects::{Session, is_ours, label};
 use super::record::{self, Phase};
+use super::tags::{self, Live, label_of};
 use crate::cluster::Cluster;
-use crate::install::Plan;
+use crate::install::webhooks::TAG;
+use crate::install::{DEFAULT_REVISION, Plan};
 
 /// Requests at a time.
 const PARALLEL: usize = 8;
@@ -25,13 +27,16 @@ const VERBS: [&str; 5] = ["get", "list", "create", "patch", "delete"];
 /// Whatever would make the installation fail half way.
 pub(super) async fn look<'a>(
     cluster: &'a Cluster,
-    plan: &Plan,
+    plan: &mut Plan,
     how: &How,
 ) -> anyhow::Result<Session<'a>> {
     version(cluster, how.force).await?;
     let mut session = Session::new(cluster).await?;
     rights(&session, plan).await?;
     others(&mut session, plan, how.force).await?;
+    tags(&mut session, plan, how.force).await?;
+    // From here on it is as it will be applied.
+    let plan = &*plan;
     if let Some(found) = record::read(&session, &plan.namespace, &plan.revision).await?
         && found.phase == Phase::Installing
     {
@@ -53,6 +58,38 @@ pub(super) async fn look<'a>(
         }
     }
     Ok(session)
+}
+
+/// Who answers to tags, and where no revision is named.
+async fn tags(session: &mut Session<'_>, plan: &mut Plan, force: bool) -> anyhow::Result<()> {
+    let cluster = session.cluster;
+    let live = tags::list(cluster).await?;
+    let other = |object: &Value| {
+        let tag = label_of(object, TAG);
+        let of_tag = |live: &&Live| live.tag == tag && live.revision != plan.revision;
+        let found = live.iter().filter(|_| !tag.is_empty()).find(of_tag)?;
+        Some((found.tag.clone(), found.revision.clone()))
+    };
+    if let Some((tag, revision)) = plan.objects().find_map(other).filter(|_| !force) {
+        bail!(
+            "tag {tag:?} stands for revision {revision:?}: nothing was changed; move it with `mesh tag set {tag} --revision {} --overwrite` once this revision is installed, or give --force",
+            plan.revision
+        );
+    }
+    if tags::first_is_default(cluster, plan).await? {
+        eprintln!(
+            "This is the cluster's first control plane: it gets the tag \"default\", so that it answers where no revision is named."
+        );
+    }
+    let default = live.iter().find(|live| live.tag == DEFAULT_REVISION);
+    session.default_tag = default.is_some();
+    if let Some(default) = default.filter(|_| plan.revision == DEFAULT_REVISION) {
+        eprintln!(
+            "Tag \"default\" stands for revision {:?}, which answers where no revision is named; `mesh tag remove default` gives that back to this one.",
+            default.revision
+        );
+    }
+    Ok(())
 }
 
 async fn version(cluster: &Cluster, force: bool) -> anyhow::Result<()> {

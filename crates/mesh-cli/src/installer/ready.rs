@@ -4,17 +4,19 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use super::objects::{Session, label};
-use super::title;
+use super::{How, answer, title};
 use crate::cluster::query;
 use crate::install::{Component, Plan};
 
 /// Pause between two looks.
 const PAUSE: Duration = Duration::from_millis(250);
-/// Longest wait for kinds to be served and for webhooks to be called, once the control plane is ready.
+/// Longest wait for the webhooks to be reached, once the control plane is ready.
+const ANSWER: Duration = Duration::from_secs(60);
+/// Longest wait for kinds to be served.
 const SOON: Duration = Duration::from_secs(30);
 
 /// Reasons for which a container waits that mean trouble.
@@ -38,7 +40,7 @@ pub(super) async fn wait(
     session: &Session<'_>,
     plan: &Plan,
     component: &Component,
-    timeout: Duration,
+    how: &How,
 ) -> anyhow::Result<()> {
     let of_kind = |kind: &'static str| {
         component
@@ -49,13 +51,14 @@ pub(super) async fn wait(
     for kind in of_kind("CustomResourceDefinition") {
         established(session, kind).await?;
     }
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now() + how.readiness_timeout;
     let mut told = BTreeSet::new();
     for deployment in of_kind("Deployment") {
         available(session, component, deployment, deadline, &mut told).await?;
     }
     if component.name == "Pilot" {
-        webhooks(session, plan, component).await?;
+        let deadline = Instant::now() + how.readiness_timeout.min(ANSWER);
+        webhooks(session, plan, component, deadline).await?;
     }
     Ok(())
 }
@@ -225,12 +228,16 @@ fn container_trouble(pod: &str, status: &Value) -> Option<String> {
 }
 
 /// Waits until the control plane has taken its webhooks over and the API server reaches them.
-async fn webhooks(session: &Session<'_>, plan: &Plan, component: &Component) -> anyhow::Result<()> {
-    let deadline = Instant::now() + SOON;
+async fn webhooks(
+    session: &Session<'_>,
+    plan: &Plan,
+    component: &Component,
+    deadline: Instant,
+) -> anyhow::Result<()> {
     loop {
         let trouble = match without_bundle(session, component).await? {
             Some(trouble) => trouble,
-            None => match unreachable(session, plan).await? {
+            None => match answer::missing(session, plan, component).await? {
                 Some(trouble) => trouble,
                 None => return Ok(()),
             },
@@ -268,32 +275,6 @@ pub(crate) async fn without_bundle(
     Ok(None)
 }
 
-/// Tries a harmless object, and keeps nothing of it: the API server has to ask the control plane.
-async fn unreachable(session: &Session<'_>, plan: &Plan) -> anyhow::Result<Option<String>> {
-    let probe = json!({
-        "apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry",
-        "metadata": { "name": "mesh-install-probe", "namespace": plan.namespace, "labels": { "istio.io/rev": plan.revision } },
-        "spec": {},
-    });
-    let path = format!(
-        "/apis/telemetry.istio.io/v1/namespaces/{}/telemetries?dryRun=All",
-        plan.namespace
-    );
-    let headers = [("content-type", "application/json")];
-    let asked = session
-        .cluster
-        .request("POST", &path, &headers, serde_json::to_vec(&probe)?)
-        .await;
-    // Any other answer came from behind the webhook.
-    Ok(asked.err().map(|error| format!("{error:#}")).and_then(|text| {
-        text.contains("failed calling webhook").then(|| {
-            format!(
-                "the API server does not reach the control plane's webhook, so nothing of the mesh could be applied: {text}; let it connect to port 15017 of the control plane's pods (firewall, NetworkPolicy)"
-            )
-        })
-    }))
-}
-
 /// What is not an error, but will be missed: gateways without an address.
 pub(super) async fn pending(session: &Session<'_>, plan: &Plan) -> anyhow::Result<Vec<String>> {
     let mut notes = Vec::new();
@@ -315,6 +296,8 @@ pub(super) async fn pending(session: &Session<'_>, plan: &Plan) -> anyhow::Resul
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

@@ -5,6 +5,8 @@ use anyhow::Context as _;
 use serde_json::{Value, json};
 
 use super::objects::Session;
+use super::tags::label_of;
+use crate::cluster::query;
 use crate::install::{COMPONENT, MANAGED_BY, OWNER, Plan, owner};
 use crate::version::VERSION;
 
@@ -62,6 +64,33 @@ pub(crate) async fn read(
         profile: text("profile"),
         spec: spec.into_iter().next().unwrap_or_default(),
     }))
+}
+
+/// The plans of all installations but that of `except`, whose records are in a namespace. A record that this version can't read is passed over.
+pub(crate) async fn other_plans(
+    session: &Session<'_>,
+    namespace: &str,
+    except: &str,
+) -> anyhow::Result<Vec<Plan>> {
+    let selector = format!("{COMPONENT}=Record,{}={}", MANAGED_BY.0, MANAGED_BY.1);
+    let path = format!(
+        "/api/v1/namespaces/{namespace}/configmaps?labelSelector={}",
+        query(&selector)
+    );
+    let list = session.cluster.read(&path).await?;
+    let mut plans = Vec::new();
+    for map in list["items"].as_array().into_iter().flatten() {
+        let revision = label_of(map, "istio.io/rev");
+        if revision == except {
+            continue;
+        }
+        match read(session, namespace, revision).await {
+            Ok(Some(found)) => plans.extend(Plan::new(&found.spec)),
+            Ok(None) => {}
+            Err(error) => eprintln!("Warning: {error:#}"),
+        }
+    }
+    Ok(plans)
 }
 
 /// Writes it.

@@ -6,19 +6,20 @@ use std::time::Duration;
 use kube::Client;
 use serde_json::{Value, json};
 
+use super::webhooks::{Mood, bundle};
 use super::world::World;
 
 /// How the Deployments of the cluster fare.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Fate {
+pub(super) enum Fate {
     Ready,
     /// Their image is nowhere.
     NoImage,
-    /// They are ready, but nobody answers the webhooks.
-    Unreachable,
+    /// They are ready, and their control plane's certificate is not the one that it tells.
+    Untrusted,
 }
 
-async fn client(world: &World) -> Client {
+pub(super) async fn client(world: &World) -> Client {
     let file = kube::config::Kubeconfig::read_from(world.kubeconfig()).expect("kubeconfig");
     let config = kube::Config::from_custom_kubeconfig(file, &Default::default())
         .await
@@ -26,7 +27,7 @@ async fn client(world: &World) -> Client {
     Client::try_from(config).expect("client")
 }
 
-async fn send(client: &Client, method: &str, path: &str, body: &Value) -> Option<Value> {
+pub(super) async fn send(client: &Client, method: &str, path: &str, body: &Value) -> Option<Value> {
     let kind = match body {
         Value::Array(_) => "application/json-patch+json",
         _ if method == "PATCH" => "application/merge-patch+json",
@@ -41,7 +42,7 @@ async fn send(client: &Client, method: &str, path: &str, body: &Value) -> Option
     client.request(request).await.ok()
 }
 
-async fn get(client: &Client, path: &str) -> Option<Value> {
+pub(super) async fn get(client: &Client, path: &str) -> Option<Value> {
     send(client, "GET", path, &Value::Null).await
 }
 
@@ -94,7 +95,7 @@ async fn play(client: Client, fate: Fate) {
     }
 }
 
-/// What the control plane does once it serves its webhooks. Here nobody does, so that validation stays optional unless that is the point.
+/// What the control plane does once it serves its webhooks.
 async fn take_over(client: &Client, all: &str, configuration: &Value, fate: Fate) {
     let mut patch = Vec::new();
     for (index, webhook) in configuration["webhooks"]
@@ -104,9 +105,9 @@ async fn take_over(client: &Client, all: &str, configuration: &Value, fate: Fate
         .enumerate()
     {
         if webhook["clientConfig"]["caBundle"].is_null() {
-            patch.push(json!({ "op": "add", "path": format!("/webhooks/{index}/clientConfig/caBundle"), "value": "eA==" }));
+            patch.push(json!({ "op": "add", "path": format!("/webhooks/{index}/clientConfig/caBundle"), "value": bundle(if fate == Fate::Untrusted { Mood::Untrusted } else { Mood::Answers }) }));
         }
-        if fate == Fate::Unreachable && webhook["failurePolicy"] == "Ignore" {
+        if webhook["failurePolicy"] == "Ignore" {
             patch.push(json!({ "op": "replace", "path": format!("/webhooks/{index}/failurePolicy"), "value": "Fail" }));
         }
     }
@@ -133,7 +134,7 @@ async fn no_image(client: &Client, namespace: &str, name: &str, deployment: &Val
 }
 
 /// A cluster in which somebody plays.
-async fn played(fate: Fate) -> (World, Client, tokio::task::JoinHandle<()>) {
+pub(super) async fn played(fate: Fate) -> (World, Client, tokio::task::JoinHandle<()>) {
     let world = World::start().await;
     let client = client(&world).await;
     let player = tokio::spawn(play(client.clone(), fate));
@@ -159,7 +160,7 @@ const KINDS: [&str; 15] = [
 ];
 
 /// Every object of every kind that an installation touches, without what only counts writes.
-async fn everything(client: &Client) -> BTreeMap<String, Value> {
+pub(super) async fn everything(client: &Client) -> BTreeMap<String, Value> {
     let mut all = BTreeMap::new();
     for kind in KINDS {
         for mut item in items(get(client, kind).await) {
@@ -388,18 +389,99 @@ async fn what_it_waits_for_is_named() {
     player.abort();
 }
 
+/// Only an answer counts, whatever else comes back.
 #[tokio::test]
 async fn a_webhook_that_nobody_answers_is_named() {
-    let (world, _, player) = played(Fate::Unreachable).await;
-    let error = world
-        .mesh("install -y --set profile=minimal --readiness-timeout 2s")
-        .await
-        .error();
-    assert!(
-        error.contains("the API server does not reach the control plane's webhook"),
-        "{error}"
-    );
+    for (fate, mood, part) in [
+        (Fate::Ready, Mood::Refuses, "connection refused"),
+        (Fate::Ready, Mood::Fails, "503 Service Unavailable: not yet"),
+        (Fate::Untrusted, Mood::Answers, "caBundle trusts"),
+    ] {
+        let (world, client, player) = played(fate).await;
+        world.webhooks.behave(mood);
+        let install = "install -y --set profile=minimal --readiness-timeout 5s";
+        let error = world.mesh(install).await.error();
+        let expected =
+            "the API server gets no answer from the control plane's webhook validation.istio.io";
+        assert!(error.contains(expected) && error.contains(part), "{error}");
+        if mood == Mood::Refuses {
+            // The injector alone is looked at too.
+            let alone = world
+                .mesh(&format!(
+                    "{install} --set values.global.configValidation=false"
+                ))
+                .await
+                .error();
+            assert!(
+                alone.contains("webhook sidecar-injector.istio.io") && alone.contains(part),
+                "{alone}"
+            );
+            // Once it answers, the next one goes on from there.
+            world.webhooks.behave(Mood::Answers);
+            world.mesh(install).await.ok();
+            assert!(
+                everything(&client)
+                    .await
+                    .keys()
+                    .all(|key| !key.contains("probe"))
+            );
+        }
+        player.abort();
+    }
+}
+
+/// A server that is busy for a moment stops nothing.
+#[tokio::test]
+async fn a_busy_server_is_waited_for() {
+    let (world, _, player) = played(Fate::Ready).await;
+    let busy = std::sync::Arc::clone(&world.busy);
+    let again = tokio::spawn(async move {
+        loop {
+            busy.store(3, std::sync::atomic::Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(700)).await;
+        }
+    });
+    world.mesh("install -y --set profile=minimal").await.ok();
+    world.mesh("verify-install").await.ok();
+    world.mesh("uninstall -y --purge").await.ok();
+    again.abort();
     player.abort();
+}
+
+/// A program that is built anew makes new pods, though its images have the same tag.
+#[tokio::test]
+async fn another_build_rolls_out() {
+    let (world, client, player) = played(Fate::Ready).await;
+    world.mesh("install -y --set profile=minimal").await.ok();
+    let path = "/apis/apps/v1/namespaces/istio-system/deployments/istiod";
+    let template = "/spec/template/metadata/annotations/install.mesh~1build";
+    let build = |live: Option<Value>| live.expect("istiod").pointer(template).cloned();
+    let ours = build(get(&client, path).await).expect("a build");
+    let other = json!([{ "op": "replace", "path": template, "value": "0123456789abcdef" }]);
+    send(&client, "PATCH", path, &other).await.expect("patched");
+    // It is as whoever installed it left it.
+    world.mesh("verify-install").await.ok();
+    let out = world.mesh("install -y --set profile=minimal").await.ok();
+    assert!(out.contains("0 created, 1 configured"), "{out}");
+    assert_eq!(build(get(&client, path).await), Some(ours.clone()));
+    let text = world
+        .mesh("manifest generate --set profile=minimal")
+        .await
+        .ok();
+    assert!(text.contains(&format!(
+        "install.mesh/build: {}",
+        ours.as_str().expect("text")
+    )));
+    player.abort();
+}
+
+#[tokio::test]
+async fn a_kubeconfig_that_is_not_there_is_named_once() {
+    let world = World::start().await;
+    std::fs::remove_file(world.kubeconfig()).expect("kubeconfig");
+    let error = world.mesh("install -y").await.error();
+    assert_eq!(error.matches("No such file").count(), 1, "{error}");
+    assert!(error.starts_with("reading the kubeconfig: /"), "{error}");
 }
 
 #[tokio::test]

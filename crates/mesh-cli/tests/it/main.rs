@@ -7,4 +7,6 @@ mod installing;
 mod kubernetes;
 mod manifest;
 mod state;
+mod tags;
+mod webhooks;
 mod world;

@@ -3,9 +3,13 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::IntoResponse as _;
 use bytes::Bytes;
 use clap::{Args as _, FromArgMatches as _};
 use futures::future::BoxFuture;
@@ -16,6 +20,8 @@ use mesh_apiserver::node::{
 use mesh_apiserver::{ApiServer, Auth, Identity, Options};
 use mesh_cli::Global;
 use mesh_cli::out::Out;
+
+use super::webhooks::Webhooks;
 
 /// Echoes what it is asked for.
 struct EchoNode;
@@ -152,8 +158,34 @@ impl Write for Buffer {
 /// The cluster of one test.
 pub struct World {
     directory: tempfile::TempDir,
+    /// What stands behind the Services of control planes.
+    pub webhooks: Webhooks,
+    /// So many requests are answered that the server is busy.
+    pub busy: Arc<AtomicUsize>,
     /// Kept for its lifetime.
     _server: ApiServer,
+}
+
+/// Says that the server is busy as long as it should; discovery is left alone.
+async fn when_free(
+    State(busy): State<Arc<AtomicUsize>>,
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> axum::response::Response {
+    let one = |left: usize| left.checked_sub(1);
+    let discovery = request.uri().path().split('/').count() <= 4;
+    let order = Ordering::Relaxed;
+    if !discovery && let Ok(left) = busy.fetch_update(order, order, one) {
+        let (code, reason) = match left % 2 {
+            0 => (StatusCode::TOO_MANY_REQUESTS, "TooManyRequests"),
+            _ => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable"),
+        };
+        let status = serde_json::json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "busy", "reason": reason, "code": code.as_u16(),
+        });
+        return (code, axum::Json(status)).into_response();
+    }
+    next.run(request).await
 }
 
 /// What a command did.
@@ -189,13 +221,23 @@ impl World {
             admin_tokens: Vec::new(),
             tokens: Arc::new(tokens),
         };
-        let server =
-            ApiServer::open(Options::new(store, auth, Arc::new(EchoNode))).expect("API server");
+        let webhooks = Webhooks::start().await;
+        let mut options = Options::new(store, auth, Arc::new(EchoNode));
+        let behind = webhooks.clone();
+        options.service_dialer = Arc::new(move |_| Box::pin(behind.clone().dial()));
+        let server = ApiServer::open(options).expect("API server");
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
             .await
             .expect("a free port");
         let address = listener.local_addr().expect("address");
-        let router = server.router_as(Identity::admin());
+        let busy = Arc::new(AtomicUsize::new(0));
+        let router =
+            server
+                .router_as(Identity::admin())
+                .layer(axum::middleware::from_fn_with_state(
+                    Arc::clone(&busy),
+                    when_free,
+                ));
         tokio::spawn(async move { axum::serve(listener, router).await });
         let directory = tempfile::tempdir().expect("temporary directory");
         let kubeconfig = format!(
@@ -205,6 +247,8 @@ impl World {
         std::fs::write(directory.path().join("kubeconfig"), kubeconfig).expect("kubeconfig");
         Self {
             directory,
+            webhooks,
+            busy,
             _server: server,
         }
     }
@@ -289,6 +333,7 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
         mesh_cli::uninstall::Args::augment_args(clap::Command::new("uninstall")),
         mesh_cli::verify_install::Args::augment_args(clap::Command::new("verify-install")),
         mesh_cli::profile::Args::augment_args(clap::Command::new("profile")),
+        mesh_cli::tag::Args::augment_args(clap::Command::new("tag")),
     ]);
     let matches = command
         .try_get_matches_from(std::iter::once("mesh".to_owned()).chain(words.iter().cloned()))?;
@@ -351,6 +396,9 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
                 &global,
             )
             .await
+        }
+        "tag" => {
+            mesh_cli::tag::run(mesh_cli::tag::Args::from_arg_matches(arguments)?, &global).await
         }
         "manifest" => mesh_cli::manifest::run(
             mesh_cli::manifest::Args::from_arg_matches(arguments)?,
