@@ -1,16 +1,18 @@
 //! Which of several control planes writes statuses: the holder of a Lease, as Kubernetes' own controllers elect theirs.
+//!
+//! Among control planes of several revisions it is one of the default revision, as in Istio: it takes the Lease from those of others.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use kube::Api;
-use kube::api::PostParams;
+use kube::api::{ListParams, PostParams};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::Options;
+use crate::{DEFAULT_REVISION, Options};
 
 /// Istio's name for the election of who writes statuses.
 const LEASE: &str = "istio-status-leader";
@@ -18,6 +20,9 @@ const LEASE: &str = "istio-status-leader";
 const DURATION: Duration = Duration::from_secs(15);
 /// Time from one look to the next; a holder renews so often.
 const RETRY: Duration = Duration::from_secs(4);
+
+/// Annotation of the Lease: the holder's revision.
+const REVISION: &str = "istio.io/rev";
 
 /// Where a leader is told so.
 pub(crate) type Leading = watch::Sender<bool>;
@@ -41,7 +46,7 @@ pub(crate) async fn run(options: Arc<Options>, identity: String, leading: Leadin
     let mut renewed = Instant::now();
     loop {
         let empty = DynamicObject::new(LEASE, &resource).within(&options.namespace);
-        match attempt(&api, empty, &identity, &mut seen).await {
+        match attempt(&options, &api, empty, &identity, &mut seen).await {
             Ok(holds) => {
                 renewed = Instant::now();
                 if leading.send_if_modified(|state| std::mem::replace(state, holds) != holds) {
@@ -91,6 +96,7 @@ fn leases(options: &Options) -> (Api<DynamicObject>, ApiResource) {
 
 /// Takes or renews the lease; true if it is ours. Another's write between reading and writing is a conflict, and so another's lease.
 async fn attempt(
+    options: &Options,
     api: &Api<DynamicObject>,
     empty: DynamicObject,
     identity: &str,
@@ -100,6 +106,7 @@ async fn attempt(
     let Some(mut lease) = api.get_opt(LEASE).await? else {
         let mut lease = empty;
         lease.data = json!({ "spec": spec(identity, 0) });
+        sign(&mut lease, options);
         return unless_taken(api.create(&params, &lease).await);
     };
     let record = lease.data["spec"].clone();
@@ -114,7 +121,12 @@ async fn attempt(
         .as_ref()
         .is_some_and(|seen| seen.since.elapsed() > DURATION);
     if holder != identity && !holder.is_empty() && !run_out {
-        return Ok(false);
+        let theirs = lease.metadata.annotations.as_ref();
+        let theirs = theirs.and_then(|all| all.get(REVISION));
+        let other = theirs.is_some_and(|revision| *revision != options.revision);
+        if !other || default_revision(options).await? != options.revision {
+            return Ok(false);
+        }
     }
     let transitions = record["leaseTransitions"].as_i64().unwrap_or(0);
     let mut next = spec(identity, transitions + i64::from(holder != identity));
@@ -122,7 +134,29 @@ async fn attempt(
         next["acquireTime"] = record["acquireTime"].clone();
     }
     lease.data["spec"] = next;
+    sign(&mut lease, options);
     unless_taken(api.replace(LEASE, &params, &lease).await)
+}
+
+fn sign(lease: &mut DynamicObject, options: &Options) {
+    let annotations = lease.metadata.annotations.get_or_insert_default();
+    annotations.insert(REVISION.to_owned(), options.revision.clone());
+}
+
+/// The revision that answers where none is named: the one that the tag of this name stands for, if there is one.
+async fn default_revision(options: &Options) -> Result<String, kube::Error> {
+    let gvk = GroupVersionKind::gvk(
+        "admissionregistration.k8s.io",
+        "v1",
+        "MutatingWebhookConfiguration",
+    );
+    let resource = ApiResource::from_gvk_with_plural(&gvk, "mutatingwebhookconfigurations");
+    let api: Api<DynamicObject> = Api::all_with(options.client.clone(), &resource);
+    let tag = ListParams::default().labels(&format!("istio.io/tag={DEFAULT_REVISION}"));
+    let found = api.list(&tag).await?.items.into_iter().next();
+    let labels = found.and_then(|tag| tag.metadata.labels);
+    let revision = labels.and_then(|mut labels| labels.remove(REVISION));
+    Ok(revision.unwrap_or_else(|| DEFAULT_REVISION.to_owned()))
 }
 
 fn unless_taken(written: Result<DynamicObject, kube::Error>) -> Result<bool, kube::Error> {

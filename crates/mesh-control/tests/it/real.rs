@@ -98,3 +98,70 @@ async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
     assert_eq!(status["observedGeneration"], 2, "{status}");
     running.abort();
 }
+
+/// A control plane of the default revision takes the lead from one of another revision, and gives nothing back to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_default_revision_leads() {
+    let (store, _) = mesh_store::Store::open(None).unwrap();
+    let issuer = "https://kubernetes.default.svc.cluster.local";
+    let auth = Auth {
+        admin_tokens: Vec::new(),
+        tokens: Arc::new(mesh_identity::token::TokenKeys::generate(issuer).unwrap()),
+    };
+    let server =
+        ApiServer::open(mesh_apiserver::Options::new(store, auth, Arc::new(NoNode))).unwrap();
+    let client = kube::Client::new(server.router_as(Identity::admin()), "default");
+    create(
+        &client,
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "istio-system"}}),
+    )
+    .await;
+    let start = async |revision: &str| {
+        let mut options = Options::new(client.clone(), "0.1.0").of_revision(revision);
+        options.grpc = None;
+        for address in [
+            &mut options.secure_grpc,
+            &mut options.webhook,
+            &mut options.monitoring,
+            &mut options.http,
+        ] {
+            *address = SocketAddr::from(([127, 0, 0, 1], 0));
+        }
+        let control = Control::bind(options).await.unwrap();
+        tokio::spawn(control.run(std::future::pending()))
+    };
+    let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"namespace": "istio-system"}});
+    let leader = async |wanted: &str| {
+        let waited = tokio::time::timeout(Duration::from_secs(40), async {
+            loop {
+                let found = api(&client, &lease).get_opt("istio-status-leader").await;
+                let annotations = found.unwrap().and_then(|lease| lease.metadata.annotations);
+                let revision = annotations.unwrap_or_default().remove("istio.io/rev");
+                if revision.is_some_and(|revision| revision == wanted) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        waited
+            .await
+            .unwrap_or_else(|_| panic!("{wanted} does not lead"));
+    };
+    let canary = start("canary").await;
+    leader("canary").await;
+    let default = start("default").await;
+    leader("default").await;
+    // The tag says who is the default.
+    create(
+        &client,
+        json!({
+            "apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingWebhookConfiguration",
+            "metadata": {"name": "istio-revision-tag-default", "labels": {"istio.io/tag": "default", "istio.io/rev": "canary"}},
+            "webhooks": [],
+        }),
+    )
+    .await;
+    leader("canary").await;
+    canary.abort();
+    default.abort();
+}
