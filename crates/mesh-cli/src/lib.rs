@@ -8,6 +8,7 @@
 
 pub mod apply;
 pub mod ca;
+pub mod chart;
 pub mod delete;
 pub mod describe;
 pub mod exec;

@@ -45,12 +45,14 @@ pub(super) async fn look<'a>(
             found.version, found.profile
         );
     }
-    // The server has nothing to say to kinds that does not depend on the kinds alone.
-    let tried = plan
-        .objects()
-        .filter(|object| object["kind"] != "CustomResourceDefinition");
-    for object in tried {
-        if !session.awaits_something(object).await? {
+    for object in plan.objects() {
+        // To kinds that are new, or our own, the server has nothing to say that does not depend on the kinds alone.
+        let tried = object["kind"] != "CustomResourceDefinition"
+            || session
+                .live(object)
+                .await?
+                .is_some_and(|live| !is_ours(&live));
+        if tried && !session.awaits_something(object).await? {
             session
                 .apply(object, true)
                 .await

@@ -1,6 +1,7 @@
 //! Tests of the commands against the real API server, over loopback, and of the installation's objects.
 
 mod authority;
+mod chart;
 mod commands;
 mod install;
 mod installing;
