@@ -16,6 +16,7 @@ mod collect;
 mod driver;
 pub(crate) mod http;
 mod objects;
+pub use objects::Objects;
 mod scenarios;
 
 /// What to run, and on what.

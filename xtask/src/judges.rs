@@ -10,6 +10,7 @@ use nix::unistd::Uid;
 use crate::e2e::Cluster;
 use crate::{differential, run};
 
+mod attached;
 mod envoy;
 mod goldens;
 pub(crate) mod install;
@@ -41,6 +42,7 @@ const JUDGES: &[(&str, Judge)] = &[
     ("kubectl-1.36", |mesh| {
         kubectl_walk(mesh, &install::kubectl("v36")?, &["--install"])
     }),
+    ("all-in-one-in-a-pod", attached::run),
     ("stock-envoy", envoy::run),
     ("stock-envoy-goldens", goldens::run),
     ("differential", differential::judge_all),

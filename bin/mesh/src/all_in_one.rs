@@ -14,32 +14,49 @@ use serde_json::{Value, json};
 pub struct Args {
     /// Also deploy a sample (may be repeated): bookinfo, httpbin, helloworld, curl
     #[arg(long = "sample", value_name = "NAME")]
-    samples: Vec<String>,
+    pub(crate) samples: Vec<String>,
+    /// Not a local cluster: be control plane, injector and ingress gateway of the Kubernetes that this pod is in (--kubeconfig and --context: of one beside
+    /// which this runs)
+    #[arg(long)]
+    pub(crate) in_cluster: bool,
     /// What to install: empty is a cluster without a mesh
     #[arg(long, value_enum, default_value = "default")]
-    profile: Profile,
+    pub(crate) profile: Profile,
     /// Where the cluster's state is kept; '' keeps it in memory [default: $XDG_STATE_HOME/mesh or ~/.local/state/mesh]
     // Text, not a path: a path may not be empty for the parser.
     #[arg(long, value_name = "DIR")]
-    state_dir: Option<String>,
+    pub(crate) state_dir: Option<String>,
     /// Users of the Kubernetes API beside the administrator: lines of token,user,uid,"group1,group2" (Kubernetes' static token file)
     #[arg(long, value_name = "FILE")]
-    token_auth_file: Option<PathBuf>,
-    /// Address that the host's ports are bound to
-    #[arg(long, value_name = "IP", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
-    address: IpAddr,
-    /// Port of the Kubernetes API; 0 takes a free one
-    #[arg(long, value_name = "PORT", default_value_t = 6443)]
-    api_port: u16,
+    pub(crate) token_auth_file: Option<PathBuf>,
+    /// Address that the host's ports are bound to [default: 127.0.0.1]; beside a Kubernetes, the one that it finds this machine at [default: the one
+    /// towards its API server]
+    #[arg(long, value_name = "IP")]
+    pub(crate) address: Option<IpAddr>,
+    /// Port of the Kubernetes API; 0 takes a free one [default: 6443]
+    #[arg(long, value_name = "PORT")]
+    pub(crate) api_port: Option<u16>,
     /// Port of the ingress gateway for HTTP; 0 takes a free one
     #[arg(long, value_name = "PORT", default_value_t = 8080)]
-    http_port: u16,
+    pub(crate) http_port: u16,
     /// Port of the ingress gateway for HTTPS; 0 takes a free one
     #[arg(long, value_name = "PORT", default_value_t = 8443)]
-    https_port: u16,
+    pub(crate) https_port: u16,
     /// Log filter of the cluster's own process, such as info or mesh_local=debug
     #[arg(long, value_name = "FILTER", default_value = "warn")]
-    log: String,
+    pub(crate) log: String,
+}
+
+impl Args {
+    /// Where the host's ports are bound.
+    fn host(&self) -> IpAddr {
+        self.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+    }
+
+    /// Whether the profile has an ingress gateway.
+    pub(crate) fn with_gateway(&self) -> bool {
+        matches!(self.profile, Profile::Default | Profile::Demo)
+    }
 }
 
 /// Runs the local cluster until it is stopped.
@@ -50,7 +67,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             Some(dir) if dir.is_empty() => StateDir::Memory,
             Some(dir) => StateDir::Path(PathBuf::from(dir)),
         },
-        api_address: SocketAddr::new(args.address, args.api_port),
+        api_address: SocketAddr::new(args.host(), args.api_port.unwrap_or(6443)),
         users: users(args.token_auth_file.as_deref())?,
         host_ports: host_ports(&args),
         boot: boot(&args)?,
@@ -69,12 +86,8 @@ fn users(file: Option<&Path>) -> anyhow::Result<Vec<ClusterUser>> {
     ClusterUser::list(&text).with_context(|| format!("reading the users in {}", file.display()))
 }
 
-fn has_gateway(profile: Profile) -> bool {
-    matches!(profile, Profile::Default | Profile::Demo)
-}
-
 fn host_ports(args: &Args) -> Vec<HostPort> {
-    if !has_gateway(args.profile) {
+    if !args.with_gateway() {
         return Vec::new();
     }
     let page = args.samples.iter().any(|s| s == "bookinfo");
@@ -87,7 +100,7 @@ fn host_ports(args: &Args) -> Vec<HostPort> {
         namespace: install::NAMESPACE.to_owned(),
         service: "istio-ingressgateway".to_owned(),
         port,
-        address: SocketAddr::new(args.address, host),
+        address: SocketAddr::new(args.host(), host),
         flag: flag.to_owned(),
         link,
     };

@@ -4,6 +4,7 @@
 //! Start here: [`Command`] lists the modes; each one's work is in the crate that the dispatch calls.
 
 mod all_in_one;
+mod attached;
 mod control;
 mod offline;
 mod proxy;
@@ -140,6 +141,30 @@ const WITHOUT_CLUSTER: [&str; 8] = [
     "profile",
 ];
 
+/// What flags that choose a cluster mean to all-in-one, which does not look for one by itself.
+const ATTACHED: [(&str, &str); 3] = [
+    (
+        "kubeconfig",
+        "Not a local cluster: be control plane, injector and ingress gateway beside the cluster of this kubeconfig",
+    ),
+    (
+        "context",
+        "The same beside the cluster of this context (of KUBECONFIG or ~/.kube/config where no kubeconfig is given)",
+    ),
+    (
+        "istio_namespace",
+        "Namespace of the mesh's own parts in that cluster",
+    ),
+];
+
+/// What a flag that chooses a cluster means to a command that none is chosen for, if anything.
+fn meaning(command: &str, flag: &str) -> Option<&'static str> {
+    let found = ATTACHED.iter().find(|(name, _)| *name == flag);
+    found
+        .filter(|_| command == "all-in-one")
+        .map(|(_, help)| *help)
+}
+
 /// The command tree. Where the flags that choose a cluster mean nothing, they don't show in the help.
 fn command_line() -> clap::Command {
     let tree = Mesh::command();
@@ -149,7 +174,13 @@ fn command_line() -> clap::Command {
         .map(|arg| arg.clone().hide(true))
         .collect();
     WITHOUT_CLUSTER.iter().fold(tree, |tree, name| {
-        tree.mut_subcommand(name, |command| command.args(&global))
+        let args = global
+            .iter()
+            .map(|arg| match meaning(name, arg.get_id().as_str()) {
+                Some(help) => arg.clone().hide(false).help(help),
+                None => arg.clone(),
+            });
+        tree.mut_subcommand(name, |command| command.args(args))
     })
 }
 
@@ -163,8 +194,8 @@ fn parse(args: Vec<OsString>) -> Mesh {
         .filter(|name| WITHOUT_CLUSTER.contains(name))
     {
         let given = tree.get_arguments().find(|arg| {
-            arg.is_global_set()
-                && matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine)
+            let id = arg.get_id().as_str();
+            arg.is_global_set() && meaning(name, id).is_none() && is_given(&matches, id)
         });
         if let Some(flag) = given.and_then(|arg| arg.get_long()) {
             let message = format!(
@@ -173,7 +204,19 @@ fn parse(args: Vec<OsString>) -> Mesh {
             tree.error(ErrorKind::ArgumentConflict, message).exit();
         }
     }
-    Mesh::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    let mut mesh = Mesh::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    if let Command::AllInOne(args) = &mesh.command {
+        mesh.global.in_cluster = args.in_cluster;
+        // The cluster of an environment may be somebody's production.
+        if !is_given(&matches, "kubeconfig") {
+            mesh.global.kubeconfig = None;
+        }
+    }
+    mesh
+}
+
+fn is_given(matches: &clap::ArgMatches, flag: &str) -> bool {
+    matches.value_source(flag) == Some(ValueSource::CommandLine)
 }
 
 /// `curl`, `sleep` and the like are links to this binary in the pods of the local cluster.
@@ -195,6 +238,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
     let global = mesh.global;
     match mesh.command {
         // Starts processes in namespaces: no thread may exist yet.
+        Command::AllInOne(args) if global.is_chosen() => block_on(attached::run(args, &global)),
         Command::AllInOne(args) => all_in_one::run(args),
         Command::Proxy(args) => proxy::run(args),
         Command::Control(args) => block_on(control::run(args, &global)),

@@ -156,7 +156,7 @@ pub enum OutboundTrafficMode {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct ProxyConfig {
-    /// Host and port of the control plane; default `istiod.istio-system.svc:15010` (plain text, as long as the mesh has no mutual TLS).
+    /// Host and port of the control plane; default `istiod.istio-system.svc:15012`, as with Istio.
     pub discovery_address: String,
     /// Port of the admin interface on the loopback address; default 15000.
     pub proxy_admin_port: u16,
@@ -183,7 +183,7 @@ pub struct ProxyConfig {
 impl Default for ProxyConfig {
     fn default() -> Self {
         Self {
-            discovery_address: "istiod.istio-system.svc:15010".to_owned(),
+            discovery_address: "istiod.istio-system.svc:15012".to_owned(),
             proxy_admin_port: 15000,
             status_port: 15020,
             concurrency: None,

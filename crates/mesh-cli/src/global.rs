@@ -28,6 +28,9 @@ pub struct Global {
     /// Namespace of the mesh's own parts
     #[arg(long = "istioNamespace", visible_alias = "istio-namespace", global = true, value_name = "NAME", default_value = crate::install::NAMESPACE)]
     pub istio_namespace: String,
+    /// The cluster is the one that this process is a pod of.
+    #[arg(skip)]
+    pub in_cluster: bool,
     /// Where results go.
     #[arg(skip)]
     pub out: crate::out::Out,
@@ -48,7 +51,31 @@ impl Global {
         Ok(Cluster::new(client, namespace, server))
     }
 
+    /// Whether flags choose a cluster.
+    pub fn is_chosen(&self) -> bool {
+        self.in_cluster || self.kubeconfig.is_some() || self.context.is_some()
+    }
+
+    /// A client for the cluster that is chosen as for every command, and host and port of its API server.
+    ///
+    /// # Errors
+    /// There is none, or its kubeconfig can't be used.
+    pub async fn client(&self) -> anyhow::Result<(kube::Client, String, u16)> {
+        let config = self.config().await?;
+        let url = config.cluster_url.clone();
+        let host = url.host().unwrap_or_default().trim_matches(['[', ']']);
+        let host = host.to_owned();
+        let client = kube::Client::try_from(config)
+            .with_context(|| format!("preparing the connection to {url}"))?;
+        Ok((client, host, url.port_u16().unwrap_or(443)))
+    }
+
     async fn config(&self) -> anyhow::Result<kube::Config> {
+        if self.in_cluster {
+            return kube::Config::incluster().map_err(|error| {
+                anyhow::anyhow!("--in-cluster: {error}; run this in a pod with a service account")
+            });
+        }
         let options = KubeConfigOptions {
             context: self.context.clone(),
             ..KubeConfigOptions::default()

@@ -120,8 +120,10 @@ const LABELS_FILE: &str = "/etc/istio/pod/labels";
 /// Where state is kept unless told otherwise; an emptyDir that outlives the container, not the pod.
 const STATE_DIR: &str = "/var/lib/istio/data";
 
-/// Where the control plane is unless told otherwise; who is told nothing has no identity either.
+/// Where the control plane is unless told otherwise, for a proxy without an identity.
 const CONTROL_PLANE: &str = "istiod.istio-system.svc:15010";
+/// The same for one with an authority (Istio's default).
+const SECURE_CONTROL_PLANE: &str = "istiod.istio-system.svc:15012";
 /// Ending of the address of a control plane that is spoken to in TLS.
 pub(crate) const SECURE_PORT: &str = ":15012";
 /// Where the certificate and its key are kept for the next process, in memory.
@@ -158,7 +160,10 @@ impl ProxyOptions {
             identity: identity(&get, field("discoveryAddress"))?,
             discovery: vec![
                 field("discoveryAddress")
-                    .unwrap_or(CONTROL_PLANE)
+                    .unwrap_or(match get("CA_ADDR") {
+                        Some(_) => SECURE_CONTROL_PLANE,
+                        None => CONTROL_PLANE,
+                    })
                     .to_owned(),
             ],
             pod: get("POD_NAME").unwrap_or("unknown").to_owned(),
@@ -458,6 +463,19 @@ mod tests {
             .iter()
             .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
             .collect()
+    }
+
+    #[test]
+    fn who_has_an_authority_speaks_to_the_control_plane_in_tls() {
+        let of = |pairs| {
+            let vars = vars(pairs);
+            ProxyOptions::from_vars(Role::Sidecar, vars, Path::new("/nowhere")).expect("options")
+        };
+        let secure = of(&[("CA_ADDR", "istiod.istio-system.svc:15012")]);
+        assert_eq!(secure.discovery, ["istiod.istio-system.svc:15012"]);
+        let plain = of(&[]);
+        assert_eq!(plain.discovery, ["istiod.istio-system.svc:15010"]);
+        assert!(plain.identity.is_none());
     }
 
     #[test]
