@@ -257,7 +257,8 @@ async fn remove(cluster: &Cluster, name: &str, yes: bool, global: &Global) -> an
         bail!("there is no tag {name:?}; {known}");
     }
     let users = tags::users(cluster, name).await?;
-    if !users.is_empty() && !(name == DEFAULT_REVISION && default_is_there(cluster).await?) {
+    let goes_on = name == DEFAULT_REVISION && default_is_there(cluster).await?;
+    if !users.is_empty() && !goes_on {
         let question = format!(
             "{} namespaces ask for tag {name:?}, and their new pods will get no sidecar: {}.",
             users.len(),

@@ -185,7 +185,13 @@ fn pod_trouble(pod: &Value) -> Vec<String> {
     for condition in pod["status"]["conditions"].as_array().into_iter().flatten() {
         if condition["type"] == "PodScheduled" && condition["status"] == "False" {
             let message = condition["message"].as_str().unwrap_or_default();
-            found.push(format!("pod {name} finds no node: {message}"));
+            let advice = match message.contains("taint") {
+                true => {
+                    "; let it run there with tolerations (components.pilot.k8s.tolerations, or those of the gateway), or take the taint off"
+                }
+                false => "",
+            };
+            found.push(format!("pod {name} finds no node: {message}{advice}"));
         }
     }
     for list in ["initContainerStatuses", "containerStatuses"] {
@@ -317,6 +323,8 @@ mod tests {
         assert_eq!(of(waiting("ContainerCreating")), "");
         let unscheduled = json!({ "conditions": [{ "type": "PodScheduled", "status": "False", "message": "0/1 nodes" }] });
         assert_eq!(of(unscheduled), "pod p finds no node: 0/1 nodes");
+        let tainted = json!({ "conditions": [{ "type": "PodScheduled", "status": "False", "message": "0/1 nodes are available: 1 node(s) had untolerated taint" }] });
+        assert!(of(tainted).contains("components.pilot.k8s.tolerations"));
     }
 
     #[test]

@@ -195,8 +195,11 @@ pub(crate) async fn switch_default(cluster: &Cluster, active: bool) -> anyhow::R
         let selector = format!("istio.io/rev={DEFAULT_REVISION},!{TAG}");
         for live in configurations(cluster, place, kind, &selector).await? {
             // What another mesh validates is selected in its own way.
-            let known = place == MUTATING && label_of(&live, "app") == "sidecar-injector";
-            if !known && !(place == VALIDATING && is_ours(&live)) {
+            let known = match place {
+                MUTATING => label_of(&live, "app") == "sidecar-injector",
+                _ => is_ours(&live),
+            };
+            if !known {
                 continue;
             }
             let operations = operations(&live, active);

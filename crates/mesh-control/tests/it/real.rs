@@ -127,8 +127,7 @@ async fn the_default_revision_leads() {
         ] {
             *address = SocketAddr::from(([127, 0, 0, 1], 0));
         }
-        let control = Control::bind(options).await.unwrap();
-        tokio::spawn(control.run(std::future::pending()))
+        Control::bind(options).await.unwrap()
     };
     let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"namespace": "istio-system"}});
     let leader = async |wanted: &str| {
@@ -147,9 +146,11 @@ async fn the_default_revision_leads() {
             .await
             .unwrap_or_else(|_| panic!("{wanted} does not lead"));
     };
-    let canary = start("canary").await;
+    let canary = start("canary").await.run(std::future::pending());
+    let canary = tokio::spawn(canary);
     leader("canary").await;
-    let default = start("default").await;
+    let default = start("default").await.run(std::future::pending());
+    let default = tokio::spawn(default);
     leader("default").await;
     // The tag says who is the default.
     create(
