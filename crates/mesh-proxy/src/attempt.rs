@@ -337,8 +337,12 @@ pub(crate) fn tls_wish(
     headers: &HeaderMap,
 ) -> TlsWish {
     let transports = &cluster.config.transports;
+    let ends = exchange.connection.ends_for(transports);
     if !transports.is_tls() {
-        return TlsWish::default();
+        return TlsWish {
+            ends,
+            ..TlsWish::default()
+        };
     }
     let alpn = match version {
         _ if transports.fixed_alpn => None,
@@ -351,7 +355,11 @@ pub(crate) fn tls_wish(
         let host = header.unwrap_or(&exchange.authority).to_str().unwrap_or("");
         without_port(host).into()
     });
-    TlsWish { alpn, server_name }
+    TlsWish {
+        ends,
+        alpn,
+        server_name,
+    }
 }
 
 /// The host of an authority, also of an IPv6 address in brackets.

@@ -1,6 +1,7 @@
 //! Bodies on their way through: one enum each way, nothing boxed, and nothing buffered that is not to be sent twice.
 
 mod input;
+mod pipe;
 mod request;
 
 use std::convert::Infallible;
@@ -21,6 +22,7 @@ use crate::pool::Lease;
 use crate::report::{Flag, Report};
 
 pub use input::{Input, Peeked};
+pub use pipe::Pipe;
 pub use request::{Kept, RequestBody};
 
 /// Why a body broke off.

@@ -23,6 +23,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_net::sockets::original_destination;
 use mesh_routing::Snapshot;
 use mesh_routing::chain::{ConnectionView, FilterChain, NetworkFilter};
+use mesh_routing::cluster::Transports;
 use mesh_routing::filter::local_rate_limit::LocalRateLimit;
 use mesh_routing::hcm::{ClientCert, Codec, HttpManager};
 use mesh_routing::listener::{Direction, Listener};
@@ -37,6 +38,7 @@ use crate::filter::guard;
 use crate::framing::HeadScan;
 use crate::listener::frames::FrameScan;
 use crate::listener::linger::Linger;
+use crate::pool::Ends;
 use crate::report::principals::Principals;
 use crate::sniff::{self, Protocol};
 use crate::tls::wire::Wire;
@@ -240,7 +242,9 @@ async fn serve_inner(
     }
     match &chain.filter {
         NetworkFilter::Tcp(proxy) => {
-            tcp::serve(&connection, proxy, arrived.wire, arrived.prefix.freeze()).await;
+            let name = arrived.server_name().unwrap_or("").to_owned();
+            let stream = (arrived.wire, arrived.prefix.freeze());
+            tcp::serve(&connection, proxy, stream, &name).await;
             Ok(())
         }
         NetworkFilter::Http(manager) => {
@@ -466,6 +470,16 @@ async fn serve_http2(
 }
 
 impl Downstream {
+    /// Whom PROXY protocol headers of a cluster tell of, where it has any.
+    pub fn ends_for(&self, transports: &Transports) -> Option<Rc<Ends>> {
+        transports.announces().then(|| {
+            Rc::new(Ends {
+                client: self.remote,
+                destination: self.destination,
+            })
+        })
+    }
+
     /// The connection manager for a request: routes and settings follow the snapshot also on a connection that was accepted before it.
     /// Where the filter chain is gone, the connection ends with this request, under the old one.
     pub fn manager(

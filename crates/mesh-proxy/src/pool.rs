@@ -1,5 +1,6 @@
 //! Connections to endpoints, one pool for each worker, cluster and endpoint.
 
+mod announce;
 mod connect;
 mod early;
 mod lease;
@@ -8,13 +9,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use mesh_routing::cluster::ClusterConfig;
-use mesh_routing::tls::ClientTls;
+use mesh_routing::cluster::{ClusterConfig, Transport};
 use mesh_telemetry::Peer;
 use tokio::sync::{Semaphore, oneshot};
 
@@ -28,10 +28,12 @@ use crate::upstream::Core;
 use crate::upstream::common::EndpointState;
 use crate::upstream::counters::{Counter, HostShard};
 
+pub use announce::Ends;
 pub use connect::{ConnectError, TcpUpstream};
+pub use early::EarlyAnswer;
 pub use lease::{Lease, Sent};
 
-use early::EarlyAnswer;
+use connect::Open;
 use lease::Sender;
 
 /// Unused connections that an endpoint keeps open at most.
@@ -55,8 +57,8 @@ pub struct Host {
     pub(crate) core: Rc<Core>,
     pub(crate) counters: Arc<HostShard>,
     hostname: RefCell<Arc<str>>,
-    /// How its connections are protected; `None` for plain text.
-    transport: RefCell<Option<Arc<ClientTls>>>,
+    /// How its connections begin.
+    transport: RefCell<Transport>,
     priority: Cell<u32>,
     idle: RefCell<Vec<Idle>>,
     http2: RefCell<Vec<Rc<Multiplexed>>>,
@@ -90,6 +92,8 @@ struct History {
     requests: u32,
     /// Of the host when it was opened.
     generation: u32,
+    /// That it is open.
+    open: Weak<Open>,
 }
 
 /// An HTTP/2 connection.
@@ -158,22 +162,16 @@ impl Host {
         self.priority.set(priority);
     }
 
-    /// Sets how its connections are protected. Those that were made otherwise are not used again.
-    pub fn protect(&self, transport: Option<&Arc<ClientTls>>) {
-        let key = |tls: Option<&Arc<ClientTls>>| tls.map(|tls| tls.common.key().to_vec());
-        let before = self.transport.replace(transport.cloned());
-        let same = match (&before, transport) {
-            (None, None) => true,
-            (Some(a), Some(b)) if Arc::ptr_eq(a, b) => true,
-            (a, b) => key(a.as_ref()) == key(b),
-        };
-        if !same {
+    /// Sets how its connections begin. Those that were made otherwise are not used again.
+    pub fn protect(&self, transport: &Transport) {
+        let before = self.transport.replace(transport.clone());
+        if !before.is_equal(transport) {
             self.retire_connections();
         }
     }
 
-    /// How its connections are protected.
-    pub fn transport(&self) -> Option<Arc<ClientTls>> {
+    /// How its connections begin.
+    pub fn transport(&self) -> Transport {
         self.transport.borrow().clone()
     }
 
@@ -229,6 +227,7 @@ impl Host {
         loop {
             // Above the limit of connections one of this endpoint's own is waited for, as in Envoy.
             let Some(held) = self.core.begin_connection(self.open.get() == 0) else {
+                self.make_room();
                 if let Some(idle) = self.wait().await
                     && self.fits(&idle.history.wish, wish)
                     && let Some(lease) = self.reuse(idle, config).await?
@@ -238,9 +237,9 @@ impl Host {
                 continue;
             };
             let (dialled, open) = self.dial(shared, config, held, wish).await?;
-            let (stream, principals) = (dialled.wire, dialled.principals);
+            let history = self.begin_history(wish, dialled.principals, &open);
             let (mut sender, connection) = http1::Builder::new()
-                .handshake(TokioIo::new(EarlyAnswer::new(stream)))
+                .handshake(TokioIo::new(EarlyAnswer::new(dialled.wire)))
                 .await?;
             self.core.counters.inc(Counter::CxHttp1Total);
             tokio::task::spawn_local(async move {
@@ -250,12 +249,7 @@ impl Host {
                 drop(open);
             });
             sender.ready().await?;
-            return Lease::new(
-                self,
-                Sender::Http1(sender),
-                config,
-                self.begin_history(wish, principals),
-            );
+            return Lease::new(self, Sender::Http1(sender), config, history);
         }
     }
 
@@ -272,8 +266,14 @@ impl Host {
         Ok(Some(lease.used_before(suspect)))
     }
 
-    fn begin_history(&self, wish: &Wish, principals: Option<Arc<Principals>>) -> History {
+    fn begin_history(
+        &self,
+        wish: &Wish,
+        principals: Option<Arc<Principals>>,
+        open: &Rc<Open>,
+    ) -> History {
         History {
+            open: Rc::downgrade(open),
             principals,
             wish: wish.clone(),
             born: clock::now(),
@@ -295,9 +295,26 @@ impl Host {
         Some(all.remove(at))
     }
 
-    /// May a request with this wish use a connection that was made for that one? In plain text nothing was wished.
+    /// May a request with this wish use a connection that was made for that one? In plain text nothing was wished of a handshake; but what was
+    /// said of a client holds for that client's requests only.
     fn fits(&self, made_for: &Wish, wish: &Wish) -> bool {
-        made_for == wish || self.transport.borrow().is_none()
+        let transport = self.transport.borrow();
+        (transport.tls.is_none() || made_for.has_handshake_of(wish))
+            && (transport.header.is_none() || made_for.ends == wish.ends)
+    }
+
+    /// Closes an unused connection that was made for other requests than that which waits, so that this one does not wait until it is idle for
+    /// too long.
+    fn make_room(&self) {
+        let mut idle = self.idle.borrow_mut();
+        if !idle.is_empty() {
+            idle.remove(0);
+            return;
+        }
+        let mut shared = self.http2.borrow_mut();
+        if let Some(at) = shared.iter().position(|m| m.streams.get() == 0) {
+            shared.remove(at);
+        }
     }
 
     /// Waits for a connection that is given back (`None`: for one that is closed, so that another may be opened).
@@ -354,13 +371,14 @@ impl Host {
                 return Ok(lease);
             }
             let Some(held) = self.core.begin_connection(self.open.get() == 0) else {
+                self.make_room();
                 self.wait().await;
                 continue;
             };
             let (dialled, open) = self.dial(shared, config, held, wish).await?;
-            let (stream, principals) = (dialled.wire, dialled.principals);
+            let history = self.begin_history(wish, dialled.principals, &open);
             let (mut sender, mut connection) = http2_builder(config)
-                .handshake(TokioIo::new(stream))
+                .handshake(TokioIo::new(dialled.wire))
                 .await?;
             self.core.counters.inc(Counter::CxHttp2Total);
             let room = Rc::new(Cell::new(u32::MAX));
@@ -383,10 +401,9 @@ impl Host {
                 room,
                 streams: Cell::new(0),
                 since: Cell::new(clock::now()),
-                history: RefCell::new(self.begin_history(wish, principals)),
+                history: RefCell::new(history.clone()),
             });
             self.http2.borrow_mut().push(made.clone());
-            let history = made.history.borrow().clone();
             return Lease::new(self, Sender::Http2(made), config, history);
         }
     }

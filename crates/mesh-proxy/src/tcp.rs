@@ -1,4 +1,6 @@
-//! Plain TCP: bytes through, by splice.
+//! Plain TCP: bytes through, by splice; in a tunnel where the configuration says so.
+
+mod tunnel;
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -7,70 +9,61 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
 use mesh_net::copy;
-use mesh_net::splice::{Counters, bidirectional};
+use mesh_net::splice::{Counters, End, bidirectional};
+use mesh_routing::cluster::Cluster;
 use mesh_routing::listener::Direction;
 use mesh_routing::tcp::TcpProxy;
 use mesh_telemetry::TcpHandles;
+use tokio::io::AsyncWriteExt;
 use tokio::time::Instant;
 
 use crate::listener::Downstream;
 use crate::listener::tenure::Tenancy;
-use crate::pool::Host;
+use crate::pool::{ConnectError, Host, TcpUpstream};
+use crate::report::principals::Principals;
 use crate::report::{Flag, Flags};
+use crate::tls::connect::Wish as TlsWish;
 use crate::tls::wire::Wire;
-use crate::upstream::Wish;
+use crate::upstream::counters::Counter;
+use crate::upstream::{ClusterState, Wish};
+use tunnel::{Bodies, Far, TunnelError};
 
 /// How often byte counters of open connections reach the metrics (Istio's `reportingInterval` is 15 s; ours costs next to nothing).
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
-/// Relays a connection until it ends.
-pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Wire, prefix: Bytes) {
+/// Relays a connection until it ends. `server_name` is the name that the client asked for, empty where there is none.
+pub async fn serve(
+    connection: &Rc<Downstream>,
+    proxy: &TcpProxy,
+    (mut stream, prefix): (Wire, Bytes),
+    server_name: &str,
+) {
     let worker = &connection.worker;
     let tenancy = connection.settle_in(connection.era());
     let snapshot = worker.snapshot();
     let name = proxy.cluster(worker.random());
-    let Some(cluster) = snapshot.cluster(name) else {
+    let Some(cluster) = snapshot.cluster(name).cloned() else {
         refused(connection, &worker.unrouted.clone(), Flag::NoCluster);
         return;
     };
-    let state = worker.cluster_state(cluster);
-    let reports = state.reports();
-    let destination = connection.redirected.then_some(connection.destination);
-    let mut tried: Vec<SocketAddr> = Vec::new();
-    let mut upstream = None;
-    let mut flag = Flag::NoHealthy;
-    for _ in 0..proxy.max_connect_attempts {
-        let wish = Wish {
-            destination,
-            hash: proxy.hash(connection.remote.ip()),
-            tried: &tried,
-            avoid: 5,
-            ..Wish::default()
-        };
-        let Some(host) = state.pick(&wish, &worker.peers, || worker.random()) else {
-            break;
-        };
-        match host.connect(&worker.shared, &cluster.config).await {
-            Ok(opened) => {
-                upstream = Some((host, opened));
-                break;
-            }
-            Err(error) => {
-                tracing::debug!(cluster = &**name, endpoint = %host.address, %error, "connecting");
-                flag = Flag::ConnectFailure;
-                tried.push(host.address);
-            }
-        }
-    }
     drop(snapshot);
-    let Some((host, mut upstream)) = upstream else {
-        refused(connection, &reports, flag);
-        return;
+    let state = worker.cluster_state(&cluster);
+    let reports = state.reports();
+    let (host, mut upstream) = match open(connection, proxy, (&cluster, &state), server_name).await
+    {
+        Ok(opened) => opened,
+        Err(flags) => {
+            refused(connection, &reports, flags);
+            return;
+        }
     };
+    drop(cluster);
     let principals = match connection.direction {
         Direction::Inbound => connection.principals.clone(),
-        Direction::Outbound => upstream.principals.clone(),
+        Direction::Outbound => upstream.principals(),
     };
     let principals = principals.as_ref();
     let handles = reports.tcp(&host.peer, principals, connection.direction, Flags::NONE);
@@ -78,7 +71,7 @@ pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Wi
         &host,
         &handles,
         &mut stream,
-        &mut upstream.stream,
+        &mut upstream,
         &prefix,
         (proxy, &tenancy),
     )
@@ -92,17 +85,102 @@ pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Wi
     };
 }
 
+/// The other side of a connection.
+enum Upstream {
+    /// The endpoint itself.
+    Direct(TcpUpstream),
+    /// What is behind a tunnel that the endpoint has opened. Boxed, since it is large and rare.
+    Tunnel(Box<tunnel::Opened>),
+}
+
+impl Upstream {
+    /// What both sides of the connection to the endpoint have proved, in mutual TLS.
+    fn principals(&self) -> Option<Arc<Principals>> {
+        match self {
+            Self::Direct(direct) => direct.principals.clone(),
+            Self::Tunnel(opened) => opened.principals.clone(),
+        }
+    }
+}
+
+/// Tries endpoints until one is connected, and has opened the tunnel where there is to be one; else why there is none.
+async fn open(
+    connection: &Downstream,
+    proxy: &TcpProxy,
+    (cluster, state): (&Cluster, &ClusterState),
+    server_name: &str,
+) -> Result<(Rc<Host>, Upstream), Flags> {
+    let worker = &connection.worker;
+    let destination = connection.redirected.then_some(connection.destination);
+    let tls = TlsWish {
+        ends: connection.ends_for(&cluster.config.transports),
+        ..TlsWish::default()
+    };
+    let mut tried: Vec<SocketAddr> = Vec::new();
+    for _ in 0..proxy.max_connect_attempts {
+        let wish = Wish {
+            destination,
+            hash: proxy.hash(connection.remote.ip()),
+            tried: &tried,
+            avoid: 5,
+            ..Wish::default()
+        };
+        let Some(host) = state.pick(&wish, &worker.peers, || worker.random()) else {
+            let mut flags = Flags::from(Flag::NoHealthy);
+            if !tried.is_empty() {
+                flags.add(Flag::ConnectFailure);
+            }
+            return Err(flags);
+        };
+        let connected = match &proxy.tunnel {
+            None => host
+                .connect(&worker.shared, &cluster.config, &tls)
+                .await
+                .map(Upstream::Direct)
+                .map_err(TunnelError::Connect),
+            Some(tunnel) => {
+                let asking = tunnel::Asking {
+                    connection,
+                    server_name,
+                    tunnel,
+                    wish: &tls,
+                    patience: proxy.idle_timeout,
+                };
+                let opened = Box::pin(asking.open(&host, cluster)).await;
+                opened.map(|opened| Upstream::Tunnel(Box::new(opened)))
+            }
+        };
+        match connected {
+            Ok(opened) => return Ok((host, opened)),
+            Err(error) => {
+                tracing::debug!(cluster = &*cluster.config.name, endpoint = %host.address, %error, "connecting");
+                if matches!(error, TunnelError::Connect(ConnectError::Overflow)) {
+                    return Err(Flag::Overflow.into());
+                }
+                tried.push(host.address);
+            }
+        }
+    }
+    // As Envoy's TCP proxy says it, also after a single attempt.
+    state.count(Counter::CxAttemptsExceeded);
+    let mut flags = Flags::from(Flag::ConnectFailure);
+    flags.add(Flag::RetryLimit);
+    Err(flags)
+}
+
 /// Moves the bytes until the connection ends; the answer is what is to be said of the end.
 async fn relay(
     host: &Rc<Host>,
     handles: &TcpHandles,
     stream: &mut Wire,
-    upstream: &mut Wire,
+    upstream: &mut Upstream,
     prefix: &[u8],
     (proxy, tenancy): (&TcpProxy, &Tenancy),
 ) -> Flags {
     handles.opened.inc();
-    host.active.set(host.active.get() + 1);
+    // What runs in a tunnel is counted as the request that opened it.
+    let active = u32::from(matches!(upstream, Upstream::Direct(_)));
+    host.active.set(host.active.get() + active);
     let counters = Arc::new(Counters::default());
     let (mut received, mut sent) = (0, 0);
     let mut note = || {
@@ -117,9 +195,27 @@ async fn relay(
     let end = proxy.max_duration.map(|limit| Instant::now() + limit);
     let idle = proxy.idle_timeout;
     let copying = async {
-        match (stream, upstream) {
-            (Wire::Plain(a), Wire::Plain(b)) => bidirectional(a, b, prefix, idle, &counters).await,
-            (a, b) => copy::bidirectional(a, b, prefix, idle, &counters).await,
+        let mut far = match upstream {
+            Upstream::Direct(direct) => Side::Wire(&mut direct.stream),
+            Upstream::Tunnel(opened) => {
+                let early = std::mem::take(&mut opened.early);
+                if !pass_early(stream, &early, idle, &counters).await {
+                    return End::Idle;
+                }
+                match &mut opened.far {
+                    Far::Wire(wire) => Side::Wire(wire),
+                    Far::Stream(stream) => Side::Stream(stream),
+                    Far::Bodies(bodies) => Side::Bodies(bodies),
+                }
+            }
+        };
+        match (stream, &mut far) {
+            (Wire::Plain(a), Side::Wire(Wire::Plain(b))) => {
+                bidirectional(a, b, prefix, idle, &counters).await
+            }
+            (a, Side::Wire(b)) => copy::bidirectional(a, *b, prefix, idle, &counters).await,
+            (a, Side::Stream(b)) => copy::bidirectional(a, *b, prefix, idle, &counters).await,
+            (a, Side::Bodies(b)) => copy::bidirectional(a, *b, prefix, idle, &counters).await,
         }
     };
     tokio::pin!(copying);
@@ -143,8 +239,38 @@ async fn relay(
         }
     };
     note();
-    host.active.set(host.active.get() - 1);
+    host.active.set(host.active.get() - active);
     flags
+}
+
+/// What the client's bytes are exchanged with.
+enum Side<'a> {
+    Wire(&'a mut Wire),
+    Stream(&'a mut TokioIo<Upgraded>),
+    Bodies(&'a mut Bodies),
+}
+
+/// Hands on what came together with the agreement to the tunnel; false where the client does not take it.
+async fn pass_early(
+    stream: &mut Wire,
+    early: &[u8],
+    idle: Option<Duration>,
+    counters: &Counters,
+) -> bool {
+    if early.is_empty() {
+        return true;
+    }
+    let writing = async {
+        stream.write_all(early).await?;
+        stream.flush().await
+    };
+    let written = match idle {
+        Some(idle) => tokio::time::timeout(idle, writing).await,
+        None => Ok(writing.await),
+    };
+    let bytes = early.len() as u64;
+    counters.backward.fetch_add(bytes, Ordering::Relaxed);
+    matches!(written, Ok(Ok(())))
 }
 
 /// A connection that found no endpoint counts as opened and closed, with the flag that says why.

@@ -6,6 +6,7 @@ pub mod counters;
 mod dns;
 mod outlier;
 mod resolver;
+mod window;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -166,7 +167,10 @@ impl Core {
             return Some(None);
         }
         match Held::within(&self.common, Gauge::Requests, limits.requests) {
-            Some(held) => Some(Some(held)),
+            Some(held) => {
+                self.common.gauges.note_request(&limits);
+                Some(Some(held))
+            }
             None => self.refused(Counter::PendingOverflow),
         }
     }
@@ -508,6 +512,11 @@ impl Host {
             }
         };
         core.observe(&self.endpoint, outcome);
+    }
+
+    /// The endpoint has opened a tunnel.
+    pub(crate) fn observe_tunnel(&self) {
+        self.observe_connect(Outcome::ConnectedFinal);
     }
 
     pub(crate) fn observe_connect(&self, outcome: Outcome) {

@@ -28,7 +28,7 @@ pub use breaker::{Breakers, RetryLimit};
 pub use dns::{Dns, Families};
 pub use outlier::{FailurePercentage, OutlierDetection, SuccessRate, Trigger};
 pub use protocol::{Http2Limits, Keepalive, UpstreamProtocol};
-pub use transport::{NamesFromRequests, Traits, Transports};
+pub use transport::{NamesFromRequests, ProxyHeader, Traits, Transport, Transports};
 
 /// Envoy's connect timeout where none is given.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,6 +55,8 @@ pub struct ClusterConfig {
     pub lb: LbConfig,
     /// HTTP version toward the endpoints.
     pub protocol: UpstreamProtocol,
+    /// Tunnels are opened in HTTP/2: where that is the version, and where it may be (Envoy asks what the cluster could speak).
+    pub tunnels_in_http2: bool,
     /// Limit for a connection to be made.
     pub connect_timeout: Duration,
     /// Unused connections are closed after this; `None` never.
@@ -116,6 +118,7 @@ impl ClusterConfig {
             discovery: Discovery::OriginalDestination(None),
             lb: policy::compile(m)?,
             protocol: UpstreamProtocol::Http1,
+            tunnels_in_http2: false,
             connect_timeout: nonzero_duration("connect_timeout", m.connect_timeout.as_ref())?
                 .unwrap_or(DEFAULT_CONNECT_TIMEOUT),
             idle_timeout: Some(DEFAULT_IDLE_TIMEOUT),
@@ -149,6 +152,7 @@ impl ClusterConfig {
         config.discovery = compile_discovery(m)?;
         if let Some(options) = &m.http2_protocol_options {
             config.protocol = UpstreamProtocol::Http2;
+            config.tunnels_in_http2 = true;
             config.http2 = Http2Limits::compile(options).within("http2_protocol_options")?;
         }
         for (key, any) in &m.typed_extension_protocol_options {

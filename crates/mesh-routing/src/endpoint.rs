@@ -306,6 +306,7 @@ fn compile_endpoint(m: &pb::LbEndpoint) -> Result<(Target, Endpoint)> {
     // health_check_config: there is no active health checking. observability_name: for statistics. additional_addresses: other families of
     // the same endpoint; the first address is the one to use.
     let target = target(endpoint.address.as_ref()).within("endpoint.address")?;
+    transport::refuse_tlvs(m.metadata.as_ref()).within("metadata")?;
     let workload =
         metadata::istio(m.metadata.as_ref()).and_then(|istio| metadata::text(istio, "workload"));
     let endpoint = Endpoint {

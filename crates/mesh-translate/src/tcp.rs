@@ -8,7 +8,7 @@ use envoy_types::pb::envoy::config::listener::v3::{FilterChain, FilterChainMatch
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::weighted_cluster::ClusterWeight;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::{
-    ClusterSpecifier, WeightedCluster,
+    ClusterSpecifier, TunnelingConfig, WeightedCluster,
 };
 use mesh_api::networking::virtual_service::{
     L4MatchAttributes, RouteDestination, TcpRoute, TlsMatchAttributes,
@@ -54,6 +54,7 @@ pub(crate) fn outbound(
         "",
         port.number,
     );
+    proxy.tunneling_config = tunnel(&client, &service.host, "");
     let own = tcp_proxy_chain(None, &proxy);
     chains.into_iter().chain([own]).collect()
 }
@@ -265,12 +266,33 @@ fn chain(
             &first.destination.subset,
             port,
         );
+        // The tunnel is the listener's: with several destinations only what holds for the whole host can be meant (as in Istio).
+        let subset = match routes {
+            [only] => &only.destination.subset,
+            _ => "",
+        };
+        proxy.tunneling_config = tunnel(client, host, subset);
     }
     let matched = (matched != FilterChainMatch::default()).then_some(matched);
     FilterChain {
         metadata: metadata::single("config", metadata::config_path(&rule.key)),
         ..tcp_proxy_chain(matched, &proxy)
     }
+}
+
+/// The tunnel in which connections to a host or subset go, as its DestinationRule says.
+fn tunnel(client: &Client<'_>, host: &str, subset: &str) -> Option<TunnelingConfig> {
+    let rule = client.mesh.destination_rule_for(host, client.node)?;
+    let given = rule.tunnel(subset)?;
+    let hostname = match given.target_host.parse::<IpAddr>() {
+        Ok(IpAddr::V6(address)) => format!("[{address}]:{}", given.target_port),
+        _ => format!("{}:{}", given.target_host, given.target_port),
+    };
+    Some(TunnelingConfig {
+        hostname,
+        use_post: given.protocol == "POST",
+        ..TunnelingConfig::default()
+    })
 }
 
 /// Destinations of weight 0 get nothing.

@@ -5,8 +5,10 @@ use envoy_types::pb::envoy::config::core::v3::config_source::ConfigSourceSpecifi
 use envoy_types::pb::envoy::config::core::v3::grpc_service::{EnvoyGrpc, TargetSpecifier};
 use envoy_types::pb::envoy::config::core::v3::transport_socket::ConfigType;
 use envoy_types::pb::envoy::config::core::v3::{
-    AggregatedConfigSource, ApiConfigSource, ApiVersion, ConfigSource, GrpcService, TransportSocket,
+    AggregatedConfigSource, ApiConfigSource, ApiVersion, ConfigSource, GrpcService,
+    ProxyProtocolConfig, TransportSocket, proxy_protocol_config,
 };
+use envoy_types::pb::envoy::extensions::transport_sockets::proxy_protocol::v3::ProxyProtocolUpstreamTransport;
 use envoy_types::pb::envoy::extensions::transport_sockets::raw_buffer::v3::RawBuffer;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::common_tls_context::{
     CombinedCertificateValidationContext, ValidationContextType,
@@ -190,6 +192,22 @@ pub(crate) fn socket<M: Message + Name>(context: &M) -> TransportSocket {
 
 pub(crate) fn plain() -> TransportSocket {
     named_socket("envoy.transport_sockets.raw_buffer", &RawBuffer {})
+}
+
+/// A transport that begins with a PROXY protocol header.
+pub(crate) fn announced(
+    version: proxy_protocol_config::Version,
+    inner: TransportSocket,
+) -> TransportSocket {
+    let context = ProxyProtocolUpstreamTransport {
+        config: Some(ProxyProtocolConfig {
+            version: version as i32,
+            ..ProxyProtocolConfig::default()
+        }),
+        transport_socket: Some(inner),
+        ..ProxyProtocolUpstreamTransport::default()
+    };
+    named_socket("envoy.transport_sockets.upstream_proxy_protocol", &context)
 }
 
 fn named_socket<M: Message + Name>(name: &str, config: &M) -> TransportSocket {

@@ -233,6 +233,7 @@ async fn send_tcp(to: SocketAddr, parts: &[String], facts: &mut Facts) -> anyhow
         }
         open = read_on(&mut stream, &mut read).await;
     }
+    mask_ends(&mut read);
     facts.insert(
         "answer".to_owned(),
         String::from_utf8_lossy(&read).into_owned(),
@@ -242,6 +243,24 @@ async fn send_tcp(to: SocketAddr, parts: &[String], facts: &mut Facts) -> anyhow
         if open { "open" } else { "closed" }.to_owned(),
     );
     Ok(())
+}
+
+/// Takes the addresses and ports, which are other ones each time, out of a PROXY protocol header that was sent back.
+fn mask_ends(answer: &mut Vec<u8>) {
+    let find = |what: &[u8], within: &[u8]| within.windows(what.len()).position(|w| w == what);
+    if let Some(at) = find(b"PROXY TCP4 ", answer)
+        && let Some(end) = find(b"\r\n", &answer[at..])
+    {
+        let line = String::from_utf8_lossy(&answer[at..at + end]).into_owned();
+        let masked = format!("PROXY TCP4, {} words", line.split(' ').count());
+        answer.splice(at..at + end, masked.into_bytes());
+    }
+    // Version, command, family and length stay, then come two addresses and two ports.
+    if let Some(at) = find(b"\r\n\r\n\0\r\nQUIT\n", answer)
+        && let Some(ends) = answer.get_mut(at + 16..at + 28)
+    {
+        ends.fill(b'x');
+    }
 }
 
 /// Reads until silence or the end; says whether the connection is still open.

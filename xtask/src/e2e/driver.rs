@@ -246,6 +246,10 @@ const PARTICULAR: &[(&str, Needs)] = &[
     ("policy: connections by port and identity", Needs::Bash),
     ("TCP by weight through the gateway", Needs::Bash),
     (
+        "a service outside is reached through a forward proxy",
+        Needs::Bash,
+    ),
+    (
         "a rolling restart, scaling and changes under load lose nothing",
         Needs::Bash,
     ),

@@ -129,6 +129,10 @@ pub const ALL: &[(&str, Scenario)] = &[
     ),
     ("TCP by weight through the gateway", tcp::shifting),
     (
+        "a service outside is reached through a forward proxy",
+        tcp::tunnelled,
+    ),
+    (
         "TLS goes by server name, at the gateway and in sidecars",
         routes::by_server_name,
     ),

@@ -1,6 +1,6 @@
 //! Which rule holds for whom, and what of it.
 
-use mesh_api::networking::destination_rule::ClientTlsMode;
+use mesh_api::networking::destination_rule::{ClientTlsMode, ProxyProtocolVersion};
 use mesh_model::{DestinationRule, Mesh, Node, Severity};
 use serde_json::json;
 
@@ -161,8 +161,31 @@ fn settings_of_ports_replace_and_those_of_subsets_override_part_by_part() {
 }
 
 #[test]
+fn tunnels_and_proxy_headers_are_the_hosts_or_the_subsets() {
+    let spec = "trafficPolicy: { tunnel: { targetHost: a.example, targetPort: 1 }, proxyProtocol: { version: V2 }, \
+                portLevelSettings: [{ port: { number: 81 }, tls: { mode: DISABLE } }] }, \
+                subsets: [{ name: own, trafficPolicy: { tunnel: { targetHost: b.example, targetPort: 2 }, proxyProtocol: {} } }, \
+                { name: plain, labels: { a: b } }]";
+    let mesh = mesh(&[SERVICE, &rule("r", "prod", spec)].concat());
+    assert_eq!(mesh.problems(), []);
+    let rule = mesh.destination_rule(HOST, "prod").unwrap();
+    let tunnel = |subset| rule.tunnel(subset).map(|tunnel| tunnel.target_port);
+    assert_eq!(tunnel(""), Some(1));
+    assert_eq!(tunnel("own"), Some(2));
+    assert_eq!((tunnel("plain"), tunnel("unknown")), (None, None));
+    let version = |subset, port| {
+        let given = rule.policy(subset, port).proxy_protocol;
+        given.map(|given| given.version)
+    };
+    assert_eq!(version("", 80), Some(ProxyProtocolVersion::V2));
+    assert_eq!(version("plain", 80), Some(ProxyProtocolVersion::V2));
+    assert_eq!(version("", 81), None);
+    assert_eq!(version("own", 81), Some(ProxyProtocolVersion::V1));
+}
+
+#[test]
 fn what_is_not_applied_is_named() {
-    let spec = "trafficPolicy: { tunnel: { targetHost: a, targetPort: 1 }, proxyProtocol: { version: V2 }, tls: { mode: SIMPLE }, \
+    let spec = "trafficPolicy: { tls: { mode: SIMPLE }, \
                 loadBalancer: { backendUtilization: {} }, outlierDetection: { outlierDetectionHttpErrorCodes: [429] }, \
                 portLevelSettings: [{ port: { number: 81 }, tls: { mode: ISTIO_MUTUAL, credentialName: x } }, { loadBalancer: { simple: RANDOM } }] }, \
                 subsets: [{ name: s, trafficPolicy: { tls: { mode: DISABLE } } }]";
@@ -192,8 +215,6 @@ fn what_is_not_applied_is_named() {
                 "spec.trafficPolicy.portLevelSettings[1].port",
                 Severity::Error
             ),
-            ("spec.trafficPolicy.proxyProtocol", warning),
-            ("spec.trafficPolicy.tunnel", warning),
         ]
     );
     let rule = mesh.destination_rule(HOST, "prod").unwrap();

@@ -9,6 +9,7 @@ use bytes::{Buf, Bytes};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 
+use super::pipe::{Outlet, Pipe};
 use super::{BodyError, Input};
 use crate::mirror::Feed;
 use crate::report::Flow;
@@ -32,6 +33,8 @@ enum Source {
     Whole(Option<Bytes>),
     /// A copy of another request's.
     Copy(Rc<Feed>),
+    /// A stream of bytes that is written here.
+    Piped(Outlet),
 }
 
 /// How far a try has read a remembered body.
@@ -118,6 +121,14 @@ impl RequestBody {
     pub fn copy(feed: Rc<Feed>) -> Self {
         Self {
             source: Source::Copy(feed),
+            flow: Rc::default(),
+        }
+    }
+
+    /// What is written into a pipe; without one no body.
+    pub fn piped(pipe: Option<&Rc<Pipe>>) -> Self {
+        Self {
+            source: pipe.map_or(Source::Empty, |pipe| Source::Piped(pipe.outlet())),
             flow: Rc::default(),
         }
     }
@@ -254,6 +265,11 @@ impl Body for RequestBody {
                 true,
             ),
             Source::Copy(feed) => (ready!(feed.poll_frame(cx)), false, feed.is_end()),
+            Source::Piped(outlet) => {
+                let frame = ready!(outlet.poll(cx));
+                let frame = frame.map(|bytes| Ok(Frame::data(bytes)));
+                (frame, false, outlet.is_end())
+            }
             Source::Stream(inner) => {
                 let frame = ready!(Pin::new(&mut *inner).poll_frame(cx));
                 let ended = frame.is_none() || inner.is_end_stream();
@@ -285,6 +301,7 @@ impl Body for RequestBody {
             Source::Empty | Source::Whole(None) => true,
             Source::Whole(Some(_)) => false,
             Source::Copy(feed) => feed.is_end(),
+            Source::Piped(outlet) => outlet.is_end(),
             Source::Stream(inner) => inner.is_end_stream(),
             Source::Kept(reading) => reading.is_end(),
         }
@@ -297,7 +314,7 @@ impl Body for RequestBody {
             Source::Copy(feed) => feed.size_hint(),
             Source::Stream(inner) => inner.size_hint(),
             Source::Kept(reading) if reading.next == 0 => reading.kept.announced,
-            Source::Kept(_) => SizeHint::default(),
+            Source::Kept(_) | Source::Piped(_) => SizeHint::default(),
         }
     }
 }

@@ -10,9 +10,11 @@ use mesh_net::sockets::{ConnectOptions, connect};
 use mesh_routing::cluster::{ClusterConfig, Keepalive};
 use rustls::CertificateError;
 use socket2::{SockRef, TcpKeepalive};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::pool::Host;
+use crate::pool::announce::{self, Ends};
 use crate::report::principals::Principals;
 use crate::shared::Shared;
 use crate::tls::HandshakeError;
@@ -46,7 +48,8 @@ pub enum ConnectError {
 }
 
 /// An open connection, for counting; closed when dropped.
-pub(super) struct Open {
+#[derive(Debug)]
+pub struct Open {
     host: Weak<Host>,
     core: Rc<Core>,
     counters: Arc<HostShard>,
@@ -87,7 +90,7 @@ pub struct TcpUpstream {
     pub stream: Wire,
     /// What both sides have proved, in mutual TLS.
     pub principals: Option<Arc<Principals>>,
-    _open: Open,
+    _open: Rc<Open>,
 }
 
 impl Host {
@@ -96,12 +99,13 @@ impl Host {
         self: &Rc<Self>,
         shared: &Shared,
         config: &ClusterConfig,
+        wish: &TlsWish,
     ) -> Result<TcpUpstream, ConnectError> {
         let held = self
             .core
             .begin_connection(false)
             .ok_or(ConnectError::Overflow)?;
-        let (dialled, open) = self.dial(shared, config, held, &TlsWish::default()).await?;
+        let (dialled, open) = self.dial(shared, config, held, wish).await?;
         self.observe_connect(ConnectOutcome::ConnectedFinal);
         Ok(TcpUpstream {
             stream: dialled.wire,
@@ -117,7 +121,7 @@ impl Host {
         config: &ClusterConfig,
         held: Held,
         wish: &TlsWish,
-    ) -> Result<(Connected, Open), ConnectError> {
+    ) -> Result<(Connected, Rc<Open>), ConnectError> {
         let open = Open::new(self, held);
         let totals = &shared.totals;
         totals.upstream_connections.fetch_add(1, Ordering::Relaxed);
@@ -143,18 +147,27 @@ impl Host {
             }
         };
         self.observe_connect(outcome);
-        done.map(|stream| (stream, open))
+        done.map(|stream| (stream, Rc::new(open)))
     }
 
-    /// A socket, and the handshake where the endpoint wants one.
+    /// A socket, what it is told of the client, and the handshake where the endpoint wants one.
     async fn open(
         &self,
         shared: &Shared,
         config: &ClusterConfig,
         wish: &TlsWish,
     ) -> Result<Connected, ConnectError> {
-        let stream = open_socket(shared, config, self.address).await?;
-        let Some(settings) = self.transport() else {
+        let mut stream = open_socket(shared, config, self.address).await?;
+        let transport = self.transport();
+        if let Some(version) = transport.header {
+            let own = Ends {
+                client: stream.local_addr()?,
+                destination: self.address,
+            };
+            let header = announce::header(version, wish.ends.as_deref(), own);
+            stream.write_all(&header).await?;
+        }
+        let Some(settings) = transport.tls else {
             return Ok(Connected {
                 wire: Wire::Plain(stream),
                 principals: None,

@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Goes on reading where the other side does not take any more: what cannot be written is dropped, as the answer that says why may be there
 /// already (RFC 9112 section 9.5). Where there is none, reading ends with the connection.
-pub(super) struct EarlyAnswer<S> {
+pub struct EarlyAnswer<S> {
     stream: S,
     refused: bool,
 }
@@ -19,6 +19,11 @@ impl<S> EarlyAnswer<S> {
             stream,
             refused: false,
         }
+    }
+
+    /// The connection itself.
+    pub fn into_inner(self) -> S {
+        self.stream
     }
 
     /// The outcome of a write of `len` bytes.

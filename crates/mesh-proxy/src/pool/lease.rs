@@ -9,7 +9,7 @@ use mesh_routing::cluster::ClusterConfig;
 
 use crate::body::RequestBody;
 use crate::clock;
-use crate::pool::connect::ConnectError;
+use crate::pool::connect::{ConnectError, Open};
 use crate::pool::{History, Host, Http1, Idle, MOST_IDLE, Multiplexed};
 use crate::report::principals::Principals;
 use crate::upstream::breaker::Held;
@@ -31,6 +31,8 @@ pub struct Lease {
     history: History,
     limits: Limits,
     _request: Option<Held>,
+    /// Counts the connection as open as long as it is lent, though it may be the HTTP library's no more (upgrades, tunnels).
+    _open: Option<Rc<Open>>,
 }
 
 /// What of the configuration counts when the connection is given back.
@@ -78,6 +80,7 @@ impl Lease {
         host.counters.inc(HostCounter::RqTotal);
         host.counters.inc(HostCounter::RqActive);
         Ok(Self {
+            _open: history.open.upgrade(),
             host: host.clone(),
             sender: Some(sender),
             reused: false,
@@ -162,6 +165,10 @@ fn keep(host: &Host, sender: Http1, history: History) {
     };
     if host.waiting.borrow().is_empty() {
         let mut all = host.idle.borrow_mut();
+        if all.len() >= MOST_IDLE && host.transport.borrow().header.is_some() {
+            // That which has been unused for longest is of a client that may be gone.
+            all.remove(0);
+        }
         if all.len() < MOST_IDLE {
             all.push(idle);
         }

@@ -1,6 +1,7 @@
 //! The client's side of a handshake.
 
 use std::net::IpAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -15,20 +16,24 @@ use tokio_rustls::{TlsConnector, TlsStream};
 
 use super::HandshakeError;
 use super::wire::{Rewound, Wire};
+use crate::pool::Ends;
 use crate::report::principals::Principals;
 use crate::shared::Shared;
 
 /// What a request wants of the connection that it goes out on. Connections are shared only among requests that want the same.
 #[derive(Debug, Clone, Default)]
 pub struct Wish {
+    /// The client that a PROXY protocol header tells of, where the cluster has one.
+    pub ends: Option<Rc<Ends>>,
     /// Application protocols instead of the cluster's.
     pub alpn: Option<Protocols>,
     /// The server name to ask for instead of the cluster's.
     pub server_name: Option<Arc<str>>,
 }
 
-impl PartialEq for Wish {
-    fn eq(&self, other: &Self) -> bool {
+impl Wish {
+    /// Does the other one want the same handshake?
+    pub fn has_handshake_of(&self, other: &Self) -> bool {
         let same_alpn = match (&self.alpn, &other.alpn) {
             (None, None) => true,
             (Some(a), Some(b)) => Arc::ptr_eq(a, b) || a == b,

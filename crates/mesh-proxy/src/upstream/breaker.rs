@@ -1,11 +1,13 @@
 //! Circuit breakers: what is under way to a cluster, counted for the whole process where it has a limit.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use mesh_routing::cluster::{Breakers, RetryLimit};
 
 use crate::upstream::common::Common;
+use crate::upstream::window::Window;
 
 /// What has limits.
 #[derive(Debug, Default)]
@@ -18,6 +20,8 @@ pub struct Gauges {
     pub requests: AtomicU32,
     /// Retries under way.
     pub retries: AtomicU32,
+    /// Requests that began lately; there once a budget asks for them.
+    recent: OnceLock<Box<Window>>,
 }
 
 /// One of the gauges.
@@ -48,12 +52,33 @@ impl Gauges {
         self.of(gauge).load(Ordering::Relaxed)
     }
 
-    /// The limit of retries, which may depend on what is under way.
+    /// A request begins.
+    pub fn note_request(&self, limits: &Breakers) {
+        if let RetryLimit::Budget {
+            interval: Some(interval),
+            ..
+        } = limits.retries
+        {
+            self.recent
+                .get_or_init(Box::default)
+                .note(interval, Instant::now());
+        }
+    }
+
+    /// The limit of retries, which may depend on what is under way, or began lately.
     pub fn retry_limit(&self, limits: &Breakers) -> u32 {
         match limits.retries {
             RetryLimit::Count(count) => count,
-            RetryLimit::Budget { percent, least } => {
-                let running = self.value(Gauge::Requests) + self.value(Gauge::Pending);
+            RetryLimit::Budget {
+                percent,
+                least,
+                interval,
+            } => {
+                let running = match (interval, self.recent.get()) {
+                    (Some(interval), Some(recent)) => recent.count(interval, Instant::now()),
+                    (Some(_), None) => 0,
+                    (None, _) => self.value(Gauge::Requests) + self.value(Gauge::Pending),
+                };
                 ((f64::from(running) * percent / 100.0) as u32).max(least)
             }
         }

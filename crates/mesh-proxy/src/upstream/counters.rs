@@ -31,6 +31,8 @@ counters! {
         CxConnectFail = "upstream_cx_connect_fail",
         /// Connecting took too long.
         CxConnectTimeout = "upstream_cx_connect_timeout",
+        /// Connections of TCP clients that were given up after all their attempts.
+        CxAttemptsExceeded = "upstream_cx_connect_attempts_exceeded",
         /// A connection was wanted beyond the limit.
         CxOverflow = "upstream_cx_overflow",
         /// Closed since they had had all their requests.

@@ -10,6 +10,7 @@ use envoy_types::pb::envoy::config::cluster::v3 as pb;
 use envoy_types::pb::envoy::config::cluster::v3::circuit_breakers::Thresholds;
 use envoy_types::pb::envoy::config::cluster::v3::circuit_breakers::thresholds::RetryBudget;
 use envoy_types::pb::envoy::config::core::v3::{Http2ProtocolOptions, TcpKeepalive};
+use envoy_types::pb::envoy::r#type::v3::Percent;
 use envoy_types::pb::google::protobuf;
 use envoy_types::pb::google::protobuf::UInt32Value;
 use http_body_util::Full;
@@ -286,6 +287,53 @@ fn retries_have_a_budget() {
         count(&proxy, "a", Counter::RqRetryOverflow) > 0
     };
     wait(refused);
+}
+
+/// What is over counts as long as the interval says; without one there is only the request that wants the retry.
+#[test]
+fn a_budget_can_count_what_began_lately() {
+    let minute = envoy_types::pb::google::protobuf::Duration {
+        seconds: 60,
+        nanos: 0,
+    };
+    for (interval, expected) in [(None, 0), (Some(minute), 2)] {
+        let (at, app) = (free_port(), Held::start("a"));
+        app.status.store(503, Ordering::SeqCst);
+        app.release();
+        let upstream = pb::Cluster {
+            circuit_breakers: limits(|t| {
+                t.retry_budget = Some(RetryBudget {
+                    budget_percent: Some(Percent { value: 40.0 }),
+                    min_retry_concurrency: number(0),
+                    budget_interval: interval,
+                });
+            }),
+            ..cluster("a", &[app.address])
+        };
+        let mut to = action("a");
+        to.retry_policy = Some(envoy_types::pb::envoy::config::route::v3::RetryPolicy {
+            retry_on: "5xx".to_owned(),
+            num_retries: number(1),
+            ..Default::default()
+        });
+        let routes = table(vec![route_to(prefix("/"), to)]);
+        let proxy = Proxy::start(&state(
+            vec![http_listener(at, |_| {})],
+            routes,
+            vec![upstream],
+        ));
+        for _ in 0..4 {
+            assert_eq!(Client::connect(at).get("/", "").status, 503);
+        }
+        // 40 % of one or two that began come to none, of three and more to one.
+        let (retried, refused) = (
+            count(&proxy, "a", Counter::RqRetry),
+            count(&proxy, "a", Counter::RqRetryOverflow),
+        );
+        assert_eq!(retried + refused, 4, "{interval:?}");
+        assert_eq!(app.requests() as u64, 4 + retried, "{interval:?}");
+        assert_eq!(retried, expected, "{interval:?}");
+    }
 }
 
 fn detection(change: impl FnOnce(&mut pb::OutlierDetection)) -> Option<pb::OutlierDetection> {

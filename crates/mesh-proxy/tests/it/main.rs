@@ -4,6 +4,7 @@
 #![allow(deprecated)]
 
 mod access;
+mod announcing;
 mod balancing;
 mod changes;
 mod config;
@@ -25,4 +26,5 @@ mod smuggling;
 mod stage;
 mod tcp;
 mod tls;
+mod tunnels;
 mod upgrades;

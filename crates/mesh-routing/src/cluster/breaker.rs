@@ -1,11 +1,13 @@
 //! Circuit breakers: limits of what is under way to a cluster at once.
 
+use std::time::Duration;
+
 use envoy_types::pb::envoy::config::cluster::v3::CircuitBreakers;
 use envoy_types::pb::envoy::config::cluster::v3::circuit_breakers::Thresholds;
 use envoy_types::pb::envoy::config::cluster::v3::circuit_breakers::thresholds as pb;
 use envoy_types::pb::google::protobuf::UInt32Value;
 
-use crate::error::{Result, Within, every_field};
+use crate::error::{Result, Within, every_field, nonzero_duration};
 
 /// Limits of one cluster, for requests of default priority (others cannot be routed). Envoy's limits are for the whole process, too.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,6 +35,8 @@ pub enum RetryLimit {
         percent: f64,
         /// But so many in any case.
         least: u32,
+        /// Of the requests that began within this time, whether they are over or not, instead of those under way (`budget_interval`).
+        interval: Option<Duration>,
     },
 }
 
@@ -85,7 +89,7 @@ fn compile(m: &Thresholds) -> Result<Breakers> {
 }
 
 fn compile_budget(m: &pb::RetryBudget) -> Result<RetryLimit> {
-    every_field!(m, pb::RetryBudget, used { budget_percent, min_retry_concurrency } irrelevant {} refused { budget_interval });
+    every_field!(m, pb::RetryBudget, used { budget_percent, min_retry_concurrency, budget_interval } irrelevant {} refused {});
     Ok(RetryLimit::Budget {
         percent: m
             .budget_percent
@@ -93,5 +97,6 @@ fn compile_budget(m: &pb::RetryBudget) -> Result<RetryLimit> {
             .map_or(20.0, |p| p.value)
             .clamp(0.0, 100.0),
         least: m.min_retry_concurrency.map_or(3, |v| v.value),
+        interval: nonzero_duration("budget_interval", m.budget_interval.as_ref())?,
     })
 }

@@ -129,18 +129,21 @@ impl ClusterConfig {
                 match &explicit.protocol_config {
                     Some(ProtocolConfig::Http2ProtocolOptions(options)) => {
                         self.protocol = UpstreamProtocol::Http2;
+                        self.tunnels_in_http2 = true;
                         self.http2 = Http2Limits::compile(options)?;
                     }
                     Some(ProtocolConfig::Http3ProtocolOptions(_)) => {
                         return Err(CompileError::unsupported("http3_protocol_options"));
                     }
                     Some(ProtocolConfig::HttpProtocolOptions(_)) | None => {
-                        self.protocol = UpstreamProtocol::Http1
+                        self.protocol = UpstreamProtocol::Http1;
+                        self.tunnels_in_http2 = false;
                     }
                 }
             }
             Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(options)) => {
                 self.protocol = UpstreamProtocol::AsDownstream;
+                self.tunnels_in_http2 = options.http2_protocol_options.is_some();
                 if let Some(options) = &options.http2_protocol_options {
                     self.http2 = Http2Limits::compile(options)?;
                 }

@@ -4,11 +4,16 @@ use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::cluster::v3 as pb;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::TransportSocketMatch;
-use envoy_types::pb::envoy::config::core::v3::Metadata;
-use envoy_types::pb::envoy::config::core::v3::UpstreamHttpProtocolOptions;
+use envoy_types::pb::envoy::config::core::v3::proxy_protocol_config::Version;
+use envoy_types::pb::envoy::config::core::v3::transport_socket::ConfigType;
+use envoy_types::pb::envoy::config::core::v3::{
+    Metadata, ProxyProtocolConfig, TransportSocket, UpstreamHttpProtocolOptions,
+};
+use envoy_types::pb::envoy::extensions::transport_sockets::proxy_protocol::v3::ProxyProtocolUpstreamTransport;
 use envoy_types::pb::google::protobuf::Struct;
 use envoy_types::pb::google::protobuf::value::Kind;
 use http::HeaderName;
+use prost::Message;
 
 use crate::error::{CompileError, Result, Within, every_field};
 use crate::metadata;
@@ -16,17 +21,95 @@ use crate::tls::{self, ClientTls, SecretName};
 
 /// Section of an endpoint's metadata that selects its transport socket.
 const SELECTOR: &str = "envoy.transport_socket_match";
+/// Section of an endpoint's metadata with what PROXY protocol headers are to say besides.
+const TLVS: &str = "envoy.transport_sockets.proxy_protocol";
+const ANNOUNCING: &str =
+    "envoy.extensions.transport_sockets.proxy_protocol.v3.ProxyProtocolUpstreamTransport";
 
 /// What an endpoint says of itself, for the choice of its transport socket. Empty for most endpoints outside the mesh.
 pub type Traits = Arc<[(Box<str>, Box<str>)]>;
+
+/// How connections to an endpoint begin.
+#[derive(Debug, Clone, Default)]
+pub struct Transport {
+    /// The settings of TLS; `None` for plain text.
+    pub tls: Option<Arc<ClientTls>>,
+    /// What comes before everything else, the TLS handshake too, and tells of the client.
+    pub header: Option<ProxyHeader>,
+}
+
+/// Versions of the PROXY protocol's header (HAProxy's "The PROXY protocol", sections 2.1 and 2.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyHeader {
+    /// Text.
+    V1,
+    /// Binary.
+    V2,
+}
+
+impl Transport {
+    fn compile(m: Option<&TransportSocket>) -> Result<Self> {
+        let (inner, header) = match m.and_then(announcing) {
+            None => (m.cloned(), None),
+            Some(bytes) => {
+                let m = ProxyProtocolUpstreamTransport::decode(bytes)
+                    .map_err(|error| CompileError::new("typed_config", error.to_string()))?;
+                let header = compile_header(&m)?;
+                let Some(inner) = m.transport_socket else {
+                    return Err(CompileError::new("transport_socket", "is missing"));
+                };
+                (Some(inner), Some(header))
+            }
+        };
+        Ok(Self {
+            tls: tls::upstream(inner.as_ref())?,
+            header,
+        })
+    }
+
+    /// Is a connection of the other one as good as one of this?
+    pub fn is_equal(&self, other: &Self) -> bool {
+        let same = match (&self.tls, &other.tls) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b) || a.common.key() == b.common.key(),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        same && self.header == other.header
+    }
+}
+
+/// The settings of a transport that begins with a PROXY protocol header.
+fn announcing(m: &TransportSocket) -> Option<&[u8]> {
+    match &m.config_type {
+        Some(ConfigType::TypedConfig(any)) if any.type_url.ends_with(ANNOUNCING) => {
+            Some(&any.value)
+        }
+        _ => None,
+    }
+}
+
+fn compile_header(m: &ProxyProtocolUpstreamTransport) -> Result<ProxyHeader> {
+    // tlv_as_pool_key: no TLVs are sent.
+    every_field!(m, ProxyProtocolUpstreamTransport, used { config, transport_socket } irrelevant { tlv_as_pool_key }
+        refused { allow_unspecified_address });
+    let Some(config) = &m.config else {
+        return Ok(ProxyHeader::V1);
+    };
+    every_field!(config, ProxyProtocolConfig, used { version } irrelevant {} refused { pass_through_tlvs, added_tlvs });
+    match Version::try_from(config.version) {
+        Ok(Version::V1) => Ok(ProxyHeader::V1),
+        Ok(Version::V2) => Ok(ProxyHeader::V2),
+        Err(_) => Err(CompileError::new("version", "is unknown")),
+    }
+    .within("config")
+}
 
 /// The transport sockets of a cluster.
 #[derive(Debug, Default)]
 pub struct Transports {
     /// The first that fits counts.
-    matches: Vec<(Traits, Option<Arc<ClientTls>>)>,
+    matches: Vec<(Traits, Transport)>,
     /// For endpoints that none fits.
-    default: Option<Arc<ClientTls>>,
+    default: Transport,
     /// Names from requests.
     pub names: NamesFromRequests,
     /// Requests do not change the application protocols (`istio.alpn_override: "false"` in the cluster's metadata: TLS to servers that are
@@ -73,7 +156,7 @@ impl Transports {
         }
         Ok(Self {
             matches,
-            default: tls::upstream(m.transport_socket.as_ref()).within("transport_socket")?,
+            default: Transport::compile(m.transport_socket.as_ref()).within("transport_socket")?,
             names: NamesFromRequests::default(),
             fixed_alpn: metadata::istio(m.metadata.as_ref())
                 .and_then(|istio| metadata::text(istio, "alpn_override"))
@@ -81,13 +164,23 @@ impl Transports {
         })
     }
 
-    /// The TLS settings for an endpoint; `None` for plain text.
-    pub fn of(&self, traits: &Traits) -> Option<&Arc<ClientTls>> {
+    /// How connections to an endpoint begin.
+    pub fn of(&self, traits: &Traits) -> &Transport {
         let fits = |wanted: &Traits| wanted.iter().all(|pair| traits.contains(pair));
         match self.matches.iter().find(|(wanted, _)| fits(wanted)) {
-            Some((_, found)) => found.as_ref(),
-            None => self.default.as_ref(),
+            Some((_, found)) => found,
+            None => &self.default,
         }
+    }
+
+    /// Is any endpoint told of the client?
+    pub fn announces(&self) -> bool {
+        self.each().any(|transport| transport.header.is_some())
+    }
+
+    fn each(&self) -> impl Iterator<Item = &Transport> {
+        let matched = self.matches.iter().map(|(_, transport)| transport);
+        matched.chain([&self.default])
     }
 
     /// Is any endpoint spoken to in TLS?
@@ -97,8 +190,7 @@ impl Transports {
 
     /// All TLS settings.
     pub fn all(&self) -> impl Iterator<Item = &Arc<ClientTls>> {
-        let matched = self.matches.iter().filter_map(|(_, tls)| tls.as_ref());
-        matched.chain(&self.default)
+        self.each().filter_map(|transport| transport.tls.as_ref())
     }
 
     /// The secrets that they name.
@@ -108,22 +200,19 @@ impl Transports {
 
     /// Are connections of the other one as good as those of this one?
     pub fn is_equal(&self, other: &Self) -> bool {
-        let same = |a: &Option<Arc<ClientTls>>, b: &Option<Arc<ClientTls>>| {
-            a.as_ref().map(|tls| tls.common.key()) == b.as_ref().map(|tls| tls.common.key())
-        };
         self.names == other.names
             && self.fixed_alpn == other.fixed_alpn
-            && same(&self.default, &other.default)
+            && self.default.is_equal(&other.default)
             && self.matches.len() == other.matches.len()
             && self
                 .matches
                 .iter()
                 .zip(&other.matches)
-                .all(|(a, b)| a.0 == b.0 && same(&a.1, &b.1))
+                .all(|(a, b)| a.0 == b.0 && a.1.is_equal(&b.1))
     }
 }
 
-fn compile_match(m: &TransportSocketMatch) -> Result<(Traits, Option<Arc<ClientTls>>)> {
+fn compile_match(m: &TransportSocketMatch) -> Result<(Traits, Transport)> {
     every_field!(m, TransportSocketMatch, used { name, r#match, transport_socket } irrelevant {} refused {});
     let mut wanted = Vec::new();
     for (key, value) in m.r#match.iter().flat_map(|m| &m.fields) {
@@ -135,8 +224,18 @@ fn compile_match(m: &TransportSocketMatch) -> Result<(Traits, Option<Arc<ClientT
             }
         }
     }
-    let socket = tls::upstream(m.transport_socket.as_ref()).within("transport_socket")?;
+    let socket = Transport::compile(m.transport_socket.as_ref()).within("transport_socket")?;
     Ok((wanted.into(), socket))
+}
+
+/// TLVs that are an endpoint's own are not sent, so that they are refused.
+pub(crate) fn refuse_tlvs(metadata: Option<&Metadata>) -> Result<()> {
+    match metadata.is_some_and(|m| m.typed_filter_metadata.contains_key(TLVS)) {
+        true => Err(CompileError::unsupported(format!(
+            "typed_filter_metadata[{TLVS}]"
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// What an endpoint's metadata says.

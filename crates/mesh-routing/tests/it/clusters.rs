@@ -10,11 +10,17 @@ use envoy_types::pb::envoy::config::cluster::v3::cluster::{
     LbPolicy as PbPolicy, LeastRequestLbConfig, MaglevLbConfig, RingHashLbConfig,
     RoundRobinLbConfig, SlowStartConfig, common_lb_config,
 };
-use envoy_types::pb::envoy::config::core::v3::{RuntimeDouble, TypedExtensionConfig};
+use envoy_types::pb::envoy::config::core::v3::transport_socket::ConfigType;
+use envoy_types::pb::envoy::config::core::v3::{
+    ProxyProtocolConfig, RuntimeDouble, TlvEntry, TransportSocket, TypedExtensionConfig,
+};
 use envoy_types::pb::envoy::extensions::load_balancing_policies as typed;
+use envoy_types::pb::envoy::extensions::transport_sockets::proxy_protocol::v3::ProxyProtocolUpstreamTransport;
 use envoy_types::pb::envoy::r#type::v3::Percent;
 use envoy_types::pb::google::protobuf::{self, Any, UInt32Value, UInt64Value};
-use mesh_routing::cluster::{Breakers, ClusterConfig, Discovery, Families, RetryLimit, Trigger};
+use mesh_routing::cluster::{
+    Breakers, ClusterConfig, Discovery, Families, ProxyHeader, RetryLimit, Traits, Trigger,
+};
 use mesh_routing::lb::{HashFunction, LbPolicy, LeastRequest, SlowStart};
 use prost::Message;
 
@@ -133,9 +139,77 @@ fn limits_and_budgets() {
         with(vec![budget]).retries,
         RetryLimit::Budget {
             percent: 20.0,
-            least: 3
+            least: 3,
+            interval: None,
         }
     );
+    let over_time = Thresholds {
+        retry_budget: Some(RetryBudget {
+            budget_interval: seconds(10),
+            ..RetryBudget::default()
+        }),
+        ..Default::default()
+    };
+    let RetryLimit::Budget { interval, .. } = with(vec![over_time]).retries else {
+        panic!("a budget");
+    };
+    assert_eq!(interval, Some(Duration::from_secs(10)));
+}
+
+#[test]
+fn headers_of_the_proxy_protocol_stand_before_the_transport() {
+    let any = |kind: &str, value: Vec<u8>| {
+        ConfigType::TypedConfig(Any {
+            type_url: format!("type.googleapis.com/envoy.extensions.transport_sockets.{kind}"),
+            value,
+        })
+    };
+    let raw = |value: Vec<u8>| TransportSocket {
+        name: "inner".to_owned(),
+        config_type: Some(any("raw_buffer.v3.RawBuffer", value)),
+    };
+    let announced = |m: &ProxyProtocolUpstreamTransport| {
+        let kind = "proxy_protocol.v3.ProxyProtocolUpstreamTransport";
+        let socket = TransportSocket {
+            name: "outer".to_owned(),
+            config_type: Some(any(kind, m.encode_to_vec())),
+        };
+        compiled(|cluster| cluster.transport_socket = Some(socket))
+    };
+    let config = |version: i32| ProxyProtocolConfig {
+        version,
+        ..ProxyProtocolConfig::default()
+    };
+    let whole = |config: ProxyProtocolConfig| ProxyProtocolUpstreamTransport {
+        config: Some(config),
+        transport_socket: Some(raw(Vec::new())),
+        ..ProxyProtocolUpstreamTransport::default()
+    };
+    let header = |m: &ProxyProtocolUpstreamTransport| {
+        let cluster = announced(m).expect("a cluster");
+        cluster.transports.of(&Traits::default()).header
+    };
+    assert_eq!(header(&whole(config(0))), Some(ProxyHeader::V1));
+    assert_eq!(header(&whole(config(1))), Some(ProxyHeader::V2));
+    assert!(
+        good(|_| {})
+            .transports
+            .of(&Traits::default())
+            .header
+            .is_none()
+    );
+    let refused = |m: &ProxyProtocolUpstreamTransport| announced(m).expect_err("refused");
+    let tlvs = ProxyProtocolConfig {
+        added_tlvs: vec![TlvEntry::default()],
+        ..config(1)
+    };
+    assert!(refused(&whole(tlvs)).contains("transport_socket.added_tlvs"));
+    assert!(refused(&whole(config(7))).contains("transport_socket.config.version"));
+    let without = ProxyProtocolUpstreamTransport {
+        transport_socket: None,
+        ..whole(config(1))
+    };
+    assert!(refused(&without).contains("transport_socket.transport_socket"));
 }
 
 #[test]

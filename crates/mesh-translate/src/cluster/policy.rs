@@ -352,7 +352,7 @@ fn retry_budget(given: &api::RetryBudget) -> RetryBudget {
             0 => RETRY_CONCURRENCY,
             least => least,
         }),
-        ..RetryBudget::default()
+        budget_interval: given.budget_interval.and_then(|time| duration(time.0)),
     }
 }
 

@@ -8,7 +8,7 @@ use envoy_types::pb::envoy::config::cluster::v3::cluster::{
 };
 use envoy_types::pb::envoy::config::core::v3::data_source::Specifier;
 use envoy_types::pb::envoy::config::core::v3::{
-    DataSource, TransportSocket, UpstreamHttpProtocolOptions,
+    DataSource, TransportSocket, UpstreamHttpProtocolOptions, proxy_protocol_config,
 };
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::common_tls_context::ValidationContextType;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
@@ -19,7 +19,9 @@ use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_optio
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::explicit_http_config::ProtocolConfig;
 use envoy_types::pb::google::protobuf::Struct;
 use mesh_api::mesh_config::TlsConfig;
-use mesh_api::networking::destination_rule::{ClientTlsMode, ClientTlsSettings};
+use mesh_api::networking::destination_rule::{
+    ClientTlsMode, ClientTlsSettings, ProxyProtocol, ProxyProtocolVersion,
+};
 use mesh_model::{Mesh, MtlsMode, Node, NodeKind, Service, ServicePort};
 
 use super::Policy;
@@ -45,6 +47,20 @@ impl Target<'_> {
     /// Sets the transport; `secrets` gets the names of what the control plane has to provide. True if what the cluster says inside of TLS that it speaks
     /// is for its server alone, so that the alpn filter must leave it.
     pub(super) fn apply(
+        &self,
+        policy: &Policy<'_>,
+        cluster: &mut Cluster,
+        options: &mut Option<HttpProtocolOptions>,
+        secrets: &mut BTreeSet<String>,
+    ) -> bool {
+        let own_alpn = self.apply_tls(policy, cluster, options, secrets);
+        if let Some(given) = policy.rule.proxy_protocol {
+            announce_clients(given, cluster);
+        }
+        own_alpn
+    }
+
+    fn apply_tls(
         &self,
         policy: &Policy<'_>,
         cluster: &mut Cluster,
@@ -220,6 +236,22 @@ impl Target<'_> {
                 .mesh
                 .destination_rule_for(&self.service.host, self.node)
                 .is_some_and(|rule| rule.selector.is_some())
+    }
+}
+
+/// Puts the PROXY protocol around every transport of a cluster, plain text where it has none (Istio's applyUpstreamProxyProtocol).
+fn announce_clients(given: &ProxyProtocol, cluster: &mut Cluster) {
+    let version = match given.version {
+        ProxyProtocolVersion::V1 => proxy_protocol_config::Version::V1,
+        ProxyProtocolVersion::V2 => proxy_protocol_config::Version::V2,
+    };
+    let wrap = |inner| tls::announced(version, inner);
+    if cluster.transport_socket.is_some() || cluster.transport_socket_matches.is_empty() {
+        let inner = cluster.transport_socket.take().unwrap_or_else(tls::plain);
+        cluster.transport_socket = Some(wrap(inner));
+    }
+    for one in &mut cluster.transport_socket_matches {
+        one.transport_socket = one.transport_socket.take().map(wrap);
     }
 }
 

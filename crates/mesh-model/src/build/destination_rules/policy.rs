@@ -14,19 +14,6 @@ pub(super) fn applied(
     report: &mut Reporter<'_>,
 ) -> TrafficPolicy {
     let mut policy = policy.clone();
-    for (name, given) in [
-        ("tunnel", policy.tunnel.take().is_some()),
-        ("proxyProtocol", policy.proxy_protocol.take().is_some()),
-    ] {
-        if given {
-            report.not_applied(format!("{field}.{name}"));
-        }
-    }
-    if let Some(budget) = &mut policy.retry_budget
-        && budget.budget_interval.take().is_some()
-    {
-        report.not_applied(format!("{field}.retryBudget.budgetInterval"));
-    }
     Parts {
         load_balancer: &mut policy.load_balancer,
         outlier_detection: &mut policy.outlier_detection,
