@@ -21,6 +21,7 @@ pub mod manifest;
 pub mod out;
 pub mod profile;
 pub mod proxy_config;
+pub mod request;
 pub mod state;
 pub mod uninstall;
 pub mod upgrade;

@@ -329,16 +329,20 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
     outcome
 }
 
-/// What the request wants of the TLS handshake of a connection that it goes out on.
+/// What the request wants of the connection that it goes out on, and of its TLS handshake.
 pub(crate) fn tls_wish(
     exchange: &Exchange,
     cluster: &Cluster,
     version: Upstream,
     headers: &HeaderMap,
 ) -> TlsWish {
+    let source = exchange.connection.source;
     let transports = &cluster.config.transports;
     if !transports.is_tls() {
-        return TlsWish::default();
+        return TlsWish {
+            source,
+            ..TlsWish::default()
+        };
     }
     let alpn = match version {
         _ if transports.fixed_alpn => None,
@@ -351,7 +355,11 @@ pub(crate) fn tls_wish(
         let host = header.unwrap_or(&exchange.authority).to_str().unwrap_or("");
         without_port(host).into()
     });
-    TlsWish { alpn, server_name }
+    TlsWish {
+        alpn,
+        server_name,
+        source,
+    }
 }
 
 /// The host of an authority, also of an IPv6 address in brackets.

@@ -295,9 +295,9 @@ impl Host {
         Some(all.remove(at))
     }
 
-    /// May a request with this wish use a connection that was made for that one? In plain text nothing was wished.
+    /// May a request with this wish use a connection that was made for that one? In plain text nothing was wished of a handshake.
     fn fits(&self, made_for: &Wish, wish: &Wish) -> bool {
-        made_for == wish || self.transport.borrow().is_none()
+        made_for == wish || (made_for.source == wish.source && self.transport.borrow().is_none())
     }
 
     /// Waits for a connection that is given back (`None`: for one that is closed, so that another may be opened).

@@ -51,7 +51,10 @@ pub async fn serve(connection: &Rc<Downstream>, proxy: &TcpProxy, mut stream: Wi
         let Some(host) = state.pick(&wish, &worker.peers, || worker.random()) else {
             break;
         };
-        match host.connect(&worker.shared, &cluster.config).await {
+        match host
+            .connect(&worker.shared, &cluster.config, connection.source)
+            .await
+        {
             Ok(opened) => {
                 upstream = Some((host, opened));
                 break;

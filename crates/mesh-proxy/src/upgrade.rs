@@ -150,7 +150,10 @@ pub async fn terminate(
 ) -> Result<Response<ResponseBody>, (ConnectError, Box<Report>)> {
     let connection = &exchange.connection;
     let shared = connection.worker.shared.clone();
-    let mut endpoint = match host.connect(&shared, &cluster.config).await {
+    let mut endpoint = match host
+        .connect(&shared, &cluster.config, connection.source)
+        .await
+    {
         Ok(endpoint) => endpoint,
         Err(error) => return Err((error, report)),
     };

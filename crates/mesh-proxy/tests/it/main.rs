@@ -4,10 +4,12 @@
 #![allow(deprecated)]
 
 mod access;
+mod agent;
 mod balancing;
 mod changes;
 mod config;
 mod control;
+mod dns;
 mod drain;
 mod early;
 mod filters;
@@ -25,4 +27,5 @@ mod smuggling;
 mod stage;
 mod tcp;
 mod tls;
+mod transparent;
 mod upgrades;
