@@ -30,6 +30,9 @@ pub struct Image {
 /// Applets of the images that people exec into to send requests by hand.
 const CLIENT_APPLETS: &[&str] = &["curl", "sleep"];
 
+/// The binary itself by the name of Istio's agent, which hooks of the proxy's container call.
+const AGENT_APPLETS: &[&str] = &["pilot-agent"];
+
 const fn image(name: &'static str, entrypoint: &'static [&'static str]) -> Image {
     Image {
         name,
@@ -65,12 +68,12 @@ static IMAGES: &[Image] = &[
     // The mesh's own parts; the last two are the names that the field's manifests and annotations carry.
     Image {
         user: Some(1337),
-        applets: &[],
+        applets: AGENT_APPLETS,
         ..image("mesh", &[MESH])
     },
     Image {
         user: Some(1337),
-        applets: &[],
+        applets: AGENT_APPLETS,
         ..image("proxyv2", &[MESH])
     },
     Image {
@@ -294,7 +297,7 @@ mod tests {
             }
             for applet in image.applets {
                 assert!(
-                    crate::is_applet(applet),
+                    crate::is_applet(applet) || AGENT_APPLETS.contains(applet),
                     "{} links the unknown applet {applet}",
                     image.name
                 );

@@ -69,6 +69,8 @@ enum Command {
     Exec(mesh_cli::exec::Args),
     /// Wait until the proxy of this pod is ready
     Wait(mesh_cli::wait::Args),
+    /// Make one request to the proxy of this pod
+    Request(mesh_cli::request::Args),
     /// Show what a proxy has: its certificates and roots
     #[command(alias = "pc")]
     ProxyConfig(mesh_cli::proxy_config::Args),
@@ -130,10 +132,11 @@ fn main() -> ExitCode {
 }
 
 /// The commands that no cluster is chosen for.
-const WITHOUT_CLUSTER: [&str; 8] = [
+const WITHOUT_CLUSTER: [&str; 9] = [
     "all-in-one",
     "proxy",
     "wait",
+    "request",
     "offline",
     "state",
     "completion",
@@ -257,6 +260,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Logs(args) => block_on(mesh_cli::logs::run(args, &global)),
         Command::Exec(args) => block_on(mesh_cli::exec::run(args, &global)),
         Command::Wait(args) => block_on(mesh_cli::wait::run(args)),
+        Command::Request(args) => block_on(mesh_cli::request::run(args)),
         Command::ProxyConfig(args) => block_on(mesh_cli::proxy_config::run(args, &global)),
         Command::Ca(args) => block_on(mesh_cli::ca::run(args, &global)),
         Command::Version(args) => block_on(mesh_cli::version::run(args, &global)),

@@ -22,6 +22,7 @@ pub mod manifest;
 pub mod out;
 pub mod profile;
 pub mod proxy_config;
+pub mod request;
 pub mod state;
 pub mod tag;
 pub mod uninstall;

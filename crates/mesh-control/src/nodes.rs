@@ -581,6 +581,7 @@ fn to_set(resources: Resources) -> (ResourceSet, PatchedBy) {
         (types::ENDPOINT, resources.endpoints),
         (types::LISTENER, resources.listeners),
         (types::ROUTE, resources.routes),
+        (types::NAME_TABLE, resources.name_tables),
     ] {
         let by_name: ByName = by_name
             .into_iter()

@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::descriptors::Descriptors;
 use crate::locate;
+use crate::nds::{NAME_TABLE, NameTable};
 
 pub(crate) const ANY: &str = "google.protobuf.Any";
 pub(crate) const DURATION: &str = "google.protobuf.Duration";
@@ -59,6 +60,9 @@ pub enum JsonError {
 /// # Errors
 /// An unknown type, or bytes that are not of the type.
 pub fn to_json(type_url: &str, bytes: &[u8], naming: Naming) -> Result<Value, JsonError> {
+    if type_url == NAME_TABLE {
+        return NameTable::json_of(bytes);
+    }
     let _held = Descriptors::hold();
     let descriptor = descriptor(type_url)?;
     let name = descriptor.full_name().to_owned();

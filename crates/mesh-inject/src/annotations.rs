@@ -124,7 +124,7 @@ impl<'a> Settings<'a> {
                 list => list,
             },
             exclude_interfaces: interfaces(pod, "traffic.sidecar.istio.io/excludeInterfaces")?,
-            interception: interception(pod, &proxy, &mut warnings)?,
+            interception: interception(pod, &proxy)?,
             proxy,
             image: text("sidecar.istio.io/proxyImage", &config.image),
             resources: resources(pod, &config.resources)?,
@@ -246,13 +246,6 @@ fn proxy_config(
         }
         proxy.discovery_address = address.to_owned();
     }
-    if proxy
-        .proxy_metadata
-        .get("ISTIO_META_DNS_CAPTURE")
-        .is_some_and(|value| value != "false")
-    {
-        warnings.push("proxyMetadata ISTIO_META_DNS_CAPTURE is not implemented by this version of mesh and has no effect".to_owned());
-    }
     if let Some(port) = pod.annotation("status.sidecar.istio.io/port") {
         proxy.status_port = port
             .parse()
@@ -261,11 +254,7 @@ fn proxy_config(
     Ok(proxy)
 }
 
-fn interception(
-    pod: &PodView<'_>,
-    proxy: &ProxyConfig,
-    warnings: &mut Vec<String>,
-) -> Result<InterceptionMode, InjectError> {
+fn interception(pod: &PodView<'_>, proxy: &ProxyConfig) -> Result<InterceptionMode, InjectError> {
     let name = "sidecar.istio.io/interceptionMode";
     let mode = match pod.annotation(name) {
         None => proxy.interception_mode,
@@ -274,10 +263,6 @@ fn interception(
         Some("NONE") => InterceptionMode::None,
         Some(value) => return Err(wrong(name, value, "REDIRECT, TPROXY or NONE")),
     };
-    if mode == InterceptionMode::Tproxy {
-        warnings.push("interception mode TPROXY is not implemented by this version of mesh; REDIRECT is used, so applications see the proxy's address".to_owned());
-        return Ok(InterceptionMode::Redirect);
-    }
     Ok(mode)
 }
 

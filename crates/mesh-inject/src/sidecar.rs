@@ -67,6 +67,15 @@ pub(crate) fn injected(
     Ok((result, warnings))
 }
 
+/// As the capture tool and the control plane know it.
+fn mode_name(mode: InterceptionMode) -> &'static str {
+    match mode {
+        InterceptionMode::Redirect => "REDIRECT",
+        InterceptionMode::Tproxy => "TPROXY",
+        InterceptionMode::None => "NONE",
+    }
+}
+
 /// What is added to the pod.
 #[derive(Default)]
 struct Parts {

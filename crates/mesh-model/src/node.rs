@@ -132,6 +132,17 @@ impl Node {
         text(&self.metadata, "HTTP10") == "1"
     }
 
+    /// True if connections reach the proxy with both of their addresses as they were (`INTERCEPTION_MODE` is `TPROXY`).
+    pub fn intercepts_transparently(&self) -> bool {
+        text(&self.metadata, "INTERCEPTION_MODE") == "TPROXY"
+    }
+
+    /// True if the proxy answers its application's DNS queries (`DNS_CAPTURE` is true, from `ISTIO_META_DNS_CAPTURE`).
+    pub fn captures_dns(&self) -> bool {
+        let said = text(&self.metadata, "DNS_CAPTURE");
+        matches!(said, "1" | "t" | "T" | "true" | "TRUE" | "True")
+    }
+
     /// Name of the cluster that the proxy reports; `Kubernetes` where it reports none.
     pub fn cluster_id(&self) -> &str {
         match text(&self.metadata, "CLUSTER_ID") {

@@ -48,6 +48,11 @@ pub enum ListenError {
         "listening on {0}: not permitted; ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE"
     )]
     NotPermitted(SocketAddr),
+    /// Connections to addresses of others need a privilege.
+    #[error(
+        "listening on {0} for connections to any address (TPROXY): not permitted; it needs CAP_NET_ADMIN"
+    )]
+    NotTransparent(SocketAddr),
     /// Anything else.
     #[error("listening on {address}: {source}")]
     Other {
@@ -62,6 +67,9 @@ pub enum ListenError {
 pub fn listen(address: SocketAddr, options: ListenOptions) -> Result<TcpListener, ListenError> {
     listen_socket(address, options).map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => ListenError::InUse(address),
+        io::ErrorKind::PermissionDenied if options.transparent => {
+            ListenError::NotTransparent(address)
+        }
         io::ErrorKind::PermissionDenied => ListenError::NotPermitted(address),
         _ => ListenError::Other { address, source },
     })
@@ -77,10 +85,7 @@ fn listen_socket(address: SocketAddr, options: ListenOptions) -> io::Result<TcpL
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(options.reuse_port)?;
     if options.transparent {
-        match address {
-            SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
-            SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
-        }
+        set_transparent(&socket, address)?;
     }
     if address.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -89,6 +94,14 @@ fn listen_socket(address: SocketAddr, options: ListenOptions) -> io::Result<TcpL
     socket.bind(&address.into())?;
     socket.listen(options.backlog)?;
     Ok(socket.into())
+}
+
+/// IP_TRANSPARENT (ip(7)): the socket may have addresses that are not this host's.
+fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    match address {
+        SocketAddr::V4(_) => socket.set_ip_transparent_v4(true),
+        SocketAddr::V6(_) => socket.set_ip_transparent_v6(true),
+    }
 }
 
 /// Where a redirected connection was going (SO_ORIGINAL_DST), or `None` when it was not redirected.
@@ -111,6 +124,8 @@ pub fn original_destination(socket: &impl AsFd) -> Option<SocketAddr> {
 pub struct ConnectOptions {
     /// The source address; port 0 lets the kernel choose. Inbound connections to an application come from 127.0.0.6.
     pub source: Option<SocketAddr>,
+    /// The source address is that of somebody else (IP_TRANSPARENT; needs CAP_NET_ADMIN).
+    pub transparent: bool,
     /// The mark, where the process may set it ([`may_mark`]).
     pub mark: Option<u32>,
     /// TCP keep-alive: idle time before the first probe; probes follow every fifth of it.
@@ -134,6 +149,9 @@ pub async fn connect(
         let interval = (idle / 5).max(Duration::from_secs(1));
         reference
             .set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(interval))?;
+    }
+    if options.transparent {
+        set_transparent(&reference, address)?;
     }
     if let Some(source) = options.source {
         socket.bind(source)?;

@@ -46,6 +46,7 @@ fn not_ready(shared: &Shared) -> String {
         () if !shared.identified.load(Acquire) => {
             "no valid certificate: waiting for the certificate authority"
         }
+        () if !shared.knows_names() => "no table of names yet: waiting for the control plane",
         () => "listeners are not open yet",
     };
     format!("not ready: {reason}\n")
@@ -98,10 +99,24 @@ pub async fn agent(
             quit.send_replace(true);
             Answer::text("OK\n")
         }
-        (&Method::POST, "/quitquitquit") => {
+        (&Method::POST, "/drain") if peer.ip().is_loopback() => {
+            shared.drain_ahead();
+            tracing::info!("asked to drain: the end of the pod is near");
+            Answer::text("OK\n")
+        }
+        (&Method::POST, "/quitquitquit" | "/drain") => {
             Answer::status(StatusCode::FORBIDDEN, "only from this pod\n")
         }
-        (_, "/quitquitquit") => Answer::status(StatusCode::METHOD_NOT_ALLOWED, "use POST\n"),
+        (_, "/quitquitquit" | "/drain") => {
+            Answer::status(StatusCode::METHOD_NOT_ALLOWED, "use POST\n")
+        }
+        (_, "/debug/ndsz") if !peer.ip().is_loopback() => {
+            Answer::status(StatusCode::FORBIDDEN, "only from this pod\n")
+        }
+        (_, "/debug/ndsz") => match crate::dns::table(&shared) {
+            Some(table) => Answer::json(&table),
+            None => Answer::status(StatusCode::NOT_FOUND, "{}"),
+        },
         (_, path) => match shared.options.app_probes.get(path) {
             Some(probe) => probes::answer(&shared, probe, &request).await,
             None => Answer::status(StatusCode::NOT_FOUND, ""),

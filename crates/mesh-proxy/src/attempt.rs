@@ -329,18 +329,20 @@ pub async fn run(plan: &Plan<'_>, mut request: Request<RequestBody>) -> Outcome 
     outcome
 }
 
-/// What the request wants of the TLS handshake of a connection that it goes out on.
+/// What the request wants of the connection that it goes out on, and of its TLS handshake.
 pub(crate) fn tls_wish(
     exchange: &Exchange,
     cluster: &Cluster,
     version: Upstream,
     headers: &HeaderMap,
 ) -> TlsWish {
+    let source = exchange.connection.source;
     let transports = &cluster.config.transports;
     let ends = exchange.connection.ends_for(transports);
     if !transports.is_tls() {
         return TlsWish {
             ends,
+            source,
             ..TlsWish::default()
         };
     }
@@ -359,6 +361,7 @@ pub(crate) fn tls_wish(
         ends,
         alpn,
         server_name,
+        source,
     }
 }
 

@@ -9,9 +9,11 @@ use mesh_routing::compile::{CLUSTER, ENDPOINTS, LISTENER, ROUTE};
 use mesh_routing::{Rejection as Refused, XdsState};
 use mesh_store::{Batch, Store, StoreError, StoreOptions, Tree};
 use mesh_xds::client::{Named, Versions};
+use mesh_xds::types::NAME_TABLE;
 use mesh_xds::{Handler, Rejection, Update};
 use prost::Message;
 
+use crate::dns;
 use crate::sds::{SECRET, Subscription};
 use crate::shared::Shared;
 
@@ -140,12 +142,11 @@ impl Receiver {
 
     fn resume(&mut self, kept: Vec<Kept>) {
         for resource in kept {
-            match insert(
-                &mut self.state,
-                &resource.type_url,
-                &resource.name,
-                &resource.value,
-            ) {
+            let taken = match resource.type_url.as_str() {
+                NAME_TABLE => dns::take(&self.shared, &resource.value),
+                type_url => insert(&mut self.state, type_url, &resource.name, &resource.value),
+            };
+            match taken {
                 Ok(()) => {
                     let versions = self.versions.entry(resource.type_url).or_default();
                     versions.insert(resource.name, resource.version);
@@ -227,9 +228,28 @@ impl Receiver {
             .collect()
     }
 
+    /// There is one table, or none: then there is nothing that the mesh answers.
+    fn apply_names(&self, update: &Update) -> Vec<Rejection> {
+        let Some(resource) = update.upserts.last() else {
+            if !update.removals.is_empty() || self.shared.names.load().is_none() {
+                // No bytes are a table without entries.
+                let _ = dns::take(&self.shared, &[]);
+            }
+            return Vec::new();
+        };
+        let refused = dns::take(&self.shared, &resource.value).err();
+        let refused = refused.map(|message| Rejection {
+            name: resource.name.clone(),
+            message,
+        });
+        refused.into_iter().collect()
+    }
+
     fn apply(&mut self, update: &Update) -> Vec<Rejection> {
-        if update.type_url == SECRET {
-            return self.apply_secrets(update);
+        match update.type_url.as_str() {
+            SECRET => return self.apply_secrets(update),
+            NAME_TABLE => return self.apply_names(update),
+            _ => {}
         }
         let mut refused = Vec::new();
         for resource in &update.upserts {

@@ -13,6 +13,7 @@ pub mod attempt;
 pub mod body;
 pub mod clock;
 pub mod control;
+pub mod dns;
 pub mod exec;
 pub mod filter;
 mod framing;

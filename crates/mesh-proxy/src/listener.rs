@@ -41,6 +41,7 @@ use crate::listener::linger::Linger;
 use crate::pool::Ends;
 use crate::report::principals::Principals;
 use crate::sniff::{self, Protocol};
+use crate::tls::connect::{Source, Wish};
 use crate::tls::wire::Wire;
 use crate::worker::Worker;
 use crate::{http as http_path, tcp};
@@ -72,6 +73,8 @@ pub struct Downstream {
     pub destination: SocketAddr,
     /// Was it redirected?
     pub redirected: bool,
+    /// The client's address, where connections to endpoints are to come from it.
+    pub source: Option<Source>,
     /// Direction of the listener.
     pub direction: Direction,
     /// What the TLS handshake has shown; `None` for plain text.
@@ -183,6 +186,13 @@ async fn serve_inner(
         None
     };
     let destination = original.unwrap_or(stream.local_addr()?);
+    // By TPROXY a connection has the address that it was going to; who means the port itself was not captured.
+    let redirected =
+        original.is_some() || (accepted.transparent && destination.port() != bound.port());
+    let source = accepted.original_source.map(|mark| Source {
+        ip: remote.ip().to_canonical(),
+        mark,
+    });
     let listener = snapshot.hand_over(&accepted, destination).clone();
     let direction = accepted.direction;
     drop(snapshot);
@@ -216,7 +226,8 @@ async fn serve_inner(
         manager: RefCell::default(),
         remote,
         destination,
-        redirected: original.is_some(),
+        redirected,
+        source,
         direction,
         principals: arrived.tls.as_deref().and_then(Principals::of_client),
         client_cert: RefCell::default(),
@@ -478,6 +489,15 @@ impl Downstream {
                 destination: self.destination,
             })
         })
+    }
+
+    /// What connections to endpoints that are this client's alone are opened with.
+    pub fn wish_for(&self, transports: &Transports) -> Wish {
+        Wish {
+            ends: self.ends_for(transports),
+            source: self.source,
+            ..Wish::default()
+        }
     }
 
     /// The connection manager for a request: routes and settings follow the snapshot also on a connection that was accepted before it.

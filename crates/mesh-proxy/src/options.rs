@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use crate::agent::probes::{self, AppProbe};
+use crate::dns::DnsOptions;
 use crate::identity::IdentityOptions;
 
 /// Which kind of proxy.
@@ -83,11 +84,16 @@ pub struct ProxyOptions {
     pub state_dir: Option<PathBuf>,
     /// How long connections may finish after SIGTERM. Default 5 s.
     pub termination_drain: Duration,
+    /// Set (`EXIT_ON_ZERO_ACTIVE_CONNECTIONS`), the last connection decides about the end in place of `termination_drain`, but not before this time
+    /// is over (`MINIMUM_DRAIN_DURATION`, 5 s).
+    pub exit_on_zero: Option<Duration>,
     /// How long connections may go on after their filter chain was changed or taken away, and the drain time of `/drain_listeners?graceful`
     /// (`drainDuration`). Default 45 s, as with Istio.
     pub drain: Duration,
     /// Where the application's own metrics are, from `ISTIO_PROMETHEUS_ANNOTATIONS` (port, path).
     pub app_metrics: Option<(u16, String)>,
+    /// How the application's DNS queries are answered; `None` where they are not captured. Set for a sidecar with `ISTIO_META_DNS_CAPTURE`.
+    pub dns: Option<DnsOptions>,
     /// Probes of the application that the agent makes, by the path that stands for them, from `ISTIO_KUBE_APP_PROBERS`.
     pub app_probes: BTreeMap<String, AppProbe>,
 }
@@ -105,6 +111,9 @@ pub enum OptionsError {
         /// What is wrong, and what is expected.
         reason: String,
     },
+    /// The pod's resolvers cannot be read.
+    #[error("reading the resolvers to which DNS queries go on from {RESOLV_CONF}: {0}")]
+    Resolvers(std::io::Error),
     /// A file of labels cannot be read.
     #[error("reading labels from {path}: {source}")]
     Labels {
@@ -115,6 +124,8 @@ pub enum OptionsError {
     },
 }
 
+/// The pod's resolvers.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Where the pod's labels are mounted (downward API).
 const LABELS_FILE: &str = "/etc/istio/pod/labels";
 /// Where state is kept unless told otherwise; an emptyDir that outlives the container, not the pod.
@@ -136,8 +147,8 @@ impl ProxyOptions {
     }
 
     /// The same from given variables. `POD_NAME`, `POD_NAMESPACE`, `INSTANCE_IP`, `SERVICE_ACCOUNT`, `PROXY_CONFIG` (JSON, Istio's
-    /// `ProxyConfig`), `ISTIO_META_*`, `ISTIO_CPU_LIMIT`, `TERMINATION_DRAIN_DURATION_SECONDS`, `ENVOY_STATUS_PORT`,
-    /// `ENVOY_PROMETHEUS_PORT`, `MESH_STATE_DIR`, `ISTIO_PROMETHEUS_ANNOTATIONS`, `ISTIO_KUBE_APP_PROBERS` count, and for the identity `CA_ADDR`, `TRUST_DOMAIN`,
+    /// `ProxyConfig`), `ISTIO_META_*`, `ISTIO_CPU_LIMIT`, `TERMINATION_DRAIN_DURATION_SECONDS`, `EXIT_ON_ZERO_ACTIVE_CONNECTIONS`, `MINIMUM_DRAIN_DURATION`, `ENVOY_STATUS_PORT`,
+    /// `ENVOY_PROMETHEUS_PORT`, `MESH_STATE_DIR`, `ISTIO_PROMETHEUS_ANNOTATIONS`, `ISTIO_KUBE_APP_PROBERS`, `DNS_PROXY_ADDR` count, and for the identity `CA_ADDR`, `TRUST_DOMAIN`,
     /// `SECRET_TTL`, `SECRET_GRACE_PERIOD_RATIO`, `SECRET_GRACE_PERIOD_RATIO_JITTER`, `CA_ROOT_CA`, `MESH_TOKEN_FILE`, `MESH_CREDENTIALS_DIR`.
     pub fn from_vars(
         role: Role,
@@ -184,14 +195,26 @@ impl ProxyOptions {
                 field("terminationDrainDuration"),
                 get("TERMINATION_DRAIN_DURATION_SECONDS"),
             )?,
+            exit_on_zero: exit_on_zero(&get)?,
             drain: seconds("drainDuration", field("drainDuration"), 45)?,
             app_metrics: get("ISTIO_PROMETHEUS_ANNOTATIONS")
                 .map(app_metrics)
                 .transpose()?
                 .flatten(),
+            dns: dns(role, &get)?,
             app_probes: app_probes(get("ISTIO_KUBE_APP_PROBERS"))?,
         };
         options.metadata = options.node_metadata(&vars);
+        let own = options.ports.agent;
+        if options
+            .app_metrics
+            .as_ref()
+            .is_some_and(|(port, _)| *port == own)
+        {
+            let text = get("ISTIO_PROMETHEUS_ANNOTATIONS").unwrap_or_default();
+            let reason = format!("port {own} is the agent's, which would ask itself");
+            return Err(bad("ISTIO_PROMETHEUS_ANNOTATIONS", text, reason));
+        }
         Ok(options)
     }
 
@@ -384,6 +407,44 @@ fn termination_drain(
     self::seconds("terminationDrainDuration", config, 5)
 }
 
+/// Go's names for true, as in all variables of Istio.
+fn is_true(value: &str) -> bool {
+    matches!(value, "1" | "t" | "T" | "true" | "TRUE" | "True")
+}
+
+/// Gateways have no application whose queries could be captured.
+fn dns<'a>(
+    role: Role,
+    get: &impl Fn(&str) -> Option<&'a str>,
+) -> Result<Option<DnsOptions>, OptionsError> {
+    if role != Role::Sidecar || !get("ISTIO_META_DNS_CAPTURE").is_some_and(is_true) {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(RESOLV_CONF).map_err(OptionsError::Resolvers)?;
+    let address = get("DNS_PROXY_ADDR");
+    let options = DnsOptions::read(&text, address);
+    options
+        .map(Some)
+        .map_err(|reason| bad("DNS_PROXY_ADDR", address.unwrap_or_default(), reason))
+}
+
+fn exit_on_zero<'a>(
+    get: &impl Fn(&str) -> Option<&'a str>,
+) -> Result<Option<Duration>, OptionsError> {
+    let name = "EXIT_ON_ZERO_ACTIVE_CONNECTIONS";
+    match get(name) {
+        None | Some("false") => Ok(None),
+        Some("true") => {
+            let name = "MINIMUM_DRAIN_DURATION";
+            let text = get(name).unwrap_or("5s");
+            go_duration(text)
+                .map(Some)
+                .ok_or_else(|| bad(name, text, "is not a duration, such as 5s"))
+        }
+        Some(other) => Err(bad(name, other, "is neither true nor false")),
+    }
+}
+
 /// A duration of the `ProxyConfig`, in seconds as `5s`.
 fn seconds(name: &'static str, text: Option<&str>, default: u64) -> Result<Duration, OptionsError> {
     let Some(text) = text else {
@@ -505,6 +566,60 @@ mod tests {
         assert_eq!(options.concurrency, 1);
         assert_eq!(options.metadata["LABELS"]["version"], "v1");
         assert_eq!(options.metadata["CLUSTER_ID"], "Kubernetes");
+    }
+
+    #[test]
+    fn workers_follow_the_cpu_limit_unless_their_number_is_set() {
+        let workers = |pairs: &[(&str, &str)]| {
+            ProxyOptions::from_vars(Role::Sidecar, vars(pairs), Path::new("/nowhere"))
+                .expect("options")
+                .concurrency
+        };
+        let limit = ("ISTIO_CPU_LIMIT", "1");
+        assert_eq!(workers(&[limit]), 1);
+        assert_eq!(
+            workers(&[limit, ("PROXY_CONFIG", r#"{"concurrency":3}"#)]),
+            3
+        );
+        assert_eq!(
+            workers(&[limit, ("PROXY_CONFIG", r#"{"concurrency":0}"#)]),
+            cores()
+        );
+        // The downward API says the node's cores where there is no limit.
+        assert_eq!(workers(&[("ISTIO_CPU_LIMIT", "100000")]), cores());
+    }
+
+    #[test]
+    fn the_end_is_timed_as_istios_agent_does_it() {
+        let read = |pairs: &[(&str, &str)]| {
+            ProxyOptions::from_vars(Role::Sidecar, vars(pairs), Path::new("/nowhere"))
+        };
+        let on = ("EXIT_ON_ZERO_ACTIVE_CONNECTIONS", "true");
+        for (pairs, limit, exit_on_zero) in [
+            (&[][..], 5, None),
+            (&[("TERMINATION_DRAIN_DURATION_SECONDS", "7")], 7, None),
+            (
+                &[(
+                    "PROXY_CONFIG",
+                    r#"{"terminationDrainDuration":"9s","drainDuration":"3s"}"#,
+                )],
+                9,
+                None,
+            ),
+            (&[on], 5, Some(5)),
+            (&[on, ("MINIMUM_DRAIN_DURATION", "1m2s")], 5, Some(62)),
+        ] {
+            let options = read(pairs).expect("options");
+            assert_eq!(options.termination_drain, Duration::from_secs(limit));
+            assert_eq!(options.exit_on_zero, exit_on_zero.map(Duration::from_secs));
+        }
+        for wrong in [
+            ("EXIT_ON_ZERO_ACTIVE_CONNECTIONS", "maybe"),
+            ("MINIMUM_DRAIN_DURATION", "soon"),
+        ] {
+            let error = read(&[on, wrong]).expect_err("no time").to_string();
+            assert!(error.contains(wrong.0), "{error}");
+        }
     }
 
     #[test]

@@ -299,7 +299,8 @@ impl Host {
     /// said of a client holds for that client's requests only.
     fn fits(&self, made_for: &Wish, wish: &Wish) -> bool {
         let transport = self.transport.borrow();
-        (transport.tls.is_none() || made_for.has_handshake_of(wish))
+        made_for.source == wish.source
+            && (transport.tls.is_none() || made_for.has_handshake_of(wish))
             && (transport.header.is_none() || made_for.ends == wish.ends)
     }
 

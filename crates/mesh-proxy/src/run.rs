@@ -8,6 +8,7 @@ use std::time::Duration;
 use mesh_net::sockets::{ConnectOptions, ListenError, connect};
 use mesh_store::StoreError;
 use mesh_xds::channel::Connector;
+use mesh_xds::types::NAME_TABLE;
 use mesh_xds::{AdsClient, ClientConfig};
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, LocalRuntime};
@@ -21,7 +22,7 @@ use crate::options::{ProxyOptions, SECURE_PORT};
 use crate::serve::{open, serve};
 use crate::shared::Shared;
 use crate::worker::Worker;
-use crate::{admin, agent};
+use crate::{admin, agent, dns};
 
 /// A drained proxy stays for at least this long, so that who is about to connect still finds it.
 const MINIMUM_DRAIN: Duration = Duration::from_millis(250);
@@ -38,6 +39,14 @@ pub enum RunError {
         port: &'static str,
         /// Why.
         source: ListenError,
+    },
+    /// The port for DNS queries over UDP is taken.
+    #[error("opening the proxy's DNS port: listening on {address} for UDP: {source}")]
+    Datagrams {
+        /// Which.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
     },
     /// The state directory cannot be used.
     #[error("opening the state directory: {0}")]
@@ -90,6 +99,7 @@ async fn main_thread(shared: Arc<Shared>, receiver: Receiver) -> Result<(), RunE
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     own_ports(&shared, &quit)?;
+    dns::start(&shared)?;
     tokio::task::spawn_local(crate::secrets::files::watch(shared.clone()));
     let agent = shared.options.identity.clone();
     let agent = agent.map(|options| Agent::new(shared.clone(), options, connector(&shared)));
@@ -117,6 +127,9 @@ fn discovery(shared: &Arc<Shared>, receiver: &Receiver, agent: Option<&Agent>) -
     );
     config.initial_versions = receiver.versions();
     config.named = Some(receiver.secrets());
+    if shared.options.dns.is_some() {
+        config.types.push(NAME_TABLE.to_owned());
+    }
     config.connector = connector(shared);
     let secure = |address: &String| address.ends_with(SECURE_PORT);
     if let Some(agent) = agent.filter(|_| shared.options.discovery.iter().all(secure)) {
@@ -132,9 +145,9 @@ fn connector(shared: &Arc<Shared>) -> Connector {
     let mark = shared.mark;
     Arc::new(move |address| {
         let options = ConnectOptions {
-            source: None,
             mark,
             keepalive: Some(DISCOVERY_KEEPALIVE),
+            ..ConnectOptions::default()
         };
         Box::pin(connect(address, options))
     })
@@ -182,13 +195,37 @@ fn bind(port: &'static str, ip: IpAddr, number: u16) -> Result<Option<TcpListene
     Ok(Some(TcpListener::from_std(socket)?))
 }
 
+/// How long a drained proxy stays.
+#[derive(Debug, PartialEq)]
+struct Ends {
+    /// At least, connections or not.
+    minimum: Duration,
+    /// At most; without it the last connection decides, and in the end whoever stops the pod.
+    limit: Option<Duration>,
+}
+
+impl Ends {
+    /// `ahead`: connections were asked to end before the signal came, and whoever was about to connect has done it.
+    fn of(options: &ProxyOptions, ahead: bool) -> Self {
+        let (minimum, limit) = match options.exit_on_zero {
+            Some(minimum) => (minimum, None),
+            None => (MINIMUM_DRAIN, Some(options.termination_drain)),
+        };
+        Self {
+            minimum: if ahead { Duration::ZERO } else { minimum },
+            limit,
+        }
+    }
+}
+
 /// Waits until all connections have ended, no longer than the options say.
 async fn drain(shared: &Shared) {
+    let Ends { minimum, limit } = Ends::of(&shared.options, shared.is_drained_ahead());
     shared.drain();
     let started = Instant::now();
-    while started.elapsed() < shared.options.termination_drain {
+    while limit.is_none_or(|limit| started.elapsed() < limit) {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        if started.elapsed() >= MINIMUM_DRAIN && shared.totals.open.load(Ordering::Relaxed) == 0 {
+        if started.elapsed() >= minimum && shared.totals.open.load(Ordering::Relaxed) == 0 {
             break;
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh_routing::listener::Direction;
 use mesh_routing::{Rejection, Snapshot, XdsState, compile};
 use mesh_telemetry::IstioMetrics;
@@ -12,8 +12,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
+use crate::dns::DnsCounters;
+use crate::dns::names::Names;
 use crate::node::Identity;
-use crate::options::ProxyOptions;
+use crate::options::{ProxyOptions, Role};
 use crate::upstream::common::Upstreams;
 
 /// Counters that the admin interface shows.
@@ -66,6 +68,8 @@ pub struct Shared {
     pub draining: AtomicBool,
     /// Set while those are that came in from outside the workload.
     pub draining_inbound: AtomicBool,
+    /// Set when the draining began ahead of the signal to end ([`Shared::drain_ahead`]).
+    drained_ahead: AtomicBool,
     /// Listeners that take no more connections, whatever the configuration says ([`Shared::stop_listeners`]).
     stopped: AtomicU8,
     /// Set by `POST /healthcheck/fail`.
@@ -74,6 +78,10 @@ pub struct Shared {
     pub configured: AtomicBool,
     /// There is a valid certificate, or none is needed.
     pub identified: AtomicBool,
+    /// Names of the mesh, for the application's DNS queries; `None` before the control plane has sent them.
+    pub names: ArcSwapOption<Names>,
+    /// DNS queries.
+    pub dns: DnsCounters,
     /// Seconds until the certificate expires.
     pub certificate_expiry: Gauge<f64, AtomicU64>,
     /// Workers whose listeners are open for the present snapshot.
@@ -99,11 +107,20 @@ impl Shared {
                 certificate_expiry.clone(),
             );
         }
-        let exempt_by_uid = effective_uid() == mesh_net::sockets::PROXY_UID;
+        let dns = DnsCounters::default();
+        if options.dns.is_some() {
+            dns.register(&mut registry);
+        }
+        // Under TPROXY the proxy is root, for its capability, and its group is what capture goes by.
+        let exempt_by_owner = ["Uid:", "Gid:"]
+            .iter()
+            .any(|field| effective_id(field) == mesh_net::sockets::PROXY_UID);
         Arc::new(Self {
             identity: Identity::new(&options),
             identified: AtomicBool::new(options.identity.is_none()),
             certificate_expiry,
+            names: ArcSwapOption::empty(),
+            dns,
             options,
             metrics,
             registry,
@@ -115,11 +132,12 @@ impl Shared {
             secrets: crate::secrets::Secrets::default(),
             draining: AtomicBool::new(false),
             draining_inbound: AtomicBool::new(false),
+            drained_ahead: AtomicBool::new(false),
             stopped: AtomicU8::new(0),
             failing: AtomicBool::new(false),
             configured: AtomicBool::new(false),
             serving: AtomicUsize::new(0),
-            mark: (!exempt_by_uid && mesh_net::sockets::may_mark())
+            mark: (!exempt_by_owner && mesh_net::sockets::may_mark())
                 .then_some(mesh_net::sockets::EXEMPT_MARK),
             started: Instant::now(),
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
@@ -159,6 +177,21 @@ impl Shared {
         self.changes.send_modify(|number| *number += 1);
     }
 
+    /// What Istio's agent does for `POST /drain`, the hook that a pod's end begins with: a sidecar drains what comes in, and the application
+    /// may go on calling others until it has ended; a gateway drains everything. Listeners stay open.
+    pub fn drain_ahead(&self) {
+        self.drained_ahead.store(true, Ordering::Release);
+        match self.options.role {
+            Role::Sidecar => self.drain_inbound(),
+            Role::Router => self.drain(),
+        }
+    }
+
+    /// Has [`Shared::drain_ahead`] been called?
+    pub fn is_drained_ahead(&self) -> bool {
+        self.drained_ahead.load(Ordering::Acquire)
+    }
+
     /// Are connections of this direction drained?
     pub fn is_draining(&self, direction: Direction) -> bool {
         self.draining.load(Ordering::Acquire)
@@ -190,9 +223,15 @@ impl Shared {
         self.is_draining(Direction::Inbound) || self.is_stopped(Direction::Inbound)
     }
 
+    /// Are names of the mesh known, where the application's DNS queries depend on them?
+    pub fn knows_names(&self) -> bool {
+        self.options.dns.is_none() || self.names.load().is_some()
+    }
+
     /// Can traffic be taken? (`/healthz/ready`)
     pub fn is_ready(&self) -> bool {
         self.configured.load(Ordering::Acquire)
+            && self.knows_names()
             && self.identified.load(Ordering::Acquire)
             && self.serving.load(Ordering::Acquire) >= self.options.concurrency
             && !self.is_leaving()
@@ -200,15 +239,15 @@ impl Shared {
     }
 }
 
-/// The effective uid, from /proc, so that no system call wrapper is needed here.
-fn effective_uid() -> u32 {
+/// The effective uid or gid, from /proc, so that no system call wrapper is needed here.
+fn effective_id(field: &str) -> u32 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status
         .lines()
-        .find_map(|line| line.strip_prefix("Uid:"))
+        .find_map(|line| line.strip_prefix(field))
         .unwrap_or("");
     line.split_whitespace()
         .nth(1)
-        .and_then(|uid| uid.parse().ok())
+        .and_then(|id| id.parse().ok())
         .unwrap_or(u32::MAX)
 }

@@ -25,7 +25,6 @@ use crate::listener::tenure::Tenancy;
 use crate::pool::{ConnectError, Host, TcpUpstream};
 use crate::report::principals::Principals;
 use crate::report::{Flag, Flags};
-use crate::tls::connect::Wish as TlsWish;
 use crate::tls::wire::Wire;
 use crate::upstream::counters::Counter;
 use crate::upstream::{ClusterState, Wish};
@@ -112,10 +111,7 @@ async fn open(
 ) -> Result<(Rc<Host>, Upstream), Flags> {
     let worker = &connection.worker;
     let destination = connection.redirected.then_some(connection.destination);
-    let tls = TlsWish {
-        ends: connection.ends_for(&cluster.config.transports),
-        ..TlsWish::default()
-    };
+    let tls = connection.wish_for(&cluster.config.transports);
     let mut tried: Vec<SocketAddr> = Vec::new();
     for _ in 0..proxy.max_connect_attempts {
         let wish = Wish {

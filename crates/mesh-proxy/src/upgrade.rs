@@ -21,7 +21,6 @@ use crate::http::Exchange;
 use crate::listener::tenure::Tenancy;
 use crate::pool::{ConnectError, Host, Lease};
 use crate::report::{Flag, Report};
-use crate::tls::connect::Wish as TlsWish;
 
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
@@ -151,10 +150,7 @@ pub async fn terminate(
 ) -> Result<Response<ResponseBody>, (ConnectError, Box<Report>)> {
     let connection = &exchange.connection;
     let shared = connection.worker.shared.clone();
-    let wish = TlsWish {
-        ends: connection.ends_for(&cluster.config.transports),
-        ..TlsWish::default()
-    };
+    let wish = connection.wish_for(&cluster.config.transports);
     let mut endpoint = match host.connect(&shared, &cluster.config, &wish).await {
         Ok(endpoint) => endpoint,
         Err(error) => return Err((error, report)),

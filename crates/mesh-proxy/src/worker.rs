@@ -42,7 +42,8 @@ pub struct Worker {
     clusters: RefCell<HashMap<Arc<str>, Rc<ClusterState>, foldhash::fast::RandomState>>,
     connections: RefCell<Vec<Weak<Downstream>>>,
     tenancies: RefCell<Vec<Weak<Tenancy>>>,
-    open: RefCell<HashMap<SocketAddr, JoinHandle<()>>>,
+    /// By address, and whether connections to any address are taken.
+    open: RefCell<HashMap<(SocketAddr, bool), JoinHandle<()>>>,
     seed: Cell<u64>,
 }
 
@@ -195,27 +196,27 @@ impl Worker {
     /// Opens and closes sockets so that they are those of the snapshot. Connections stay. True if one could not be opened.
     fn sync_listeners(self: &Rc<Self>) -> bool {
         let snapshot = self.snapshot();
-        let wanted: Vec<SocketAddr> = snapshot
+        let wanted: Vec<(SocketAddr, bool)> = snapshot
             .listeners()
             .filter(|l| l.bind && !self.shared.is_stopped(l.direction))
-            .map(|l| l.address)
+            .map(|l| (l.address, l.transparent))
             .collect();
         let mut open = self.open.borrow_mut();
-        open.retain(|address, task| {
-            let keep = wanted.contains(address) && !task.is_finished();
+        open.retain(|socket, task| {
+            let keep = wanted.contains(socket) && !task.is_finished();
             if !keep {
                 task.abort();
             }
             keep
         });
         let mut failed = false;
-        for address in wanted {
-            if open.contains_key(&address) {
+        for (address, transparent) in wanted {
+            if open.contains_key(&(address, transparent)) {
                 continue;
             }
-            match self.open_listener(address) {
+            match self.open_listener(address, transparent) {
                 Ok(task) => {
-                    open.insert(address, task);
+                    open.insert((address, transparent), task);
                 }
                 Err(error) => {
                     failed = true;
@@ -226,9 +227,14 @@ impl Worker {
         failed
     }
 
-    fn open_listener(self: &Rc<Self>, address: SocketAddr) -> Result<JoinHandle<()>, String> {
+    fn open_listener(
+        self: &Rc<Self>,
+        address: SocketAddr,
+        transparent: bool,
+    ) -> Result<JoinHandle<()>, String> {
         let options = ListenOptions {
             reuse_port: true,
+            transparent,
             ..ListenOptions::default()
         };
         let socket = listen(address, options).map_err(|error| error.to_string())?;

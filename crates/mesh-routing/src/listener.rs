@@ -8,6 +8,8 @@ use envoy_types::pb::envoy::config::core::v3::TrafficDirection;
 use envoy_types::pb::envoy::config::listener::v3 as pb;
 use envoy_types::pb::envoy::config::listener::v3::listener_filter::ConfigType;
 use envoy_types::pb::envoy::config::listener::v3::listener_filter_chain_match_predicate::Rule;
+use envoy_types::pb::envoy::extensions::filters::listener::original_src::v3::OriginalSrc;
+use prost::Message;
 
 use crate::chain::{self, Candidate, ConnectionView, FilterChain, NetworkFilter, compile_chain};
 use crate::endpoint::socket_address;
@@ -32,6 +34,10 @@ pub struct Listener {
     pub use_original_dst: bool,
     /// Connections come redirected: the kernel knows their original destination.
     pub restores_destination: bool,
+    /// Take connections to addresses that are not this host's (TPROXY): their local address is their original destination.
+    pub transparent: bool,
+    /// Connections to endpoints come from the client's address, on sockets with this mark (0 for none).
+    pub original_source: Option<u32>,
     /// In which direction traffic flows.
     pub direction: Direction,
     /// Limit for the first bytes to show what they are; `None` waits.
@@ -71,6 +77,8 @@ impl Listener {
                     .is_none_or(|v1| flag(v1.bind_to_port.as_ref(), true)),
             use_original_dst: flag(m.use_original_dst.as_ref(), false),
             restores_destination: flag(m.use_original_dst.as_ref(), false),
+            transparent: flag(m.transparent.as_ref(), false),
+            original_source: None,
             direction: match TrafficDirection::try_from(m.traffic_direction) {
                 Ok(TrafficDirection::Inbound) => Direction::Inbound,
                 _ => Direction::Outbound,
@@ -128,6 +136,9 @@ impl Listener {
             }
             ("envoy.extensions.filters.listener.http_inspector.v3.HttpInspector", _)
             | ("", "envoy.filters.listener.http_inspector") => self.http_inspector = Some(disabled),
+            ("envoy.extensions.filters.listener.original_src.v3.OriginalSrc", _) => {
+                self.original_source = Some(original_source(m)?);
+            }
             (type_name, _) => return Err(CompileError::unsupported(type_name)),
         }
         Ok(())
@@ -191,7 +202,7 @@ fn refuse_others(m: &pb::Listener) -> Result<()> {
     every_field!(m, pb::Listener,
     used {
         name, address, stat_prefix, filter_chains, use_original_dst, default_filter_chain, deprecated_v1, listener_filters,
-        listener_filters_timeout, continue_on_listener_filters_timeout, traffic_direction, bind_to_port,
+        listener_filters_timeout, continue_on_listener_filters_timeout, traffic_direction, bind_to_port, transparent,
     }
     // Buffers, backlogs and balancing between workers are the proxy's own; keep-alive is always on; overload handling is not here.
     irrelevant {
@@ -201,10 +212,21 @@ fn refuse_others(m: &pb::Listener) -> Result<()> {
         freebind,
     }
     refused {
-        additional_addresses, fcds_config, filter_chain_matcher, transparent, socket_options, udp_listener_config, api_listener,
+        additional_addresses, fcds_config, filter_chain_matcher, socket_options, udp_listener_config, api_listener,
         access_log, listener_specifier,
     });
     Ok(())
+}
+
+/// The mark of `OriginalSrc`. The client's port is never taken over, in Envoy neither (its `bind_port` does nothing yet).
+fn original_source(m: &pb::ListenerFilter) -> Result<u32> {
+    let Some(ConfigType::TypedConfig(any)) = &m.config_type else {
+        return Ok(0);
+    };
+    let m = OriginalSrc::decode(any.value.as_slice())
+        .map_err(|error| CompileError::new("typed_config", error.to_string()))?;
+    every_field!(&m, OriginalSrc, used { mark } irrelevant {} refused { bind_port });
+    Ok(m.mark)
 }
 
 /// Where a listener filter is switched off.

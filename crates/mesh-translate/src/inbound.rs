@@ -118,6 +118,9 @@ impl Sidecar<'_> {
             chains.extend(self.known_port(*port, of_port.protocol));
         }
         listener::restore_destination(&mut listener);
+        if self.node.intercepts_transparently() {
+            listener::keep_addresses(&mut listener);
+        }
         let except = |looks: fn(MtlsMode, Declared) -> bool| {
             let known = ports
                 .iter()

@@ -1,6 +1,6 @@
 //! From intent to xDS.
 //!
-//! **What**: [`translate`] makes the [`Resources`] (listeners, routes, clusters, endpoints) that one node gets, with Istio's names and shapes.
+//! **What**: [`translate`] makes the [`Resources`] (listeners, routes, clusters, endpoints, the table of names) that one node gets, with Istio's names and shapes.
 //! **In**: a [`mesh_model::Mesh`] and a [`mesh_model::Node`].
 //! **Out**: encoded Envoy messages by name, each with a hash of its content as version; the same input gives the same bytes.
 //! **Never**: no IO, no clock, no state between calls; nothing that the mesh does not say.
@@ -14,6 +14,7 @@ mod gateway;
 mod inbound;
 mod listener;
 mod metadata;
+mod name_table;
 mod names;
 mod outbound;
 mod pb;
@@ -37,6 +38,7 @@ pub fn translate(mesh: &Mesh, node: &Node) -> Resources {
         NodeKind::Sidecar => {
             outbound::add(mesh, node, &mut resources);
             inbound::add(mesh, node, &mut resources);
+            name_table::add(mesh, node, &mut resources);
         }
         NodeKind::Router => gateway::add(mesh, node, &mut resources),
     }

@@ -15,6 +15,7 @@ use envoy_types::pb::envoy::extensions::filters::http::fault::v3::HttpFault;
 use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::listener::http_inspector::v3::HttpInspector;
 use envoy_types::pb::envoy::extensions::filters::listener::original_dst::v3::OriginalDst;
+use envoy_types::pb::envoy::extensions::filters::listener::original_src::v3::OriginalSrc;
 use envoy_types::pb::envoy::extensions::filters::listener::tls_inspector::v3::TlsInspector;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{RouteSpecifier, UpgradeConfig};
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_filter::ConfigType as HttpFilterConfig;
@@ -36,6 +37,9 @@ mod alpn;
 
 /// Whether our proxies are sent the filter; stock Envoys don't have it.
 const SEND_ALPN_FILTER: bool = true;
+
+/// The mark of packets that TPROXY leads to the proxy.
+const TPROXY_MARK: u32 = 1337;
 
 /// Where a listener stands; HTTP is treated a little differently in each place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -325,6 +329,20 @@ pub(crate) fn restore_destination(listener: &mut Listener) {
     listener.listener_filters.push(listener_filter(
         "envoy.filters.listener.original_dst",
         &OriginalDst::default(),
+        None,
+    ));
+}
+
+/// Makes a listener take connections that come by TPROXY, and pass them on from the client's address. The mark leads the application's answers
+/// back to the proxy; it is that of the capture rules (`istio-iptables -t`, 1337).
+pub(crate) fn keep_addresses(listener: &mut Listener) {
+    listener.transparent = boolean(true);
+    listener.listener_filters.push(listener_filter(
+        "envoy.filters.listener.original_src",
+        &OriginalSrc {
+            mark: TPROXY_MARK,
+            ..OriginalSrc::default()
+        },
         None,
     ));
 }

@@ -29,6 +29,8 @@ pub struct Resources {
     pub clusters: BTreeMap<String, Resource>,
     /// `envoy.config.endpoint.v3.ClusterLoadAssignment`.
     pub endpoints: BTreeMap<String, Resource>,
+    /// `istio.networking.nds.v1.NameTable`, one for a node that answers DNS queries.
+    pub name_tables: BTreeMap<String, Resource>,
     /// Names of the secrets that the other resources ask the control plane for (SDS over the aggregated stream), with the objects that name them.
     pub secrets: BTreeMap<String, BTreeSet<ObjectKey>>,
     /// What could not be translated for this node, for people; ordered, without repetition.

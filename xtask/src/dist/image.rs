@@ -18,12 +18,14 @@ use super::Name;
 const USER: u32 = 1337;
 /// Where the binary is; the samples' manifests say it, too.
 const BINARY: &str = "usr/local/bin/mesh";
-/// Programs that the binary is by the name by which it is called: those that pods of the samples are asked for.
+/// Programs that the binary is by the name by which it is called: those that pods of the samples are asked for, and the name by which hooks
+/// and people call the agent in the proxy's container.
 pub(super) const APPLETS: &[&str] = &[
     "curl",
     "ext-authz",
     "fortio",
     "jwt-server",
+    "pilot-agent",
     "ratelimit",
     "sleep",
 ];

@@ -286,7 +286,7 @@ fn every_applet_of_the_samples_is_linked() {
     let lists = text
         .split("applets: &[")
         .skip(1)
-        .chain(text.split("CLIENT_APPLETS: &[&str] = &[").skip(1));
+        .chain(text.split("_APPLETS: &[&str] = &[").skip(1));
     let mut count = 0;
     for list in lists {
         let list = &list[..list.find(']').unwrap()];

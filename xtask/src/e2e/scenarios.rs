@@ -3,6 +3,7 @@
 use super::cluster::Cluster;
 
 mod access;
+mod capture;
 mod counted;
 mod examples;
 mod gateway_tokens;
@@ -143,6 +144,14 @@ pub const ALL: &[(&str, Scenario)] = &[
     (
         "a pod of a StatefulSet is reached by its name",
         routes::by_pod,
+    ),
+    (
+        "names are answered beside the application where its queries are captured",
+        capture::names,
+    ),
+    (
+        "by TPROXY the application sees the caller's own address",
+        capture::addresses,
     ),
     (
         "circuit breaking under a load generator",

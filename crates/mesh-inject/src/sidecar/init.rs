@@ -10,6 +10,7 @@ use crate::{INIT_CONTAINER, InjectContext};
 const VARIABLES: &[&str] = &[
     "INVALID_DROP",
     "ISTIO_DUAL_STACK",
+    "ISTIO_META_DNS_CAPTURE",
     "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR",
     "ISTIO_OUTBOUND_OWNER_GROUPS",
     "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE",
@@ -62,7 +63,7 @@ fn args(settings: &Settings<'_>, context: &InjectContext<'_>, user: i64) -> Vec<
     flag("-p", &context.mesh.proxy_listen_port.to_string());
     flag("-z", &context.mesh.proxy_inbound_listen_port.to_string());
     flag("-u", &user.to_string());
-    flag("-m", "REDIRECT");
+    flag("-m", super::mode_name(settings.interception));
     flag("-i", &capture.include_ranges);
     flag("-x", &capture.exclude_ranges);
     flag("-b", &capture.include_inbound_ports);

@@ -44,15 +44,7 @@ pub(super) fn container(
             "timeoutSeconds": 3, "failureThreshold": settings.readiness.failure_threshold,
         },
         "resources": settings.resources,
-        "securityContext": {
-            "allowPrivilegeEscalation": config.privileged,
-            "capabilities": if config.privileged { json!({}) } else { json!({ "drop": ["ALL"] }) },
-            "privileged": config.privileged,
-            "readOnlyRootFilesystem": true,
-            "runAsGroup": PROXY_USER,
-            "runAsNonRoot": true,
-            "runAsUser": PROXY_USER,
-        },
+        "securityContext": security(settings, config.privileged),
         "volumeMounts": mounts,
     });
     if let Some(failures) = config.startup_failures {
@@ -67,8 +59,37 @@ pub(super) fn container(
         // The next container is started only when this hook is done.
         proxy["lifecycle"]["postStart"] = json!({ "exec": { "command": ["mesh", "wait"] } });
     }
+    let agent = settings.proxy.status_port;
+    if config.lifecycle.is_none() && settings.native && settings.is_sidecar() && agent != 0 {
+        // Called when the pod begins to end; the signal comes when the application's containers are gone (Istio's injection template).
+        let port = format!("--debug-port={agent}");
+        let command = json!(["pilot-agent", "request", port, "POST", "drain"]);
+        proxy["lifecycle"]["preStop"] = json!({ "exec": { "command": command } });
+    }
     super::common(&mut proxy, context);
     proxy
+}
+
+/// Who the proxy runs as. With TPROXY it needs a capability, which the kernel leaves a program at its start only where that is root; capture then
+/// goes by the group (Istio's injection template).
+fn security(settings: &Settings<'_>, privileged: bool) -> Value {
+    let transparent = settings.is_sidecar() && settings.interception == InterceptionMode::Tproxy;
+    let mut capabilities = json!({});
+    if transparent {
+        capabilities["add"] = json!(["NET_ADMIN"]);
+    }
+    if !privileged {
+        capabilities["drop"] = json!(["ALL"]);
+    }
+    json!({
+        "allowPrivilegeEscalation": privileged,
+        "capabilities": capabilities,
+        "privileged": privileged,
+        "readOnlyRootFilesystem": true,
+        "runAsGroup": PROXY_USER,
+        "runAsNonRoot": !transparent,
+        "runAsUser": if transparent { 0 } else { PROXY_USER },
+    })
 }
 
 /// Environment of the proxy.
@@ -89,11 +110,6 @@ fn env(
     } else {
         &context.config.mesh_id
     };
-    let mode = if settings.interception == InterceptionMode::None {
-        "NONE"
-    } else {
-        "REDIRECT"
-    };
     let authority = match context.config.ca_address.as_str() {
         "" => authority_address(&settings.proxy.discovery_address),
         address => address.to_owned(),
@@ -111,7 +127,10 @@ fn env(
         value("ISTIO_META_APP_CONTAINERS", &names.join(",")),
         value("ISTIO_META_CLUSTER_ID", &context.config.cluster_id),
         field("ISTIO_META_NODE_NAME", "spec.nodeName"),
-        value("ISTIO_META_INTERCEPTION_MODE", mode),
+        value(
+            "ISTIO_META_INTERCEPTION_MODE",
+            super::mode_name(settings.interception),
+        ),
         value("ISTIO_META_WORKLOAD_NAME", &workload.name),
         value("ISTIO_META_OWNER", &workload.reference(context.namespace)),
         value("ISTIO_META_MESH_ID", mesh_id),

@@ -139,10 +139,17 @@ fn the_proxy_is_restricted() {
                 let security = &container["securityContext"];
                 if container["name"] == "istio-proxy" && !security.is_null() {
                     assert_eq!(security["allowPrivilegeEscalation"], false, "{case}");
-                    assert_eq!(security["runAsNonRoot"], true, "{case}");
+                    // TPROXY needs one capability, and root for it; nothing else changes.
+                    let transparent = of_case("interception-tproxy");
+                    let added = transparent.then(|| serde_json::json!(["NET_ADMIN"]));
+                    assert_eq!(security["runAsNonRoot"], !transparent, "{case}");
                     assert_eq!(security["readOnlyRootFilesystem"], true, "{case}");
                     assert_eq!(security["capabilities"]["drop"][0], "ALL", "{case}");
-                    assert!(security["capabilities"].get("add").is_none(), "{case}");
+                    assert_eq!(
+                        security["capabilities"].get("add"),
+                        added.as_ref(),
+                        "{case}"
+                    );
                 }
             }
         }

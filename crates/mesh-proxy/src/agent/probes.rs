@@ -13,6 +13,7 @@ use http_body_util::{BodyExt, Empty, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_net::sockets::{ConnectOptions, connect};
+use prost::Message;
 use rustls::pki_types::ServerName;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -239,7 +240,7 @@ impl Target {
         Err(ProbeError::Redirections)
     }
 
-    /// `grpc.health.v1.Health/Check`; the two small messages are made by hand.
+    /// `grpc.health.v1.Health/Check`.
     async fn health(&self, port: u16, service: &str) -> Result<Answer, ProbeError> {
         let stream = self.open(port).await?;
         let (mut sender, connection) =
@@ -260,27 +261,47 @@ impl Target {
         };
         let body: Result<Bytes, ProbeError> = answered.await;
         connection.abort();
-        // HealthCheckResponse { ServingStatus status = 1 }, SERVING = 1, behind the prefix.
-        match body?.get(5..) {
-            Some([0x08, 0x01, ..]) => Ok(Answer::text("")),
-            _ => Err(ProbeError::NotServing),
+        match is_serving(&body?) {
+            true => Ok(Answer::text("")),
+            false => Err(ProbeError::NotServing),
         }
     }
 }
 
-/// HealthCheckRequest { string service = 1 } behind gRPC's prefix (not compressed, length).
+/// `grpc.health.v1.HealthCheckRequest` (the gRPC health checking protocol).
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthCheckRequest {
+    #[prost(string, tag = "1")]
+    service: String,
+}
+
+/// `grpc.health.v1.HealthCheckResponse`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthCheckResponse {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+/// The value of `ServingStatus` for a service that takes calls.
+const SERVING: i32 = 1;
+/// gRPC puts one byte for compression and four for the length before each message.
+const GRPC_PREFIX: usize = 5;
+
+/// The request behind gRPC's prefix, not compressed.
 fn health_request(service: &str) -> Bytes {
-    // Names of services are short; a length below 128 is one byte.
-    let service = service.as_bytes();
-    let service = &service[..service.len().min(127)];
-    let mut message = Vec::new();
-    if !service.is_empty() {
-        message.extend([0x0a, service.len() as u8]);
-        message.extend(service);
-    }
-    let mut body = vec![0, 0, 0, 0, message.len() as u8];
-    body.extend(message);
+    let message = HealthCheckRequest {
+        service: service.to_owned(),
+    };
+    let mut body = vec![0];
+    body.extend((message.encoded_len() as u32).to_be_bytes());
+    body.extend(message.encode_to_vec());
     body.into()
+}
+
+fn is_serving(answer: &[u8]) -> bool {
+    let message = answer.get(GRPC_PREFIX..);
+    let answer = message.and_then(|message| HealthCheckResponse::decode(message).ok());
+    answer.is_some_and(|answer| answer.status == SERVING)
 }
 
 async fn exchange<S>(

@@ -1,6 +1,6 @@
 //! Opening connections.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,7 +18,7 @@ use crate::pool::announce::{self, Ends};
 use crate::report::principals::Principals;
 use crate::shared::Shared;
 use crate::tls::HandshakeError;
-use crate::tls::connect::{Connected, Target, Wish as TlsWish};
+use crate::tls::connect::{Connected, Source, Target, Wish as TlsWish};
 use crate::tls::wire::Wire;
 use crate::upstream::breaker::Held;
 use crate::upstream::counters::{Counter, HostCounter, HostShard};
@@ -94,7 +94,8 @@ pub struct TcpUpstream {
 }
 
 impl Host {
-    /// A connection of its own for a TCP client. Above the limit of connections there is none: nobody would give one back.
+    /// A connection of its own for a TCP client, from the address that it is to come from. Above the limit of connections there is none: nobody
+    /// would give one back.
     pub async fn connect(
         self: &Rc<Self>,
         shared: &Shared,
@@ -157,7 +158,7 @@ impl Host {
         config: &ClusterConfig,
         wish: &TlsWish,
     ) -> Result<Connected, ConnectError> {
-        let mut stream = open_socket(shared, config, self.address).await?;
+        let mut stream = open_socket(shared, config, self.address, wish.source).await?;
         let transport = self.transport();
         if let Some(version) = transport.header {
             let own = Ends {
@@ -210,13 +211,19 @@ async fn open_socket(
     shared: &Shared,
     config: &ClusterConfig,
     address: SocketAddr,
+    client: Option<Source>,
 ) -> std::io::Result<TcpStream> {
-    let source = config
-        .bind_source
-        .filter(|source| source.is_ipv4() == address.is_ipv4());
+    let same_family = |ip: &IpAddr| ip.is_ipv4() == address.is_ipv4();
+    let client = client.filter(|client| same_family(&client.ip));
+    let source = match client {
+        Some(client) => Some(client.ip),
+        None => config.bind_source.filter(same_family),
+    };
+    let mark = client.map(|client| client.mark).filter(|mark| *mark != 0);
     let options = ConnectOptions {
         source: source.map(|ip| SocketAddr::new(ip, 0)),
-        mark: shared.mark,
+        transparent: client.is_some(),
+        mark: mark.or(shared.mark),
         keepalive: config.keepalive.is_none().then_some(KEEPALIVE),
     };
     let stream = connect(address, options).await?;

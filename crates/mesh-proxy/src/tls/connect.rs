@@ -29,6 +29,17 @@ pub struct Wish {
     pub alpn: Option<Protocols>,
     /// The server name to ask for instead of the cluster's.
     pub server_name: Option<Arc<str>>,
+    /// The address that the connection is to come from instead of ours.
+    pub source: Option<Source>,
+}
+
+/// A client's address on our side of a connection to an endpoint (Envoy's listener filter `original_src`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// The address; the port is another one.
+    pub ip: IpAddr,
+    /// The mark of the socket, 0 for none, by which the endpoint's answers are led back here.
+    pub mark: u32,
 }
 
 impl Wish {
@@ -39,7 +50,7 @@ impl Wish {
             (Some(a), Some(b)) => Arc::ptr_eq(a, b) || a == b,
             _ => false,
         };
-        same_alpn && self.server_name == other.server_name
+        same_alpn && self.server_name == other.server_name && self.source == other.source
     }
 }
 

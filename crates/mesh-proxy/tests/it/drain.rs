@@ -20,8 +20,10 @@ use crate::config::{action, cluster, http_listener, prefix, route_to, table, tcp
 use crate::process::{LOCAL, ask, keep, options};
 use crate::stage::{Client, echo, free_port, say, wait};
 
-/// Set for the process that is the proxy: state directory, health port, admin port, seconds to drain.
+/// Set for the process that is the proxy: health port, admin port, agent's port, seconds to drain, state directory.
 const CHILD: &str = "MESH_PROXY_DRAIN_TEST";
+/// Set for a proxy that the last connection ends.
+const UNTIL_THE_LAST: &str = "MESH_PROXY_DRAIN_TEST_UNTIL_THE_LAST";
 
 /// Not a test by itself: the entry of the other process.
 #[test]
@@ -29,16 +31,19 @@ fn the_other_process() {
     let Ok(text) = std::env::var(CHILD) else {
         return;
     };
-    let mut parts = text.splitn(4, ' ');
-    let mut number = || parts.next().and_then(|p| p.parse().ok()).expect("a number");
-    let (health, admin, seconds): (u16, u16, u16) = (number(), number(), number());
+    let mut parts = text.splitn(5, ' ');
+    let mut number = || -> u16 { parts.next().and_then(|p| p.parse().ok()).expect("a number") };
+    let (health, admin, agent, seconds) = (number(), number(), number(), number());
     let mut options = options(Path::new(parts.next().expect("a folder")));
     options.termination_drain = Duration::from_secs(seconds.into());
     options.drain = Duration::from_secs(1);
+    options.exit_on_zero = std::env::var(UNTIL_THE_LAST)
+        .is_ok()
+        .then_some(Duration::from_millis(100));
     options.ports = Ports {
         admin,
         health,
-        agent: 0,
+        agent,
         metrics: 0,
     };
     run(options).expect("a clean end");
@@ -48,18 +53,36 @@ struct Proxy {
     process: Child,
     health: u16,
     admin: u16,
+    agent: u16,
     http: SocketAddr,
+    /// From outside the workload.
+    inbound: SocketAddr,
     tcp: SocketAddr,
     _dir: tempfile::TempDir,
 }
 
 impl Proxy {
     async fn start(app: SocketAddr, echo: SocketAddr, seconds: u16) -> Self {
+        Self::start_with(app, echo, seconds, &[]).await
+    }
+
+    async fn start_with(
+        app: SocketAddr,
+        echo: SocketAddr,
+        seconds: u16,
+        variables: &[&str],
+    ) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        let (http, tcp) = (free_port(), free_port());
-        let mut inbound = tcp_listener(tcp, "echo");
-        inbound.traffic_direction = TrafficDirection::Inbound as i32;
-        let listeners = [http_listener(http, |_| {}), inbound];
+        let (http, inbound, tcp) = (free_port(), free_port(), free_port());
+        let mut listeners = [
+            http_listener(http, |_| {}),
+            http_listener(inbound, |_| {}),
+            tcp_listener(tcp, "echo"),
+        ];
+        "inbound".clone_into(&mut listeners[1].name);
+        for listener in &mut listeners[1..] {
+            listener.traffic_direction = TrafficDirection::Inbound as i32;
+        }
         let routes = table(vec![route_to(prefix("/"), action("app"))]);
         let mut resources = vec![
             (
@@ -80,13 +103,17 @@ impl Proxy {
                 .map(|l| (LISTENER, l.name.clone(), l.encode_to_vec())),
         );
         keep(dir.path(), resources).await;
-        let (health, admin) = (free_port().port(), free_port().port());
+        let [health, admin, agent] = [(); 3].map(|()| free_port().port());
         let process = Command::new(std::env::current_exe().expect("this program"))
             .args(["--exact", "drain::the_other_process", "--nocapture"])
             .env(
                 CHILD,
-                format!("{health} {admin} {seconds} {}", dir.path().display()),
+                format!(
+                    "{health} {admin} {agent} {seconds} {}",
+                    dir.path().display()
+                ),
             )
+            .envs(variables.iter().map(|name| (name, "1")))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -97,7 +124,9 @@ impl Proxy {
             process,
             health,
             admin,
+            agent,
             http,
+            inbound,
             tcp,
             _dir: dir,
         }
@@ -281,5 +310,52 @@ async fn with_nothing_under_way_it_ends_soon() {
         "cluster.app.upstream_rq_2xx: 1\ncluster.app.upstream_rq_total: 1\n"
     );
     proxy.terminate();
+    proxy.wait_for_end();
+}
+
+/// `POST /drain` to the agent: the hook with which a pod's end begins, while the application still runs.
+#[tokio::test]
+async fn the_hook_drains_what_comes_in_ahead_of_the_signal() {
+    let app = Held::start("app");
+    app.release();
+    let mut proxy = Proxy::start(app.address, echo(), 60).await;
+    let closes = |at: SocketAddr| {
+        let reply = Client::connect(at).get("/", "");
+        assert_eq!(reply.status, 200);
+        reply.header("connection") == Some("close")
+    };
+    assert!(!closes(proxy.inbound));
+    assert_eq!(ask(proxy.agent, "GET", "/drain", LOCAL).status, 405);
+    assert!(!closes(proxy.inbound));
+
+    let told = ask(proxy.agent, "POST", "/drain", LOCAL);
+    assert_eq!((told.status, told.body.as_str()), (200, "OK\n"));
+    assert_eq!(
+        ask(proxy.health, "GET", "/healthz/ready", LOCAL).status,
+        503
+    );
+    wait(|| closes(proxy.inbound));
+    assert!(!closes(proxy.http), "the application may go on calling");
+    let again = ask(proxy.agent, "POST", "/drain", LOCAL);
+    assert_eq!(again.status, 200, "a hook may come twice");
+    proxy.terminate();
+    proxy.wait_for_end();
+}
+
+/// `EXIT_ON_ZERO_ACTIVE_CONNECTIONS`: no limit but the last connection.
+#[tokio::test]
+async fn the_last_connection_decides_where_it_is_asked_to() {
+    let app = Held::start("app");
+    app.release();
+    // No time at all, were it not for the variable.
+    let mut proxy = Proxy::start_with(app.address, echo(), 0, &[UNTIL_THE_LAST]).await;
+    let mut tcp = TcpStream::connect(proxy.tcp).expect("a connection");
+    assert!(say(&mut tcp, "before"));
+    proxy.terminate();
+    for _ in 0..20 {
+        assert!(say(&mut tcp, "still there"));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(tcp);
     proxy.wait_for_end();
 }

@@ -4,11 +4,13 @@
 #![allow(deprecated)]
 
 mod access;
+mod agent;
 mod announcing;
 mod balancing;
 mod changes;
 mod config;
 mod control;
+mod dns;
 mod drain;
 mod early;
 mod filters;
@@ -26,5 +28,6 @@ mod smuggling;
 mod stage;
 mod tcp;
 mod tls;
+mod transparent;
 mod tunnels;
 mod upgrades;

@@ -201,10 +201,66 @@ fn probed(agent: u16, name: &str, status: u16) {
     assert_eq!(reply.status, status, "{name}: {}", reply.body);
 }
 
+/// A health service as `grpc.health.v1` describes it: serves "live", does not serve "dead", knows nothing else.
+fn health_service() -> u16 {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = socket.local_addr().expect("its address").port();
+    socket.set_nonblocking(true).expect("a mode");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            let socket = tokio::net::TcpListener::from_std(socket).expect("a socket");
+            loop {
+                let (stream, _) = socket.accept().await.expect("a connection");
+                tokio::spawn(answer_health(stream));
+            }
+        });
+    });
+    port
+}
+
+async fn answer_health(stream: tokio::net::TcpStream) {
+    let mut connection = h2::server::handshake(stream).await.expect("HTTP/2");
+    while let Some(Ok((request, mut respond))) = connection.accept().await {
+        assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
+        let mut asked = Vec::new();
+        let mut body = request.into_body();
+        // The connection is only polled by accepting, so the small body is read beside it.
+        tokio::spawn(async move {
+            while let Some(Ok(data)) = body.data().await {
+                asked.extend_from_slice(&data);
+            }
+            // Not compressed, the length, field 1 (a text) with its length, the text.
+            let status = match asked.get(7..) {
+                Some(b"live") => Some(1),
+                Some(b"dead") => Some(2),
+                _ => None,
+            };
+            let head = hyper::Response::builder().header("content-type", "application/grpc");
+            let mut trailers = hyper::HeaderMap::new();
+            let Some(status) = status else {
+                let head = head.header("grpc-status", "5").body(()).expect("a head");
+                respond.send_response(head, true).expect("sent");
+                return;
+            };
+            let head = head.body(()).expect("a head");
+            let mut stream = respond.send_response(head, false).expect("sent");
+            let message = vec![0, 0, 0, 0, 2, 0x08, status];
+            stream.send_data(message.into(), false).expect("sent");
+            trailers.insert("grpc-status", "0".parse().expect("a value"));
+            stream.send_trailers(trailers).expect("sent");
+        });
+    }
+}
+
 #[tokio::test]
 async fn the_agent_probes_the_application() {
     let (dir, app) = (tempfile::tempdir().expect("a folder"), App::start("a"));
     let (nobody, open) = (free_port().port(), app.address.port());
+    let health = health_service();
     let probes = serde_json::json!({
         "/app-health/app/livez": { "httpGet": { "path": "/live", "port": open }, "timeoutSeconds": 5 },
         "/app-health/app/gone": { "httpGet": { "path": "/live", "port": nobody } },
@@ -212,6 +268,9 @@ async fn the_agent_probes_the_application() {
         "/app-health/app/tcp": { "tcpSocket": { "port": open } },
         "/app-health/app/closed": { "tcpSocket": { "port": nobody } },
         "/app-health/app/grpc": { "grpc": { "port": open, "service": "s" } },
+        "/app-health/app/healthy": { "grpc": { "port": health, "service": "live" }, "timeoutSeconds": 5 },
+        "/app-health/app/unhealthy": { "grpc": { "port": health, "service": "dead" }, "timeoutSeconds": 5 },
+        "/app-health/app/unheard-of": { "grpc": { "port": health }, "timeoutSeconds": 5 },
         "/app-health/app/readyz": { "httpGet": { "path": "/status/503", "port": open } },
     });
     let vars = BTreeMap::from([("ISTIO_KUBE_APP_PROBERS".to_owned(), probes.to_string())]);
@@ -237,6 +296,9 @@ async fn the_agent_probes_the_application() {
         ("closed", 500),
         // It speaks HTTP/2, but is no health service.
         ("grpc", 500),
+        ("healthy", 200),
+        ("unhealthy", 500),
+        ("unheard-of", 500),
         ("unknown", 404),
     ] {
         probed(agent, name, status);

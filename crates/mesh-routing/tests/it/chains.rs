@@ -9,13 +9,14 @@ use envoy_types::pb::envoy::config::listener::v3::{
     Filter, FilterChain, FilterChainMatch, Listener as PbListener, ListenerFilter,
     ListenerFilterChainMatchPredicate,
 };
+use envoy_types::pb::envoy::extensions::filters::listener::original_src::v3::OriginalSrc;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::ClusterSpecifier;
 use envoy_types::pb::envoy::r#type::v3::Int32Range;
-use envoy_types::pb::google::protobuf::{Any, UInt32Value};
+use envoy_types::pb::google::protobuf::{Any, BoolValue, UInt32Value};
 use mesh_routing::chain::ConnectionView;
 use mesh_routing::listener::Listener;
-use prost::Message;
+use prost::{Message, Name};
 
 pub fn tcp_filter(cluster: &str) -> Filter {
     let proxy = TcpProxy {
@@ -270,6 +271,47 @@ fn unknown_filters_are_refused_by_name() {
         .to_string();
     assert!(
         error.contains("filter_chains[0] c.filters[0] redis") && error.contains("envoy.Redis"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_clients_address_is_kept_where_the_listener_asks_for_it() {
+    let compiled = |filter: Option<OriginalSrc>, name: &str| {
+        let mut message = listener("l", "0.0.0.0", 15006, Vec::new());
+        message.transparent = Some(BoolValue { value: true });
+        let filter = filter.map(|filter| ListenerFilter {
+            name: name.to_owned(),
+            config_type: Some(
+                envoy_types::pb::envoy::config::listener::v3::listener_filter::ConfigType::TypedConfig(
+                    Any {
+                        type_url: OriginalSrc::type_url(),
+                        value: filter.encode_to_vec(),
+                    },
+                ),
+            ),
+            ..Default::default()
+        });
+        message.listener_filters.extend(filter);
+        Listener::compile(&message)
+    };
+    let plain = compiled(None, "").expect("a listener");
+    assert!(plain.transparent && plain.original_source.is_none());
+    let marked = OriginalSrc {
+        mark: 1337,
+        ..Default::default()
+    };
+    let kept = compiled(Some(marked), "any name").expect("a listener");
+    assert_eq!(kept.original_source, Some(1337));
+    let with_port = OriginalSrc {
+        bind_port: true,
+        ..Default::default()
+    };
+    let error = compiled(Some(with_port), "src")
+        .expect_err("refused")
+        .to_string();
+    assert!(
+        error.contains("listener_filters[0] src") && error.contains("bind_port"),
         "{error}"
     );
 }

@@ -113,12 +113,16 @@ impl Case {
     /// What a person would want to see of the resources: names of all, content of those that the case shows.
     pub(crate) fn text(&self, mesh: &Mesh, resources: &Resources) -> String {
         let problems: Vec<_> = mesh.problems().iter().map(ToString::to_string).collect();
-        let names: Vec<_> = by_type(resources)
-            .into_iter()
+        let tables = [("nameTables", &resources.name_tables)];
+        let tables = tables.into_iter().filter(|(_, table)| !table.is_empty());
+        let all: Vec<_> = by_type(resources).into_iter().chain(tables).collect();
+        let names: Vec<_> = all
+            .iter()
+            .copied()
             .map(|(kind, table)| (kind.to_owned(), json!(table.keys().collect::<Vec<_>>())))
             .collect();
         let mut shown = serde_json::Map::new();
-        for (kind, table) in by_type(resources) {
+        for (kind, table) in all {
             for (name, resource) in table {
                 let path = format!("{kind}/{name}");
                 if self.show.iter().any(|prefix| path.starts_with(prefix)) {
