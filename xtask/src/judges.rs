@@ -13,6 +13,7 @@ use crate::{differential, run};
 mod attached;
 mod envoy;
 mod goldens;
+mod helm;
 pub(crate) mod install;
 mod kubectl;
 mod secrets;
@@ -43,6 +44,7 @@ const JUDGES: &[(&str, Judge)] = &[
         kubectl_walk(mesh, &install::kubectl("v36")?, &["--install"])
     }),
     ("all-in-one-in-a-pod", attached::run),
+    ("helm", helm::run),
     ("stock-envoy", envoy::run),
     ("stock-envoy-goldens", goldens::run),
     ("differential", differential::judge_all),

