@@ -12,10 +12,12 @@ use std::time::Duration;
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
+use socket2::SockRef;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 
+use crate::options::ProxyOptions;
 use crate::run::RunError;
 use crate::serve::open;
 use crate::shared::Shared;
@@ -127,6 +129,7 @@ impl DnsCounters {
 struct Server {
     shared: Arc<Shared>,
     options: DnsOptions,
+    control_plane: Vec<String>,
     forwards: Semaphore,
     streams: Semaphore,
 }
@@ -143,6 +146,7 @@ pub fn start(shared: &Arc<Shared>) -> Result<(), RunError> {
     let server = Rc::new(Server {
         shared: shared.clone(),
         options,
+        control_plane: control_plane(&shared.options),
         forwards: Semaphore::new(MAX_FORWARDS),
         streams: Semaphore::new(MAX_STREAMS),
     });
@@ -155,10 +159,36 @@ pub fn start(shared: &Arc<Shared>) -> Result<(), RunError> {
             .and_then(|socket| socket.set_nonblocking(true).map(|()| socket))
             .map_err(|source| RunError::Datagrams { address, source })?;
         let datagram = Rc::new(UdpSocket::from_std(datagram)?);
+        if let Some(mark) = shared.mark {
+            // By it the capture rules know the agent's answers, where they can't go by its user.
+            SockRef::from(&*datagram).set_mark(mark)?;
+        }
         tokio::task::spawn_local(datagrams(datagram, server.clone()));
         tokio::task::spawn_local(streams(TcpListener::from_std(stream)?, server.clone()));
     }
     Ok(())
+}
+
+/// Hosts of the control plane and the authority. This process has to find them before there is a table, and where capture goes by a mark, what its
+/// C library asks comes here too.
+fn control_plane(options: &ProxyOptions) -> Vec<String> {
+    let authority = options.identity.as_ref().map(|own| &own.authority);
+    let addresses = options.discovery.iter().chain(authority);
+    let host = |address: &String| {
+        let host = address
+            .rsplit_once(':')
+            .map_or(address.as_str(), |(host, _)| host);
+        names::plain(host)
+    };
+    addresses.map(host).collect()
+}
+
+/// Is this one of the hosts, or what a search domain makes of one?
+fn is_one_of(name: &str, hosts: &[String]) -> bool {
+    hosts.iter().any(|host| {
+        name.strip_prefix(host.as_str())
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    })
 }
 
 /// What is to be done with a query.
@@ -182,6 +212,10 @@ impl Server {
             return Verdict::Answer(names::failure(query, ResponseCode::FormErr));
         }
         let Some(names) = self.shared.names.load_full() else {
+            let asked = names::plain(&query.queries[0].name().to_ascii());
+            if is_one_of(&asked, &self.control_plane) {
+                return Verdict::Forward;
+            }
             self.shared.dns.failures.inc();
             return Verdict::Answer(names::failure(query, ResponseCode::ServFail));
         };
@@ -295,7 +329,34 @@ pub fn take(shared: &Shared, value: &[u8]) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
     use super::*;
+    use crate::options::Role;
+
+    #[test]
+    fn the_control_plane_is_found_without_a_table() {
+        let config = r#"{"discoveryAddress":"Istiod.istio-system.svc:15012"}"#;
+        let vars = [
+            ("PROXY_CONFIG", config),
+            ("CA_ADDR", "authority.test:15012"),
+        ];
+        let vars = vars.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let vars = BTreeMap::from(vars);
+        let options = ProxyOptions::from_vars(Role::Sidecar, vars, Path::new("/nowhere"));
+        let hosts = control_plane(&options.expect("options"));
+        for name in [
+            "istiod.istio-system.svc",
+            "istiod.istio-system.svc.cluster.local",
+            "authority.test.default.svc.cluster.local",
+        ] {
+            assert!(is_one_of(name, &hosts), "{name}");
+        }
+        for name in ["istiod", "istiod.istio-system.svcs", "a.authority.test"] {
+            assert!(!is_one_of(name, &hosts), "{name}");
+        }
+    }
 
     #[test]
     fn the_pods_resolver_settings_are_read() {

@@ -136,7 +136,8 @@ impl Names {
     }
 }
 
-fn plain(name: &str) -> String {
+/// Lower case, without the dot at the end.
+pub(super) fn plain(name: &str) -> String {
     name.trim_end_matches('.').to_ascii_lowercase()
 }
 

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, ensure};
 
+use super::pods::maps;
 use super::policy::{httpbin, namespace};
 use super::samples::with;
 use crate::e2e::cluster::Cluster;
@@ -81,6 +82,32 @@ pub(super) fn names(cluster: &mut Cluster) -> anyhow::Result<()> {
     })
 }
 
+/// Whether capture can go by the proxy's user: on a local cluster without root there is no such one.
+fn has_proxys_uid(cluster: &Cluster) -> anyhow::Result<bool> {
+    if !cluster.is_local() {
+        return Ok(true);
+    }
+    let command = ["cat", "/proc/self/uid_map"];
+    let map = cluster.wait("the client", || {
+        cluster
+            .exec_in(NAMESPACE, "asker", "curl", &command)
+            .map(Some)
+    })?;
+    Ok(maps(&map, 1337))
+}
+
+/// Where TPROXY can't be had, the pod's init container says so by name.
+fn refused(cluster: &Cluster) -> anyhow::Result<()> {
+    print!("uid 1337 is not mapped: TPROXY is refused; ");
+    let log = ["logs", "httpbin", "-n", NAMESPACE, "-c", "istio-init"];
+    cluster.wait("the refusal of TPROXY", || {
+        let log = cluster.call(&log)?;
+        Ok(log
+            .contains("interception mode TPROXY needs the proxy's user")
+            .then_some(()))
+    })
+}
+
 /// By TPROXY the application sees the caller's own address, through mutual TLS too.
 pub(super) fn addresses(cluster: &mut Cluster) -> anyhow::Result<()> {
     let namespace = namespace(NAMESPACE);
@@ -91,6 +118,9 @@ pub(super) fn addresses(cluster: &mut Cluster) -> anyhow::Result<()> {
         "the server's manifest has changed"
     );
     with(cluster, &[&namespace, &server, ASKER], |cluster| {
+        if !has_proxys_uid(cluster)? {
+            return refused(cluster);
+        }
         let url = "http://httpbin:8000/status/200";
         cluster.wait("the server that is reached by TPROXY", || {
             Ok((asked(cluster, "asker", url)? == "200").then_some(()))

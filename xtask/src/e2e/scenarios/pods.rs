@@ -112,7 +112,8 @@ pub(super) fn proxy_uid(cluster: &mut Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn maps(uid_map: &str, uid: u64) -> bool {
+/// Whether a user namespace's map has a uid.
+pub(super) fn maps(uid_map: &str, uid: u64) -> bool {
     uid_map.lines().any(|line| {
         let numbers: Vec<u64> = line.split_whitespace().filter_map(|n| n.parse().ok()).collect();
         matches!(numbers[..], [inside, _, count] if (inside..inside.saturating_add(count)).contains(&uid))
