@@ -138,6 +138,25 @@ fn manifests_are_regular() {
     }
 }
 
+/// The profile preview is the default one, and has proxies that answer DNS.
+#[test]
+fn preview_has_what_is_new() {
+    let mesh = |name: &str| {
+        let plan = of_profile(name);
+        let text = find(&plan, "ConfigMap", "istio")["data"]["mesh"].clone();
+        mesh_api::mesh_config::MeshConfig::from_yaml(text.as_str().expect("text"))
+            .expect("mesh configuration")
+    };
+    let metadata = |name: &str| mesh(name).default_config.proxy_metadata;
+    let capture = "ISTIO_META_DNS_CAPTURE";
+    assert_eq!(
+        metadata("preview").get(capture).map(String::as_str),
+        Some("true")
+    );
+    assert_eq!(metadata("default").get(capture), None);
+    assert!(of_profile("preview").warnings.is_empty());
+}
+
 fn images(plan: &Plan) -> Vec<String> {
     fn collect(value: &Value, into: &mut Vec<String>) {
         match value {
