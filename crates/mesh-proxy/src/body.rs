@@ -22,7 +22,7 @@ use crate::pool::Lease;
 use crate::report::{Flag, Report};
 
 pub use input::{Input, Peeked};
-pub use pipe::Pipe;
+pub use pipe::Inlet;
 pub use request::{Kept, RequestBody};
 
 /// Why a body broke off.
@@ -37,6 +37,9 @@ pub enum BodyError {
     /// The stream was silent too long.
     #[error("nothing was sent within the idle timeout")]
     Idle,
+    /// Who wrote it is gone.
+    #[error("the client of the tunnel is gone")]
+    Abandoned,
     /// Another try has begun.
     #[error("the request is sent again elsewhere")]
     Superseded,

@@ -9,7 +9,7 @@ use bytes::{Buf, Bytes};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 
-use super::pipe::{Outlet, Pipe};
+use super::pipe::{Inlet, Outlet, pipe};
 use super::{BodyError, Input};
 use crate::mirror::Feed;
 use crate::report::Flow;
@@ -125,12 +125,14 @@ impl RequestBody {
         }
     }
 
-    /// What is written into a pipe; without one no body.
-    pub fn piped(pipe: Option<&Rc<Pipe>>) -> Self {
-        Self {
-            source: pipe.map_or(Source::Empty, |pipe| Source::Piped(pipe.outlet())),
+    /// A body that is written into as the bytes come.
+    pub fn piped() -> (Self, Inlet) {
+        let (inlet, outlet) = pipe();
+        let body = Self {
+            source: Source::Piped(outlet),
             flow: Rc::default(),
-        }
+        };
+        (body, inlet)
     }
 
     /// From now on what passes is remembered, up to `limit` bytes. `None` where there is no body.
@@ -267,7 +269,7 @@ impl Body for RequestBody {
             Source::Copy(feed) => (ready!(feed.poll_frame(cx)), false, feed.is_end()),
             Source::Piped(outlet) => {
                 let frame = ready!(outlet.poll(cx));
-                let frame = frame.map(|bytes| Ok(Frame::data(bytes)));
+                let frame = frame.map(|bytes| bytes.map(Frame::data));
                 (frame, false, outlet.is_end())
             }
             Source::Stream(inner) => {

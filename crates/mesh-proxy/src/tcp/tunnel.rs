@@ -22,7 +22,7 @@ use mesh_routing::format::Facts;
 use mesh_routing::tcp::Tunnel;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::body::{Pipe, RequestBody};
+use crate::body::{Inlet, RequestBody};
 use crate::listener::Downstream;
 use crate::pool::{ConnectError, EarlyAnswer, Host, Lease, Sent, Version};
 use crate::report::principals::Principals;
@@ -120,14 +120,21 @@ impl Asking<'_> {
         };
         let secure = host.transport().tls.is_some();
         let headers = self.tunnel.headers(&facts);
-        let (head, pipe) = self.request(&target, headers, version, secure);
-        let mut request = Request::from_parts(head, RequestBody::piped(pipe.as_ref()));
+        let head = self.head(&target, headers, version, secure);
+        let (body, inlet) = match &self.tunnel.post {
+            Some(_) => {
+                let (body, inlet) = RequestBody::piped();
+                (body, Some(inlet))
+            }
+            None => (RequestBody::empty(Rc::default()), None),
+        };
+        let mut request = Request::from_parts(head, body);
         for _ in 0..MOST_STALE {
             let how = (version, self.wish);
             let mut lease = host.lease_for(shared, &cluster.config, how, true).await?;
             match lease.send(request).await {
                 Some(Sent::Response(response)) => {
-                    return agreed(response, lease, version, pipe).await;
+                    return agreed(response, lease, version, inlet).await;
                 }
                 // A shared connection has ended meanwhile; nothing was sent on it.
                 Some(Sent::Unsent(unsent, error)) => {
@@ -141,13 +148,13 @@ impl Asking<'_> {
         Err(ConnectError::Io(io::ErrorKind::NotConnected.into()).into())
     }
 
-    fn request(
+    fn head(
         &self,
         target: &Authority,
         headers: HeaderMap,
         version: Version,
         secure: bool,
-    ) -> (http::request::Parts, Option<Rc<Pipe>>) {
+    ) -> http::request::Parts {
         let (mut head, ()) = Request::new(()).into_parts();
         head.headers = headers;
         let post = self.tunnel.post.as_ref();
@@ -165,7 +172,7 @@ impl Asking<'_> {
         {
             head.headers.insert(HOST, host);
         }
-        (head, post.map(|_| Rc::default()))
+        head
     }
 }
 
@@ -191,7 +198,7 @@ async fn agreed(
     mut response: Response<Incoming>,
     lease: Lease,
     version: Version,
-    pipe: Option<Rc<Pipe>>,
+    inlet: Option<Inlet>,
 ) -> Result<Opened, TunnelError> {
     let status = response.status();
     let agrees = match version {
@@ -201,10 +208,10 @@ async fn agreed(
     if !agrees {
         return Err(TunnelError::Refused(status));
     }
-    let (far, early) = match pipe {
-        Some(pipe) => (
+    let (far, early) = match inlet {
+        Some(inlet) => (
             Far::Bodies(Bodies {
-                pipe,
+                inlet,
                 answer: response.into_body(),
                 rest: Bytes::new(),
             }),
@@ -233,7 +240,7 @@ async fn agreed(
 
 /// A POST's body and its answer's as one connection.
 pub(super) struct Bodies {
-    pipe: Rc<Pipe>,
+    inlet: Inlet,
     answer: Incoming,
     rest: Bytes,
 }
@@ -265,7 +272,7 @@ impl AsyncWrite for Bodies {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.pipe.poll_write(cx, buf)
+        self.inlet.poll_write(cx, buf)
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -273,7 +280,7 @@ impl AsyncWrite for Bodies {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.pipe.end();
+        self.inlet.end();
         Poll::Ready(Ok(()))
     }
 }

@@ -170,15 +170,21 @@ fn connect_in_http1_and_half_close() {
 
 #[test]
 fn a_tunnel_that_is_refused_is_asked_for_as_often_as_allowed() {
-    for answer in [
-        "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n",
-        "HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
-        "no HTTP at all\r\n\r\n",
+    let forbidden = "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n";
+    for (answer, post) in [
+        (forbidden, false),
+        (forbidden, true),
+        (
+            "HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
+            false,
+        ),
+        ("no HTTP at all\r\n\r\n", false),
     ] {
         let forward = Forward::start(answer);
         let at = free_port();
-        let listener = tunnelled(at, |proxy, _| {
+        let listener = tunnelled(at, |proxy, tunnel| {
             proxy.max_connect_attempts = Some(UInt32Value { value: 2 });
+            tunnel.use_post = post;
         });
         let proxy = through(listener, cluster("proxy", &[forward.address]));
         let flags = ["response_flags=\"UF,URX\""];
