@@ -168,7 +168,7 @@ pub(super) fn layer(binary: &[u8]) -> anyhow::Result<Layer> {
         of_proxy("var/lib/mesh"),
     ]);
     let plain = pack(&entries)?;
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
     encoder.write_all(&plain)?;
     let compressed = encoder.finish()?;
     Ok(Layer { plain, compressed })
