@@ -15,13 +15,13 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
-use kube::{Api, Client};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Api, Client, ResourceExt as _};
 use mesh_cli::Global;
 use mesh_cli::install::{Profile, Settings};
 use mesh_cli::installer::{self, How};
 use mesh_control::{Control, Options};
-use mesh_proxy::{ProxyOptions, Role};
+use mesh_proxy::{ProxyOptions, Role, RunError};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
@@ -54,21 +54,23 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         .tempdir_in(memory())?;
     // The ports first: where one is taken, the cluster is left as it is.
     let control = Control::bind(options(client.clone(), namespace)).await?;
-    installer::run(objects(address), global).await?;
-    let gateway = match args.with_gateway() {
-        true => Some(Gateway::new(&client, namespace, address, &args)),
-        false => None,
+    let stopped = tokio::select! {
+        installed = installer::run(objects(address), global) => installed.map(|_| false)?,
+        () = crate::control::stopped() => true,
     };
+    if stopped {
+        bail!("stopped while the cluster was being prepared; start again, or `mesh uninstall`");
+    }
+    let gateway = args
+        .with_gateway()
+        .then(|| Gateway::new(&client, namespace, address, &args));
     let (end, ended) = oneshot::channel::<()>();
     let control = tokio::spawn(control.run(async {
         // Dropped is ended too.
         let _ = ended.await;
     }));
     let outcome = tokio::select! {
-        outcome = async { match &gateway {
-            Some(gateway) => gateway.run(place.path()).await,
-            None => { crate::control::stopped().await; Ok(()) }
-        } } => outcome,
+        outcome = serve(gateway.as_ref(), place.path()) => outcome,
         () = failed(&control) => Err(anyhow::anyhow!("the control plane ended")),
     };
     if let Some(gateway) = &gateway {
@@ -77,8 +79,24 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     drop(end);
     control.await.context("the control plane")??;
     outcome?;
-    println!("ended; kinds and webhooks stay in the cluster: `mesh uninstall` removes them");
+    println!(
+        "ended. The webhooks stay, and nobody answers them: until `mesh uninstall` (--purge: kinds too) no pod can be made in namespaces with injection"
+    );
     Ok(ExitCode::SUCCESS)
+}
+
+/// Serves until a signal ends it.
+async fn serve(gateway: Option<&Gateway>, place: &Path) -> anyhow::Result<()> {
+    let Some(gateway) = gateway else {
+        crate::control::stopped().await;
+        return Ok(());
+    };
+    // From then on the proxy minds the signals, and drains.
+    let proxy = tokio::select! {
+        proxy = gateway.start(place) => proxy?,
+        () = crate::control::stopped() => return Ok(()),
+    };
+    gateway.keep(place, proxy).await
 }
 
 /// Waits until a task is over.
@@ -141,16 +159,31 @@ async fn own_address(host: &str, port: u16) -> anyhow::Result<IpAddr> {
     Ok(own)
 }
 
-/// Another control plane of the same name would be taken away.
+/// Another control plane's gateway, and its clients, would be taken away from it.
 async fn alone(client: &Client, namespace: &str) -> anyhow::Result<()> {
-    let deployments: Api<Deployment> = Api::namespaced(client.clone(), namespace);
-    let there = deployments
-        .get_opt("istiod")
+    let deployments: Api<Deployment> = Api::all(client.clone());
+    let others = deployments
+        .list(&ListParams::default().labels("app=istiod"))
         .await
-        .context("looking for a control plane in the cluster")?;
-    if there.is_some() {
+        .context("looking for control planes in the cluster")?;
+    if let Some(other) = others.items.first() {
         bail!(
-            "the cluster has a control plane (Deployment istiod in namespace {namespace}): `mesh uninstall` it first, or use it"
+            "the cluster has a control plane (Deployment {} in namespace {}): uninstall it first, or use it",
+            other.name_any(),
+            other.namespace().unwrap_or_default()
+        );
+    }
+    let services: Api<Service> = Api::namespaced(client.clone(), namespace);
+    let gateway = services
+        .get_opt(GATEWAY)
+        .await
+        .context("looking for a gateway")?;
+    let selector = gateway
+        .and_then(|gateway| gateway.spec)
+        .and_then(|spec| spec.selector);
+    if selector.is_some_and(|selector| !selector.is_empty()) {
+        bail!(
+            "the Service {GATEWAY} in namespace {namespace} has pods of its own: remove it first, or take --profile minimal"
         );
     }
     Ok(())
@@ -196,6 +229,9 @@ fn objects(address: IpAddr) -> installer::Args {
     }
 }
 
+/// Resolves when the proxy has ended.
+type Ended = oneshot::Receiver<Result<(), RunError>>;
+
 /// The ingress gateway in this process.
 struct Gateway {
     client: Client,
@@ -216,8 +252,8 @@ impl Gateway {
         }
     }
 
-    /// Runs until a signal ends the proxy.
-    async fn run(&self, place: &Path) -> anyhow::Result<()> {
+    /// Starts the proxy as soon as there is what it needs; what comes back resolves when it has ended.
+    async fn start(&self, place: &Path) -> anyhow::Result<Ended> {
         self.apply()
             .await
             .context("applying the gateway's Service")?;
@@ -225,12 +261,10 @@ impl Gateway {
         while !self.roots(place).await? {
             tokio::time::sleep(ROOTS_AWAITED).await;
         }
-        std::fs::write(
-            place.join("labels"),
-            format!("app=\"{GATEWAY}\"\nistio=\"ingressgateway\"\n"),
-        )?;
+        let labels = format!("app=\"{GATEWAY}\"\nistio=\"ingressgateway\"\n");
+        std::fs::write(place.join("labels"), labels)?;
         let options = self.options(place)?;
-        let (done, mut proxy) = oneshot::channel();
+        let (done, proxy) = oneshot::channel();
         std::thread::Builder::new()
             .name("gateway".into())
             .spawn(move || {
@@ -241,6 +275,11 @@ impl Gateway {
             "gateway: http://{}/",
             SocketAddr::new(self.address, self.http)
         );
+        Ok(proxy)
+    }
+
+    /// Renews what the proxy lives on until it has ended.
+    async fn keep(&self, place: &Path, mut proxy: Ended) -> anyhow::Result<()> {
         let mut tokens = tokio::time::interval(TOKEN_RENEWAL);
         let mut roots = tokio::time::interval(ROOTS_RENEWAL);
         loop {
@@ -250,12 +289,31 @@ impl Gateway {
                     return Ok(());
                 }
                 _ = tokens.tick() => self.token(place).await,
-                _ = roots.tick() => self.roots(place).await.map(drop),
+                _ = roots.tick() => match self.restore().await {
+                    Ok(()) => self.roots(place).await.map(drop),
+                    Err(error) => Err(error),
+                },
             };
             if let Err(error) = renewed {
                 tracing::warn!("{error:#}; the gateway goes on with what it has");
             }
         }
+    }
+
+    /// Makes the Service again where somebody has deleted it. Another process's is left alone.
+    async fn restore(&self) -> anyhow::Result<()> {
+        match self.slice().await?.is_some() {
+            true => Ok(()),
+            false => self.apply().await,
+        }
+    }
+
+    async fn slice(&self) -> anyhow::Result<Option<EndpointSlice>> {
+        let slices: Api<EndpointSlice> = Api::namespaced(self.client.clone(), &self.namespace);
+        slices
+            .get_opt(GATEWAY)
+            .await
+            .context("reading the gateway's EndpointSlice")
     }
 
     fn options(&self, place: &Path) -> anyhow::Result<ProxyOptions> {
@@ -319,7 +377,7 @@ impl Gateway {
     }
 
     async fn apply(&self) -> anyhow::Result<()> {
-        let labels = json!({ "app": GATEWAY, "istio": "ingressgateway", "app.kubernetes.io/managed-by": "mesh" });
+        let labels = json!({ "app": GATEWAY, "istio": "ingressgateway", "app.kubernetes.io/managed-by": "mesh", "install.operator.istio.io/owning-resource": "installed-state" });
         let metadata =
             |name: &str| json!({ "name": name, "namespace": self.namespace, "labels": labels });
         let ports = [
@@ -365,20 +423,35 @@ impl Gateway {
         Ok(())
     }
 
-    /// Takes the Service away, which would lead nowhere; that this fails doesn't keep the process.
+    /// Takes the Service away, which would lead nowhere, but where it leads to a successor. That this fails doesn't keep the process.
     async fn remove(&self) {
-        let services: Api<Service> = Api::namespaced(self.client.clone(), &self.namespace);
-        let slices: Api<EndpointSlice> = Api::namespaced(self.client.clone(), &self.namespace);
-        let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &self.namespace);
-        let how = DeleteParams::default();
-        let results = [
-            services.delete(GATEWAY, &how).await.map(drop),
-            slices.delete(GATEWAY, &how).await.map(drop),
-            accounts.delete(ACCOUNT, &how).await.map(drop),
-        ];
-        for error in results.into_iter().filter_map(Result::err) {
-            tracing::warn!("removing the gateway's Service: {error}");
+        if let Err(error) = self.take_away().await {
+            tracing::warn!("removing the gateway's Service: {error:#}");
         }
+    }
+
+    async fn take_away(&self) -> anyhow::Result<()> {
+        let own = self.address.to_string();
+        let Some(slice) = self.slice().await? else {
+            return Ok(());
+        };
+        if !slice
+            .endpoints
+            .iter()
+            .flatten()
+            .any(|endpoint| endpoint.addresses.contains(&own))
+        {
+            return Ok(());
+        }
+        let as_it_was = DeleteParams::default().preconditions(Preconditions {
+            uid: slice.metadata.uid,
+            resource_version: slice.metadata.resource_version,
+        });
+        let slices: Api<EndpointSlice> = Api::namespaced(self.client.clone(), &self.namespace);
+        slices.delete(GATEWAY, &as_it_was).await?;
+        let services: Api<Service> = Api::namespaced(self.client.clone(), &self.namespace);
+        services.delete(GATEWAY, &DeleteParams::default()).await?;
+        Ok(())
     }
 }
 

@@ -101,7 +101,8 @@ impl Global {
             return Ok(config);
         }
         let users = in_home(".kube/config");
-        let there = [local_kubeconfig(), users]
+        let local = local_kubeconfig().filter(|path| is_running(path));
+        let there = [local, users]
             .into_iter()
             .flatten()
             .find(|path| path.exists());
@@ -112,6 +113,12 @@ impl Global {
             ),
         }
     }
+}
+
+/// Does the local cluster of this kubeconfig run? It holds a lock beside it; of one that has stopped the file stays, and is nobody's.
+fn is_running(kubeconfig: &Path) -> bool {
+    let lock = std::fs::File::open(kubeconfig.with_file_name("lock"));
+    lock.is_ok_and(|lock| lock.try_lock_shared().is_err())
 }
 
 async fn from_file(path: &Path, options: &KubeConfigOptions) -> anyhow::Result<kube::Config> {
@@ -147,4 +154,21 @@ fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name)
         .filter(|value| !value.is_empty())
         .map(PathBuf::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_local_cluster_counts_while_it_holds_its_lock() {
+        let state = tempfile::tempdir().expect("a folder");
+        let kubeconfig = state.path().join("kubeconfig");
+        std::fs::write(&kubeconfig, "{}").expect("written");
+        assert!(!is_running(&kubeconfig));
+        let lock = std::fs::File::create(state.path().join("lock")).expect("a lock");
+        assert!(!is_running(&kubeconfig));
+        lock.lock().expect("locked");
+        assert!(is_running(&kubeconfig));
+    }
 }

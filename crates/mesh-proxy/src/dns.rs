@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
+use hickory_proto::serialize::binary::{BinEncodable as _, BinEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
 use socket2::SockRef;
@@ -116,8 +117,8 @@ impl DnsCounters {
                 &self.upstream,
             ),
             (
-                "failures",
-                "DNS queries that no resolver answered, or that came before the table of names",
+                "upstream_failures",
+                "DNS queries that no resolver answered",
                 &self.failures,
             ),
         ] {
@@ -131,7 +132,7 @@ struct Server {
     options: DnsOptions,
     control_plane: Vec<String>,
     forwards: Semaphore,
-    streams: Semaphore,
+    streams: Arc<Semaphore>,
 }
 
 /// Opens the ports and answers until the runtime ends. Nothing happens where queries are not captured.
@@ -148,7 +149,7 @@ pub fn start(shared: &Arc<Shared>) -> Result<(), RunError> {
         options,
         control_plane: control_plane(&shared.options),
         forwards: Semaphore::new(MAX_FORWARDS),
-        streams: Semaphore::new(MAX_STREAMS),
+        streams: Arc::new(Semaphore::new(MAX_STREAMS)),
     });
     for address in addresses {
         let stream = open(address).map_err(|source| RunError::Port {
@@ -216,7 +217,6 @@ impl Server {
             if is_one_of(&asked, &self.control_plane) {
                 return Verdict::Forward;
             }
-            self.shared.dns.failures.inc();
             return Verdict::Answer(names::failure(query, ResponseCode::ServFail));
         };
         match names.answer(query) {
@@ -256,10 +256,15 @@ impl Server {
 /// RFC 1035 section 4.2.1: what does not fit is cut off, and the client asks again over TCP.
 fn encode(answer: &Message, size: usize) -> Option<Vec<u8>> {
     let bytes = answer.to_vec().ok()?;
-    match bytes.len() <= size {
-        true => Some(bytes),
-        false => answer.truncate().to_vec().ok(),
+    if bytes.len() <= size {
+        return Some(bytes);
     }
+    // What fits is there, for clients that don't ask again; the encoder says that there is more.
+    let mut cut = Vec::with_capacity(size);
+    let mut encoder = BinEncoder::new(&mut cut);
+    encoder.set_max_size(u16::try_from(size).unwrap_or(u16::MAX));
+    answer.emit(&mut encoder).ok()?;
+    Some(cut)
 }
 
 async fn datagrams(socket: Rc<UdpSocket>, server: Rc<Server>) {
@@ -281,13 +286,16 @@ async fn datagrams(socket: Rc<UdpSocket>, server: Rc<Server>) {
 
 async fn streams(listener: TcpListener, server: Rc<Server>) {
     loop {
+        // Beyond the limit connections wait in the system's queue.
+        let Ok(place) = server.streams.clone().acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let server = server.clone();
                 tokio::task::spawn_local(async move {
-                    if let Ok(_permit) = server.streams.acquire().await {
-                        serve_stream(stream, &server).await;
-                    }
+                    serve_stream(stream, &server).await;
+                    drop(place);
                 });
             }
             Err(error) => {

@@ -5,7 +5,7 @@ mod frames;
 mod linger;
 pub mod tenure;
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -75,6 +75,8 @@ pub struct Downstream {
     pub redirected: bool,
     /// The client's address, where connections to endpoints are to come from it.
     pub source: Option<Source>,
+    /// Who it is and where it was going, for PROXY protocol headers: as long as the client is there, somebody holds this.
+    ends: OnceCell<Rc<Ends>>,
     /// Direction of the listener.
     pub direction: Direction,
     /// What the TLS handshake has shown; `None` for plain text.
@@ -228,6 +230,7 @@ async fn serve_inner(
         destination,
         redirected,
         source,
+        ends: OnceCell::new(),
         direction,
         principals: arrived.tls.as_deref().and_then(Principals::of_client),
         client_cert: RefCell::default(),
@@ -484,10 +487,13 @@ impl Downstream {
     /// Whom PROXY protocol headers of a cluster tell of, where it has any.
     pub fn ends_for(&self, transports: &Transports) -> Option<Rc<Ends>> {
         transports.announces().then(|| {
-            Rc::new(Ends {
-                client: self.remote,
-                destination: self.destination,
-            })
+            let ends = self.ends.get_or_init(|| {
+                Rc::new(Ends {
+                    client: self.remote,
+                    destination: self.destination,
+                })
+            });
+            Rc::clone(ends)
         })
     }
 

@@ -433,8 +433,8 @@ fn exit_on_zero<'a>(
 ) -> Result<Option<Duration>, OptionsError> {
     let name = "EXIT_ON_ZERO_ACTIVE_CONNECTIONS";
     match get(name) {
-        None | Some("false") => Ok(None),
-        Some("true") => {
+        None | Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(None),
+        Some(value) if is_true(value) => {
             let name = "MINIMUM_DRAIN_DURATION";
             let text = get(name).unwrap_or("5s");
             go_duration(text)

@@ -131,6 +131,12 @@ pub enum Version {
     Http2,
 }
 
+/// Was this connection made for one client alone, who has gone?
+fn is_bereft(history: &History) -> bool {
+    let ends = history.wish.ends.as_ref();
+    ends.is_some_and(|ends| Rc::strong_count(ends) == 1)
+}
+
 impl Host {
     /// An endpoint without connections. `renewed`: it is another one than what was at this address before.
     pub fn new(core: &Rc<Core>, address: SocketAddr, peer: Arc<Peer>, renewed: bool) -> Self {
@@ -404,7 +410,15 @@ impl Host {
                 since: Cell::new(clock::now()),
                 history: RefCell::new(history.clone()),
             });
-            self.http2.borrow_mut().push(made.clone());
+            let mut all = self.http2.borrow_mut();
+            // Only where connections are one client's each there are so many.
+            if all.len() >= MOST_IDLE
+                && let Some(at) = all.iter().position(|m| m.streams.get() == 0)
+            {
+                all.remove(at);
+            }
+            all.push(made.clone());
+            drop(all);
             return Lease::new(self, Sender::Http2(made), config, history);
         }
     }
@@ -459,6 +473,7 @@ impl Host {
         let mut idle = self.idle.borrow_mut();
         idle.retain(|idle| {
             !idle.sender.is_closed()
+                && !is_bereft(&idle.history)
                 && !expired(idle.since)
                 && !self.is_spent(&idle.history, config)
         });
@@ -467,7 +482,8 @@ impl Host {
         }
         drop(idle);
         self.http2.borrow_mut().retain(|m| {
-            let unused = m.streams.get() == 0 && expired(m.since.get());
+            let idle = m.streams.get() == 0;
+            let unused = idle && (is_bereft(&m.history.borrow()) || expired(m.since.get()));
             !m.sender.is_closed() && !unused && !self.is_spent(&m.history.borrow(), config)
         });
     }

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::control::{Keeper, Receiver};
 use crate::identity::Agent;
-use crate::options::{ProxyOptions, SECURE_PORT};
+use crate::options::{ProxyOptions, Role, SECURE_PORT};
 use crate::serve::{open, serve};
 use crate::shared::Shared;
 use crate::worker::Worker;
@@ -26,6 +26,8 @@ use crate::{admin, agent, dns};
 
 /// A drained proxy stays for at least this long, so that who is about to connect still finds it.
 const MINIMUM_DRAIN: Duration = Duration::from_millis(250);
+/// The same for a gateway: its clients come through the nodes' tables, which follow a change within a second or so, and not through proxies that are told.
+const GATEWAY_DRAIN: Duration = Duration::from_secs(2);
 /// TCP keep-alive of the discovery stream.
 const DISCOVERY_KEEPALIVE: Duration = Duration::from_secs(30);
 
@@ -209,7 +211,14 @@ impl Ends {
     fn of(options: &ProxyOptions, ahead: bool) -> Self {
         let (minimum, limit) = match options.exit_on_zero {
             Some(minimum) => (minimum, None),
-            None => (MINIMUM_DRAIN, Some(options.termination_drain)),
+            None => {
+                let limit = options.termination_drain;
+                let minimum = match options.role {
+                    Role::Sidecar => MINIMUM_DRAIN,
+                    Role::Router => GATEWAY_DRAIN.min(limit),
+                };
+                (minimum, Some(limit))
+            }
         };
         Self {
             minimum: if ahead { Duration::ZERO } else { minimum },

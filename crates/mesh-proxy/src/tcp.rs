@@ -51,8 +51,14 @@ pub async fn serve(
     drop(snapshot);
     let state = worker.cluster_state(&cluster);
     let reports = state.reports();
-    let (host, mut upstream) = match open(connection, proxy, (&cluster, &state), server_name).await
-    {
+    // Envoy's timer too begins with the connection.
+    let end = proxy.max_duration.map(|limit| Instant::now() + limit);
+    let opened = tokio::select! {
+        opened = open(connection, proxy, (&cluster, &state), server_name) => opened,
+        () = tenancy.over() => Err(Flags::NONE),
+        () = until(end) => Err(Flag::Duration.into()),
+    };
+    let (host, mut upstream) = match opened {
         Ok(opened) => opened,
         Err(flags) => {
             refused(connection, &reports, flags);
@@ -72,7 +78,7 @@ pub async fn serve(
         &mut stream,
         &mut upstream,
         &prefix,
-        (proxy, &tenancy),
+        (proxy.idle_timeout, end, &tenancy),
     )
     .await;
     match flags.is_empty() {
@@ -82,6 +88,14 @@ pub async fn serve(
             .closed
             .inc(),
     };
+}
+
+/// Waits for a time, for ever where there is none.
+async fn until(end: Option<Instant>) {
+    match end {
+        Some(end) => tokio::time::sleep_until(end).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The other side of a connection.
@@ -171,7 +185,7 @@ async fn relay(
     stream: &mut Wire,
     upstream: &mut Upstream,
     prefix: &[u8],
-    (proxy, tenancy): (&TcpProxy, &Tenancy),
+    (idle, end, tenancy): (Option<Duration>, Option<Instant>, &Tenancy),
 ) -> Flags {
     handles.opened.inc();
     // What runs in a tunnel is counted as the request that opened it.
@@ -188,8 +202,6 @@ async fn relay(
         handles.sent.inc_by(now_sent - sent);
         (received, sent) = (now_received, now_sent);
     };
-    let end = proxy.max_duration.map(|limit| Instant::now() + limit);
-    let idle = proxy.idle_timeout;
     let copying = async {
         let mut far = match upstream {
             Upstream::Direct(direct) => Side::Wire(&mut direct.stream),

@@ -89,7 +89,12 @@ impl Tunnel {
     pub fn target(&self, facts: &Facts<'_>) -> Option<Authority> {
         match &self.target {
             Target::Fixed(authority) => Some(authority.clone()),
-            Target::Made(format) => format.render(facts, "-").parse().ok(),
+            Target::Made(format) => {
+                let made: Authority = format.render(facts, "-").parse().ok()?;
+                // Names may come from clients: RFC 9110 section 9.3.6 has no user information here.
+                let is_plain = made.port_u16().is_some() && !made.as_str().contains('@');
+                is_plain.then_some(made)
+            }
         }
     }
 

@@ -7,37 +7,8 @@ use anyhow::Context;
 use crate::e2e::{Cluster, Objects};
 use crate::run;
 
-const POD: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: istio-system}
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: mesh, namespace: istio-system}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: mesh-all-in-one}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}
-subjects: [{kind: ServiceAccount, name: mesh, namespace: istio-system}]
----
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: mesh, namespace: istio-system}
-spec:
-  selector: {matchLabels: {app: mesh}}
-  template:
-    metadata: {labels: {app: mesh, sidecar.istio.io/inject: 'false'}}
-    spec:
-      serviceAccountName: mesh
-      containers:
-      - name: mesh
-        image: mesh:VERSION
-        args: [all-in-one, --in-cluster, --log, info]
-        env: [{name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}]
-        readinessProbe: {httpGet: {path: /healthz/ready, port: 15021}, periodSeconds: 1}
-";
+/// The manifest that the documentation gives.
+const MANIFEST: &str = "docs/all-in-one.yaml";
 
 const NAMESPACE: &str = "{apiVersion: v1, kind: Namespace, metadata: {name: default, labels: {istio-injection: enabled}}}";
 
@@ -55,7 +26,7 @@ pub fn run(mesh: &Path) -> anyhow::Result<()> {
 
 fn judge(cluster: &Cluster) -> anyhow::Result<()> {
     let before = Objects::read(cluster)?;
-    let pod = POD.replace("VERSION", env!("CARGO_PKG_VERSION"));
+    let pod = std::fs::read_to_string(run::root().join(MANIFEST))?;
     cluster.apply(&pod)?;
     cluster.wait("the pod to be ready", || {
         ready(cluster, "istio-system", "mesh")

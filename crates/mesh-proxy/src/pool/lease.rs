@@ -165,7 +165,8 @@ fn keep(host: &Host, sender: Http1, history: History) {
     };
     if host.waiting.borrow().is_empty() {
         let mut all = host.idle.borrow_mut();
-        if all.len() >= MOST_IDLE && host.transport.borrow().header.is_some() {
+        let wish = &idle.history.wish;
+        if all.len() >= MOST_IDLE && (wish.ends.is_some() || wish.source.is_some()) {
             // That which has been unused for longest is of a client that may be gone.
             all.remove(0);
         }

@@ -28,6 +28,7 @@ use crate::pool::{ConnectError, EarlyAnswer, Host, Lease, Sent, Version};
 use crate::report::principals::Principals;
 use crate::tls::connect::Wish;
 use crate::tls::wire::Wire;
+use crate::upstream::ConnectOutcome as Outcome;
 
 /// Times that the request is written on another connection since the one before was closed while it was unused.
 const MOST_STALE: u32 = 3;
@@ -92,12 +93,21 @@ impl Asking<'_> {
         cluster: &Cluster,
     ) -> Result<Opened, TunnelError> {
         let asking = self.ask(host, cluster);
-        match self.patience {
+        let opened = match self.patience {
             Some(limit) => tokio::time::timeout(limit, asking)
                 .await
-                .map_err(|_| TunnelError::Timeout)?,
+                .unwrap_or(Err(TunnelError::Timeout)),
             None => asking.await,
+        };
+        // To Envoy an endpoint that opens no tunnel is one that can't be connected; what became of the connection itself is known already.
+        match &opened {
+            Err(TunnelError::Refused(_) | TunnelError::Lost(_)) => {
+                host.observe_connect(Outcome::Failed);
+            }
+            Err(TunnelError::Timeout) => host.observe_connect(Outcome::TimedOut),
+            Err(TunnelError::Connect(_) | TunnelError::Target) | Ok(_) => {}
         }
+        opened
     }
 
     async fn ask(&self, host: &Rc<Host>, cluster: &Cluster) -> Result<Opened, TunnelError> {
@@ -205,7 +215,9 @@ async fn agreed(
         Version::Http1 => status.is_success(),
         Version::Http2 => status == StatusCode::OK,
     };
-    if !agrees {
+    // The answer's body is the way back: one that is over is no way.
+    let is_over = inlet.is_some() && response.body().is_end_stream();
+    if !agrees || is_over {
         return Err(TunnelError::Refused(status));
     }
     let (far, early) = match inlet {

@@ -208,6 +208,11 @@ async fn the_mesh_answers_what_it_knows_and_the_resolvers_the_rest() {
     // More than fits a datagram: the client asks again by TCP, for both on one connection.
     let answer = by_datagram(proxy.dns, &query("many.test."));
     assert!(answer.metadata.truncation);
+    let shown = addresses(&answer);
+    assert!(
+        shown.len() > 10 && shown.iter().all(|ip| many.contains(ip)),
+        "{shown:?}"
+    );
     let mut stream = TcpStream::connect(proxy.dns).expect("a connection");
     let answer = exchange(&mut stream, &query("many.test."));
     let mut found = addresses(&answer);
@@ -227,7 +232,7 @@ async fn the_mesh_answers_what_it_knows_and_the_resolvers_the_rest() {
     assert_eq!(addresses(&answer), [ELSEWHERE.to_string()]);
     assert_eq!(proxy.metric("requests"), "6");
     assert_eq!(proxy.metric("upstream_requests"), "2");
-    assert_eq!(proxy.metric("failures"), "0");
+    assert_eq!(proxy.metric("upstream_failures"), "0");
     let shown = ask(proxy.agent, "GET", "/debug/ndsz", LOCAL).body;
     let shown: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
     assert_eq!(shown["table"]["a.test"]["ips"][0], "240.240.0.1");
@@ -244,7 +249,8 @@ async fn without_a_table_nothing_is_answered_and_the_proxy_is_not_ready() {
     let answer = by_datagram(proxy.dns, &query("a.test."));
     assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
     assert_eq!(ask(proxy.agent, "GET", "/debug/ndsz", LOCAL).status, 404);
-    assert_eq!(proxy.metric("failures"), "1");
+    assert_eq!(proxy.metric("requests"), "1");
+    assert_eq!(proxy.metric("upstream_failures"), "0");
     proxy.end();
 }
 

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use envoy_types::pb::envoy::config::cluster::v3::Cluster;
+use envoy_types::pb::envoy::config::cluster::v3::cluster::CommonLbConfig;
+use envoy_types::pb::envoy::config::cluster::v3::{Cluster, OutlierDetection};
 use envoy_types::pb::envoy::config::core::v3::{
     HeaderValue, HeaderValueOption, Http2ProtocolOptions,
 };
@@ -14,6 +15,7 @@ use envoy_types::pb::envoy::config::listener::v3::Listener;
 use envoy_types::pb::envoy::config::route::v3 as route;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::TunnelingConfig;
+use envoy_types::pb::envoy::r#type::v3::Percent;
 use envoy_types::pb::google::protobuf::{Duration as PbDuration, UInt32Value};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Empty};
@@ -179,6 +181,8 @@ fn a_tunnel_that_is_refused_is_asked_for_as_often_as_allowed() {
             false,
         ),
         ("no HTTP at all\r\n\r\n", false),
+        // The answer's body would be the way back.
+        ("HTTP/1.1 204 No Content\r\n\r\n", true),
     ] {
         let forward = Forward::start(answer);
         let at = free_port();
@@ -203,6 +207,36 @@ fn a_tunnel_that_is_refused_is_asked_for_as_often_as_allowed() {
 }
 
 #[test]
+fn a_server_that_opens_no_tunnels_is_ejected() {
+    let forward = Forward::start("HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n");
+    let at = free_port();
+    let config = Cluster {
+        outlier_detection: Some(OutlierDetection {
+            consecutive_5xx: Some(UInt32Value { value: 2 }),
+            max_ejection_percent: Some(UInt32Value { value: 100 }),
+            ..OutlierDetection::default()
+        }),
+        // No panic where it was the only one.
+        common_lb_config: Some(CommonLbConfig {
+            healthy_panic_threshold: Some(Percent { value: 0.0 }),
+            ..CommonLbConfig::default()
+        }),
+        ..cluster("proxy", &[forward.address])
+    };
+    let proxy = through(tunnelled(at, |_, _| {}), config);
+    let closed = |flags: &str| {
+        let flags = format!("response_flags=\"{flags}\"");
+        proxy.metric("istio_tcp_connections_closed_total", &[&flags])
+    };
+    wait(|| closed("UF,URX") == 1.0);
+    assert_eq!(all(connect(at)), "");
+    wait(|| closed("UF,URX") == 2.0);
+    assert_eq!(all(connect(at)), "");
+    wait(|| closed("UH") == 1.0);
+    assert_eq!(forward.heads().len(), 2);
+}
+
+#[test]
 fn a_server_that_does_not_answer_is_given_up_after_the_idle_timeout() {
     let forward = Forward::start("");
     let at = free_port();
@@ -213,7 +247,8 @@ fn a_server_that_does_not_answer_is_given_up_after_the_idle_timeout() {
         });
     });
     let _proxy = through(listener, cluster("proxy", &[forward.address]));
-    assert_eq!(all(connect(at)), "");
+    let ended = connect(at).read_to_end(&mut Vec::new());
+    assert!(matches!(ended, Ok(0)), "{ended:?}");
 }
 
 /// What the server of tunnels was asked for: method, URI, and the header that was added.
