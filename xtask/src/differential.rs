@@ -303,7 +303,7 @@ async fn through(proxy: &Proxy, i: usize, case: &Case, upstream: &Upstream) -> a
         let now = proxy.tally().await?;
         let tally = compare::grown(&before, &now);
         if tally.values().sum::<i64>() >= sent * case.hops.max(1)
-            || began.elapsed() > Duration::from_millis(500)
+            || began.elapsed() > Duration::from_secs(2)
         {
             break tally;
         }
