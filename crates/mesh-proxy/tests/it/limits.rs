@@ -517,14 +517,14 @@ fn a_client_that_leaves_while_the_service_is_asked_harms_nobody() {
     let (at, app, service) = (free_port(), App::start("a"), Service::start());
     let _proxy = Proxy::start(&asking(at, &app, service.address, &global(|_| {})));
     service.set(Manner::Hangs);
+    let asked = || service.asked.lock().expect("the questions").len();
     for _ in 0..10 {
+        let before = asked();
         let mut client = TcpStream::connect(at).expect("a connection");
         client
             .write_all(b"GET /leaves HTTP/1.1\r\nHost: x\r\n\r\n")
             .expect("written");
-        let before = || service.asked.lock().expect("the questions").len();
-        let n = before();
-        wait(|| before() > n || n > 0);
+        wait(|| asked() > before);
         drop(client);
     }
     service.set(Manner::Answers(answer(Code::Ok)));

@@ -19,11 +19,18 @@ use mesh_proxy::run::start_workers;
 use mesh_proxy::shared::Shared;
 use mesh_proxy::{ProxyOptions, Role};
 use mesh_routing::XdsState;
+use socket2::{Domain, Socket, Type};
 
-/// A port that was free a moment ago.
+/// A port of our own: it stays bound until the process ends, so that nobody else gets it, neither a server of another test nor a client's end.
+/// SO_REUSEADDR lets a server listen there beside a socket that does not (socket(7)); until one does, connections are refused.
 pub fn free_port() -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    socket.local_addr().expect("its address")
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    socket.set_reuse_address(true).expect("shared addresses");
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    socket.bind(&any.into()).expect("a port");
+    let address = socket.local_addr().ok().and_then(|a| a.as_socket());
+    std::mem::forget(socket);
+    address.expect("its address")
 }
 
 /// A proxy with one worker.
