@@ -57,6 +57,19 @@ pub enum StoreError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Another version wrote the directory, in a form that this one does not read; nothing in it was touched.
+    #[error(
+        "opening the state directory {dir}: it is in format {found:?} of another version of this program, and this one reads {known:?}; use that \
+         version (its `state export` writes a form to import here), or choose another directory with --state-dir"
+    )]
+    Format {
+        /// The directory.
+        dir: PathBuf,
+        /// What it is in.
+        found: String,
+        /// What this version reads.
+        known: &'static str,
+    },
     /// A value does not match its checksum.
     #[error(
         "reading key {key:?} of tree {tree:?}: the checksum does not match; `mesh state check` lists all damaged values"
@@ -97,7 +110,8 @@ impl Store {
     /// repaired; show it to the user when it is not [`Recovery::is_clean`].
     ///
     /// # Errors
-    /// [`StoreError::Locked`] when another process holds the directory, [`StoreError::Directory`] when it can't be used.
+    /// [`StoreError::Locked`] when another process holds the directory, [`StoreError::Format`] when another version wrote it in another form,
+    /// [`StoreError::Directory`] when it can't be used.
     pub fn open(dir: Option<&Path>) -> Result<(Store, Recovery), StoreError> {
         Store::open_with(StoreOptions {
             dir: dir.map(Path::to_path_buf),

@@ -15,6 +15,9 @@ const LETTING_GO: Duration = Duration::from_secs(1);
 /// Written once into a new store: sled takes a log without a single readable segment for a new one, and this tells the two apart.
 /// No tree has an empty name, so no key of a caller collides.
 pub(crate) const MARKER: &[u8] = b"\0format";
+/// The marker's value: the form of keys and values. A version that changes it must go on sealing the marker itself as now, since older ones
+/// read it before anything else.
+const FORMAT: &str = "1";
 
 /// What had to be repaired while opening.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -90,8 +93,8 @@ pub(crate) fn open(options: &StoreOptions) -> Result<(sled::Db, Recovery), Store
             }
         }
     };
-    if !db.contains_key(MARKER)? {
-        db.insert(MARKER, seal_value(b"1"))?;
+    if !is_of_format(&db, dir)? {
+        db.insert(MARKER, seal_value(FORMAT.as_bytes()))?;
         db.flush()?;
     }
     recovery.values_dropped = drop_damaged_values(&db)?;
@@ -99,6 +102,23 @@ pub(crate) fn open(options: &StoreOptions) -> Result<(sled::Db, Recovery), Store
         tracing::warn!(dir = %dir.display(), "{recovery}");
     }
     Ok((db, recovery))
+}
+
+/// Whether the marker says our format; false where there is none that can be read. Looked at before damage is: what seems damaged may be another
+/// version's way to write.
+fn is_of_format(db: &sled::Db, dir: &Path) -> Result<bool, StoreError> {
+    let Some(stored) = db.get(MARKER)? else {
+        return Ok(false);
+    };
+    match open_value(&stored) {
+        None => Ok(false),
+        Some(found) if found == FORMAT.as_bytes() => Ok(true),
+        Some(found) => Err(StoreError::Format {
+            dir: dir.to_owned(),
+            found: String::from_utf8_lossy(found).into_owned(),
+            known: FORMAT,
+        }),
+    }
 }
 
 /// As [`open_once`], but gives who had the store open until now a moment to let go: sled's threads do so shortly after the last handle is

@@ -204,6 +204,66 @@ fn a_damaged_log_is_moved_aside() {
     store.flush().unwrap();
 }
 
+/// What a future version might leave: another format, told by a marker sealed as today, and values in a form of its own.
+fn written_by_a_newer_version(dir: &Path) {
+    drop(open(dir));
+    let db = sled::Config::new().path(dir).open().unwrap();
+    let mut marker = crc32fast::hash(b"2").to_le_bytes().to_vec();
+    marker.extend_from_slice(b"2");
+    db.insert(b"\0format", marker).unwrap();
+    db.insert(b"tree\0key", b"a form without checksums")
+        .unwrap();
+    db.flush().unwrap();
+}
+
+#[test]
+fn what_a_newer_version_wrote_is_refused_and_kept() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("db");
+    written_by_a_newer_version(&dir);
+    // Twice: the first refusal must not have changed what the second one sees.
+    for _ in 0..2 {
+        let error = Store::open(Some(&dir)).unwrap_err();
+        assert!(
+            matches!(&error, StoreError::Format { found, known: "1", .. } if found == "2"),
+            "{error:?}"
+        );
+        let text = error.to_string();
+        assert!(
+            text.contains(&dir.display().to_string()) && text.contains("--state-dir"),
+            "{text}"
+        );
+    }
+    let db = sled::Config::new().path(&dir).open().unwrap();
+    assert_eq!(
+        db.get(b"tree\0key").unwrap().as_deref(),
+        Some(b"a form without checksums".as_slice())
+    );
+    let moved = std::fs::read_dir(parent.path()).unwrap().count();
+    assert_eq!(moved, 1, "the directory was moved aside");
+}
+
+#[test]
+fn a_damaged_marker_is_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let store = open(dir.path());
+        store.tree("t").unwrap().insert("k", "v").unwrap();
+        store.flush().unwrap();
+    }
+    {
+        let db = sled::Config::new().path(dir.path()).open().unwrap();
+        db.insert(b"\0format", b"noise").unwrap();
+        db.flush().unwrap();
+    }
+    // The second opening took a store without a marker for one beyond repair.
+    for _ in 0..2 {
+        let store = open(dir.path());
+        let value = store.tree("t").unwrap().get("k").unwrap();
+        assert_eq!(value.as_deref(), Some(b"v".as_slice()));
+    }
+}
+
 #[test]
 fn export_and_import_are_inverse() {
     let (store, _) = Store::open(None).unwrap();
