@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -38,6 +38,7 @@ use mesh_routing::XdsState;
 use crate::config::{
     action, any, cluster, filter, http_listener, prefix, route_to, state, table, tcp_listener,
 };
+use crate::servers;
 use crate::stage::{App, Client, Proxy, free_port};
 
 /// Of issuer `https://a.test` for `alice`, until 2100; the private key is gone.
@@ -86,33 +87,21 @@ fn stat(proxy: &Proxy, name: &str) -> u64 {
 fn serve(
     answer: impl Fn(&Request<Incoming>, usize) -> Response<Full<Bytes>> + Send + Sync + 'static,
 ) -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    socket.set_nonblocking(true).expect("non-blocking");
-    let address = socket.local_addr().expect("its address");
     let answer = Arc::new(answer);
     let count = Arc::new(AtomicUsize::new(0));
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = { runtime }.enable_all().build().expect("a runtime");
-        runtime.block_on(async move {
-            let socket = tokio::net::TcpListener::from_std(socket).expect("the socket");
-            while let Ok((stream, _)) = socket.accept().await {
-                let (answer, count) = (answer.clone(), count.clone());
-                let service = hyper::service::service_fn(move |request| {
-                    let number = count.fetch_add(1, Ordering::SeqCst);
-                    let response = answer(&request, number);
-                    async move { Ok::<_, Infallible>(response) }
-                });
-                let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-                tokio::spawn(async move {
-                    let _ = builder
-                        .serve_connection(TokioIo::new(stream), service)
-                        .await;
-                });
-            }
-        });
-    });
-    address
+    servers::with_tasks(move |stream| {
+        let (answer, count) = (answer.clone(), count.clone());
+        async move {
+            let service = hyper::service::service_fn(move |request| {
+                let number = count.fetch_add(1, Ordering::SeqCst);
+                let response = answer(&request, number);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let _ = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        }
+    })
 }
 
 fn policy(permission: Rule, principal: Identifier) -> rbac::Policy {

@@ -51,8 +51,11 @@ impl Proxy {
             metrics: 0,
         };
         let process = std::thread::spawn(move || run(options));
-        wait(|| TcpStream::connect(("127.0.0.1", agent)).is_ok());
-        wait(|| TcpStream::connect(("127.0.0.1", health)).is_ok());
+        let is_open = |port: u16| TcpStream::connect(("127.0.0.1", port)).is_ok();
+        wait(|| process.is_finished() || is_open(agent) && is_open(health));
+        if process.is_finished() {
+            panic!("it has ended: {:?}", process.join());
+        }
         Self {
             agent,
             health,

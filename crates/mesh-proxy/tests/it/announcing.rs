@@ -1,7 +1,7 @@
 //! Endpoints that are told of the client by the PROXY protocol.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -18,6 +18,7 @@ use crate::config::{
     action, any, cluster, http_listener, prefix, route_to, state, table, tcp_listener,
 };
 use crate::pki::{Pki, client, mesh_context};
+use crate::servers::with_threads;
 use crate::stage::{Client, Proxy, free_port};
 
 /// Puts the PROXY protocol around a cluster's transport.
@@ -41,20 +42,6 @@ fn announce(mut cluster: Cluster, version: Version) -> Cluster {
     cluster
 }
 
-/// An endpoint for which something is done with every connection.
-fn endpoint(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let address = socket.local_addr().expect("its address");
-    let serve = Arc::new(serve);
-    std::thread::spawn(move || {
-        for stream in socket.incoming() {
-            let (stream, serve) = (stream.expect("a connection"), serve.clone());
-            std::thread::spawn(move || serve(stream));
-        }
-    });
-    address
-}
-
 /// Reads to the end of a line, or of a head; nothing where the connection ends before.
 fn until(stream: &mut TcpStream, end: &[u8]) -> Vec<u8> {
     let (mut text, mut byte) = (Vec::new(), [0]);
@@ -71,7 +58,7 @@ fn until(stream: &mut TcpStream, end: &[u8]) -> Vec<u8> {
 fn both_versions_before_the_bytes_of_tcp() {
     for (version, length) in [(Version::V1, None), (Version::V2, Some(28))] {
         // Sends back what it gets, the header too.
-        let address = endpoint(|mut stream| {
+        let address = with_threads(|mut stream| {
             let mut heard = [0; 256];
             while let Ok(n) = stream.read(&mut heard)
                 && n > 0
@@ -122,7 +109,7 @@ fn both_versions_before_the_bytes_of_tcp() {
 fn reflector() -> (SocketAddr, Arc<AtomicUsize>) {
     let connections = Arc::new(AtomicUsize::new(0));
     let counted = connections.clone();
-    let address = endpoint(move |mut stream| {
+    let address = with_threads(move |mut stream| {
         counted.fetch_add(1, Ordering::Relaxed);
         let line = until(&mut stream, b"\r\n");
         while !until(&mut stream, b"\r\n\r\n").is_empty() {
@@ -186,7 +173,7 @@ fn an_unused_connection_of_another_client_gives_way_at_the_limit() {
 #[test]
 fn the_header_stands_before_the_handshake() {
     let (said, heard) = std::sync::mpsc::channel();
-    let address = endpoint(move |mut stream| {
+    let address = with_threads(move |mut stream| {
         let line = until(&mut stream, b"\r\n");
         let mut record = [0; 3];
         if stream.read_exact(&mut record).is_ok() {

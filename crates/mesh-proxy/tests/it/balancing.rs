@@ -1,6 +1,6 @@
 //! Endpoints that fail, limits, connections: what the proxy does about them.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use mesh_routing::XdsState;
 use tokio::sync::Semaphore;
 
 use crate::config::{action, cluster, http_listener, prefix, route_to, state, table, tcp_listener};
+use crate::servers;
 use crate::stage::{App, Client, Proxy, free_port, wait};
 
 /// An application whose answers can be held back, and whose status can be changed.
@@ -39,52 +40,43 @@ pub struct Held {
 
 impl Held {
     pub fn start(name: &'static str) -> Self {
-        let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-        socket.set_nonblocking(true).expect("non-blocking");
-        let app = Self {
-            address: socket.local_addr().expect("its address"),
-            accepted: Arc::default(),
-            open: Arc::default(),
-            requests: Arc::default(),
-            gate: Arc::new(Semaphore::new(0)),
-            status: Arc::new(AtomicU16::new(200)),
-        };
-        let (accepted, open) = (app.accepted.clone(), app.open.clone());
-        let (requests, gate, status) = (app.requests.clone(), app.gate.clone(), app.status.clone());
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .expect("a runtime");
-            runtime.block_on(async move {
-                let socket = tokio::net::TcpListener::from_std(socket).expect("the socket");
-                loop {
-                    let (stream, _) = socket.accept().await.expect("a connection");
-                    accepted.fetch_add(1, Ordering::SeqCst);
-                    open.fetch_add(1, Ordering::SeqCst);
-                    let (open, requests) = (open.clone(), requests.clone());
+        let (accepted, open) = <(Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
+        let requests = Arc::<AtomicUsize>::default();
+        let gate = Arc::new(Semaphore::new(0));
+        let status = Arc::new(AtomicU16::new(200));
+        let counts = (accepted.clone(), open.clone(), requests.clone());
+        let answer = (gate.clone(), status.clone());
+        let address = servers::with_tasks(move |stream| {
+            let (accepted, open, requests) = counts.clone();
+            let (gate, status) = answer.clone();
+            accepted.fetch_add(1, Ordering::SeqCst);
+            open.fetch_add(1, Ordering::SeqCst);
+            async move {
+                let service = hyper::service::service_fn(move |_: Request<_>| {
+                    requests.fetch_add(1, Ordering::SeqCst);
                     let (gate, status) = (gate.clone(), status.clone());
-                    tokio::spawn(async move {
-                        let service = hyper::service::service_fn(move |_: Request<_>| {
-                            requests.fetch_add(1, Ordering::SeqCst);
-                            let (gate, status) = (gate.clone(), status.clone());
-                            async move {
-                                gate.acquire().await.expect("open").forget();
-                                Response::builder()
-                                    .status(status.load(Ordering::SeqCst))
-                                    .header("x-app", name)
-                                    .body(Full::<Bytes>::default())
-                            }
-                        });
-                        let _ = auto::Builder::new(TokioExecutor::new())
-                            .serve_connection(TokioIo::new(stream), service)
-                            .await;
-                        open.fetch_sub(1, Ordering::SeqCst);
-                    });
-                }
-            });
+                    async move {
+                        gate.acquire().await.expect("open").forget();
+                        Response::builder()
+                            .status(status.load(Ordering::SeqCst))
+                            .header("x-app", name)
+                            .body(Full::<Bytes>::default())
+                    }
+                });
+                let _ = auto::Builder::new(TokioExecutor::new())
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
+                open.fetch_sub(1, Ordering::SeqCst);
+            }
         });
-        app
+        Self {
+            address,
+            accepted,
+            open,
+            requests,
+            gate,
+            status,
+        }
     }
 
     /// Answers at once from now on.

@@ -2,7 +2,7 @@
 //! drain time left.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use crate::balancing::Held;
 use crate::config::{
     action, any, cluster, http_listener, prefix, route_to, state, table, tcp_listener,
 };
+use crate::servers;
 use crate::stage::{App, Client, Proxy, echo, free_port, say, wait};
 
 /// Drains for one second.
@@ -99,24 +100,17 @@ fn web(at: SocketAddr, server: &str, chain: &str, upstream: SocketAddr) -> XdsSt
 
 /// Agrees to upgrades and says then what it hears.
 fn upgrading() -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let address = socket.local_addr().expect("its address");
-    std::thread::spawn(move || {
-        for stream in socket.incoming() {
-            let mut app = Client(stream.expect("a connection"));
-            std::thread::spawn(move || {
-                let mut head = Vec::new();
-                let mut byte = [0];
-                while !head.ends_with(b"\r\n\r\n") && app.0.read(&mut byte).is_ok_and(|n| n == 1) {
-                    head.push(byte[0]);
-                }
-                app.send("HTTP/1.1 101 Yes\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n");
-                let mut reader = app.0.try_clone().expect("a second handle");
-                let _ = std::io::copy(&mut reader, &mut app.0);
-            });
+    servers::with_threads(|stream| {
+        let mut app = Client(stream);
+        let mut head = Vec::new();
+        let mut byte = [0];
+        while !head.ends_with(b"\r\n\r\n") && app.0.read(&mut byte).is_ok_and(|n| n == 1) {
+            head.push(byte[0]);
         }
-    });
-    address
+        app.send("HTTP/1.1 101 Yes\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n");
+        let mut reader = app.0.try_clone().expect("a second handle");
+        let _ = std::io::copy(&mut reader, &mut app.0);
+    })
 }
 
 #[test]
@@ -208,27 +202,19 @@ async fn http_connections_of_a_chain_that_is_gone_are_told_to_end() {
 
 /// Answers in two halves, the second one well after a change was noticed.
 fn slow() -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let address = socket.local_addr().expect("its address");
-    std::thread::spawn(move || {
-        for stream in socket.incoming() {
-            let mut stream = stream.expect("a connection");
-            std::thread::spawn(move || {
-                let mut buffer = [0; 4096];
-                while stream.read(&mut buffer).is_ok_and(|read| read > 0) {
-                    let head = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nfirst";
-                    if stream.write_all(head).is_err() {
-                        return;
-                    }
-                    std::thread::sleep(Duration::from_millis(3500));
-                    if stream.write_all(b" half").is_err() {
-                        return;
-                    }
-                }
-            });
+    servers::with_threads(|mut stream| {
+        let mut buffer = [0; 4096];
+        while stream.read(&mut buffer).is_ok_and(|read| read > 0) {
+            let head = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nfirst";
+            if stream.write_all(head).is_err() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(3500));
+            if stream.write_all(b" half").is_err() {
+                return;
+            }
         }
-    });
-    address
+    })
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! SIGTERM: what is under way ends in peace. The proxy runs in a process of its own, since a signal is for a whole process.
 
+use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -104,7 +105,8 @@ impl Proxy {
         );
         keep(dir.path(), resources).await;
         let [health, admin, agent] = [(); 3].map(|()| free_port().port());
-        let process = Command::new(std::env::current_exe().expect("this program"))
+        let log = dir.path().join("log");
+        let mut process = Command::new(std::env::current_exe().expect("this program"))
             .args(["--exact", "drain::the_other_process", "--nocapture"])
             .env(
                 CHILD,
@@ -115,10 +117,19 @@ impl Proxy {
             )
             .envs(variables.iter().map(|name| (name, "1")))
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(File::create(&log).expect("a file"))
             .spawn()
             .expect("another process");
-        wait(|| TcpStream::connect((Ipv4Addr::LOCALHOST, health)).is_ok());
+        for attempt in 0.. {
+            if TcpStream::connect((Ipv4Addr::LOCALHOST, health)).is_ok() {
+                break;
+            }
+            let ended = process.try_wait().expect("its status").is_some();
+            if ended || attempt == 4000 {
+                panic!("it does not serve: {:?}", std::fs::read_to_string(&log));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
         wait(|| ask(health, "GET", "/healthz/ready", LOCAL).status == 200);
         Self {
             process,

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::SocketAddr;
 
 use bytes::Bytes;
 use envoy_types::pb::envoy::config::core::v3::Http2ProtocolOptions;
@@ -13,6 +13,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 
 use crate::config::{action, cluster, http_listener, prefix, route_to, state, table};
+use crate::servers;
 use crate::stage::{Client, Proxy, free_port};
 
 /// Much more than fits into the buffers on the way.
@@ -20,45 +21,30 @@ const UPLOAD: usize = 8 << 20;
 
 /// Reads the head of a request, answers 413 and closes with the body unread, which the kernel makes a reset of.
 fn refusing() -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let address = socket.local_addr().expect("its address");
-    std::thread::spawn(move || {
-        for stream in socket.incoming() {
-            let mut stream = stream.expect("a connection");
-            let mut head = Vec::new();
-            let mut byte = [0];
-            while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n == 1) {
-                head.push(byte[0]);
-            }
-            let answer =
-                "HTTP/1.1 413 Too Large\r\ncontent-length: 9\r\nconnection: close\r\n\r\ntoo large";
-            let _ = stream.write_all(answer.as_bytes());
+    servers::with_threads(|mut stream| {
+        let mut head = Vec::new();
+        let mut byte = [0];
+        while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n == 1) {
+            head.push(byte[0]);
         }
-    });
-    address
+        let answer =
+            "HTTP/1.1 413 Too Large\r\ncontent-length: 9\r\nconnection: close\r\n\r\ntoo large";
+        let _ = stream.write_all(answer.as_bytes());
+    })
 }
 
 /// The same over HTTP/2, where only the stream is reset.
 fn refusing_http2() -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    socket.set_nonblocking(true).expect("non-blocking");
-    let address = socket.local_addr().expect("its address");
-    tokio::spawn(async move {
-        let socket = tokio::net::TcpListener::from_std(socket).expect("the socket");
-        loop {
-            let (stream, _) = socket.accept().await.expect("a connection");
-            let service = hyper::service::service_fn(|_: Request<Incoming>| async {
-                let mut response = Response::new(Full::new(Bytes::from_static(b"too large")));
-                *response.status_mut() = hyper::StatusCode::PAYLOAD_TOO_LARGE;
-                Ok::<_, Infallible>(response)
-            });
-            tokio::spawn(
-                hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-                    .serve_connection(TokioIo::new(stream), service),
-            );
-        }
-    });
-    address
+    servers::with_tasks(|stream| async move {
+        let service = hyper::service::service_fn(|_: Request<Incoming>| async {
+            let mut response = Response::new(Full::new(Bytes::from_static(b"too large")));
+            *response.status_mut() = hyper::StatusCode::PAYLOAD_TOO_LARGE;
+            Ok::<_, Infallible>(response)
+        });
+        let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            .serve_connection(TokioIo::new(stream), service)
+            .await;
+    })
 }
 
 fn start(app: SocketAddr, http2: bool) -> (SocketAddr, Proxy) {

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -35,6 +35,7 @@ use prost::Message;
 use crate::config::{
     action, always, any, cluster, filter, filtered, http_listener, state, table, tcp_listener,
 };
+use crate::servers;
 use crate::stage::{App, Client, Proxy, free_port, wait};
 
 fn local(max: u32) -> LocalRateLimit {
@@ -226,32 +227,19 @@ struct Service {
 
 impl Service {
     fn start() -> Self {
-        let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-        socket.set_nonblocking(true).expect("non-blocking");
-        let address = socket.local_addr().expect("its address");
         let manner = Arc::new(Mutex::new(Manner::Fails));
         let asked = Arc::new(Mutex::new(Vec::new()));
         let shared = (manner.clone(), asked.clone());
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .expect("a runtime");
-            runtime.block_on(async move {
-                let socket = tokio::net::TcpListener::from_std(socket).expect("the socket");
-                loop {
-                    let (stream, _) = socket.accept().await.expect("a connection");
-                    let shared = shared.clone();
-                    tokio::spawn(async move {
-                        let service = hyper::service::service_fn(move |request| {
-                            judge(request, shared.0.clone(), shared.1.clone())
-                        });
-                        let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-                            .serve_connection(TokioIo::new(stream), service)
-                            .await;
-                    });
-                }
-            });
+        let address = servers::with_tasks(move |stream| {
+            let shared = shared.clone();
+            async move {
+                let service = hyper::service::service_fn(move |request| {
+                    judge(request, shared.0.clone(), shared.1.clone())
+                });
+                let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
+            }
         });
         Self {
             address,

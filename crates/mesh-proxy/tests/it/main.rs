@@ -24,6 +24,7 @@ mod mirrors;
 mod pki;
 mod process;
 mod retries;
+mod servers;
 mod smuggling;
 mod stage;
 mod tcp;

@@ -13,6 +13,7 @@ use mesh_xds::{Handler, Resource, Update};
 use prost::Message;
 
 use crate::config::{action, cluster, filter, http_listener, prefix, route_to, table};
+use crate::servers;
 use crate::stage::{App, Client, Reply, free_port, wait};
 
 pub fn options(state_dir: &Path) -> ProxyOptions {
@@ -203,23 +204,7 @@ fn probed(agent: u16, name: &str, status: u16) {
 
 /// A health service as `grpc.health.v1` describes it: serves "live", does not serve "dead", knows nothing else.
 fn health_service() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let port = socket.local_addr().expect("its address").port();
-    socket.set_nonblocking(true).expect("a mode");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            let socket = tokio::net::TcpListener::from_std(socket).expect("a socket");
-            loop {
-                let (stream, _) = socket.accept().await.expect("a connection");
-                tokio::spawn(answer_health(stream));
-            }
-        });
-    });
-    port
+    servers::with_tasks(answer_health).port()
 }
 
 async fn answer_health(stream: tokio::net::TcpStream) {

@@ -1,7 +1,7 @@
 //! HTTP/1 requests and answers whose borders two parsers could see in different places.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -10,6 +10,7 @@ use envoy_types::pb::envoy::config::route::v3 as route;
 use envoy_types::pb::google::protobuf::Duration;
 
 use crate::config::{action, cluster, http_listener, prefix, route_to, state, table};
+use crate::servers;
 use crate::stage::{App, Client, Proxy, free_port, wait};
 
 fn start(endpoints: &[SocketAddr], http10: bool) -> (SocketAddr, Proxy) {
@@ -226,22 +227,15 @@ fn pipelined_requests_are_answered_in_order_and_others_are_not_kept_waiting() {
 
 /// An endpoint that answers every request with the same bytes.
 fn hostile(answer: &'static [u8]) -> (SocketAddr, Arc<AtomicUsize>) {
-    let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = socket.local_addr().expect("its address");
     let count = Arc::new(AtomicUsize::new(0));
     let counter = count.clone();
-    std::thread::spawn(move || {
-        for stream in socket.incoming() {
-            let mut stream = stream.expect("a connection");
-            counter.fetch_add(1, Ordering::Relaxed);
-            std::thread::spawn(move || {
-                let mut seen = [0; 4096];
-                while stream.read(&mut seen).is_ok_and(|n| n > 0) {
-                    if stream.write_all(answer).is_err() {
-                        return;
-                    }
-                }
-            });
+    let address = servers::with_threads(move |mut stream| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        let mut seen = [0; 4096];
+        while stream.read(&mut seen).is_ok_and(|n| n > 0) {
+            if stream.write_all(answer).is_err() {
+                return;
+            }
         }
     });
     (address, count)

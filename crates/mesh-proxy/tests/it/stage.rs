@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,16 +21,19 @@ use mesh_proxy::{ProxyOptions, Role};
 use mesh_routing::XdsState;
 use socket2::{Domain, Socket, Type};
 
+use crate::servers;
+
 /// A port of our own: it stays bound until the process ends, so that nobody else gets it, neither a server of another test nor a client's end.
 /// SO_REUSEADDR lets a server listen there beside a socket that does not (socket(7)); until one does, connections are refused.
 pub fn free_port() -> SocketAddr {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
     socket.set_reuse_address(true).expect("shared addresses");
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    // On every address, since the port of a client on any other one is taken for servers that listen on all.
+    let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
     socket.bind(&any.into()).expect("a port");
     let address = socket.local_addr().ok().and_then(|a| a.as_socket());
     std::mem::forget(socket);
-    address.expect("its address")
+    (Ipv4Addr::LOCALHOST, address.expect("its address").port()).into()
 }
 
 /// A proxy with one worker.
@@ -111,30 +114,16 @@ pub struct App {
 
 impl App {
     pub fn start(name: &'static str) -> Self {
-        let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-        socket.set_nonblocking(true).expect("non-blocking");
-        let address = socket.local_addr().expect("its address");
         let connections = Arc::new(AtomicUsize::new(0));
         let counter = connections.clone();
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .expect("a runtime");
-            runtime.block_on(async move {
-                let socket = tokio::net::TcpListener::from_std(socket).expect("the socket");
-                loop {
-                    let (stream, _) = socket.accept().await.expect("a connection");
-                    counter.fetch_add(1, Ordering::Relaxed);
-                    tokio::spawn(async move {
-                        let service =
-                            hyper::service::service_fn(move |request| answer(name, request));
-                        let _ = auto::Builder::new(TokioExecutor::new())
-                            .serve_connection(TokioIo::new(stream), service)
-                            .await;
-                    });
-                }
-            });
+        let address = servers::with_tasks(move |stream| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            async move {
+                let service = hyper::service::service_fn(move |request| answer(name, request));
+                let _ = auto::Builder::new(TokioExecutor::new())
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
+            }
         });
         Self {
             address,
@@ -256,18 +245,10 @@ impl Client {
 
 /// Sends back what it gets.
 pub fn echo() -> SocketAddr {
-    let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let address = socket.local_addr().expect("its address");
-    std::thread::spawn(move || {
-        for stream in socket.incoming() {
-            let mut stream = stream.expect("a connection");
-            std::thread::spawn(move || {
-                let mut reader = stream.try_clone().expect("a second handle");
-                let _ = std::io::copy(&mut reader, &mut stream);
-            });
-        }
-    });
-    address
+    servers::with_threads(|mut stream| {
+        let mut reader = stream.try_clone().expect("a second handle");
+        let _ = std::io::copy(&mut reader, &mut stream);
+    })
 }
 
 /// Is what is said sent back?

@@ -26,6 +26,7 @@ use mesh_proxy::upstream::counters::Counter;
 
 use crate::config::{action, cluster, http_listener, route_to, state, table, tcp_listener_with};
 use crate::pki::{Pki, client, mesh_context, server};
+use crate::servers;
 use crate::stage::{Proxy, free_port, wait};
 
 const TARGET: &str = "far.example.com:443";
@@ -39,17 +40,9 @@ struct Forward {
 
 impl Forward {
     fn start(answer: &'static str) -> Self {
-        let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = socket.local_addr().expect("its address");
         let heads = Arc::<Mutex<Vec<String>>>::default();
         let noted = heads.clone();
-        std::thread::spawn(move || {
-            for stream in socket.incoming() {
-                let stream = stream.expect("a connection");
-                let noted = noted.clone();
-                std::thread::spawn(move || Self::serve(stream, answer, &noted));
-            }
-        });
+        let address = servers::with_threads(move |stream| Self::serve(stream, answer, &noted));
         Self { address, heads }
     }
 
@@ -256,31 +249,16 @@ type Asked = Arc<Mutex<Vec<(Method, String)>>>;
 
 /// A server of tunnels in both versions of HTTP that sends back what it hears.
 fn both_versions() -> (SocketAddr, Asked) {
-    let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
-    socket.set_nonblocking(true).expect("non-blocking");
-    let address = socket.local_addr().expect("its address");
     let asked = Asked::default();
     let noted = asked.clone();
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        runtime.block_on(async move {
-            let socket = tokio::net::TcpListener::from_std(socket).expect("the socket");
-            loop {
-                let (stream, _) = socket.accept().await.expect("a connection");
-                let noted = noted.clone();
-                tokio::spawn(async move {
-                    let service =
-                        hyper::service::service_fn(move |request| echo(request, noted.clone()));
-                    let builder = auto::Builder::new(TokioExecutor::new());
-                    let serving =
-                        builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-                    let _ = serving.await;
-                });
-            }
-        });
+    let address = servers::with_tasks(move |stream| {
+        let noted = noted.clone();
+        async move {
+            let service = hyper::service::service_fn(move |request| echo(request, noted.clone()));
+            let builder = auto::Builder::new(TokioExecutor::new());
+            let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+            let _ = serving.await;
+        }
     });
     (address, asked)
 }
