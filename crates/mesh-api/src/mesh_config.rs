@@ -288,6 +288,30 @@ impl MeshConfig {
         }
     }
 
+    /// As [`Self::from_yaml`] for a control plane beside a newer installation: fields that Istio does not know, or not yet, are left out and
+    /// returned as the errors that they are. The rest holds.
+    ///
+    /// # Errors
+    /// A text that is not YAML, or a value of the wrong form.
+    pub fn from_newer_yaml(text: &str) -> Result<(Self, Vec<ParseError>), ParseError> {
+        let mut left_out = Vec::new();
+        let Some(mut value) = document(text)? else {
+            return Ok((Self::default(), left_out));
+        };
+        // Bounded: each round takes a field away.
+        loop {
+            match Self::from_value(&value) {
+                Err(error)
+                    if error.message.starts_with("unknown field")
+                        && take_away(&mut value, &error.path) =>
+                {
+                    left_out.push(error);
+                }
+                read => return read.map(|config| (config, left_out)),
+            }
+        }
+    }
+
     /// Reads the mesh configuration from JSON, over the defaults.
     ///
     /// # Errors
@@ -393,6 +417,18 @@ fn document(text: &str) -> Result<Option<Value>, ParseError> {
     Ok(documents.into_iter().next())
 }
 
+/// Removes the field at a path as errors write it (`a.b[0].c`); false if there is none.
+fn take_away(value: &mut Value, path: &str) -> bool {
+    let pointer = format!("/{}", path.replace(['.', '['], "/").replace(']', ""));
+    let Some((parent, field)) = pointer.rsplit_once('/') else {
+        return false;
+    };
+    value
+        .pointer_mut(parent)
+        .and_then(Value::as_object_mut)
+        .is_some_and(|fields| fields.remove(field).is_some())
+}
+
 /// Separates the fields that are not implemented from the rest.
 fn split(
     value: &Value,
@@ -484,5 +520,37 @@ extensionProviders:
             config.unsupported(),
             ["accessLogFile", "defaultConfig.tracing"]
         );
+    }
+
+    #[test]
+    fn fields_of_a_newer_version_are_left_out_by_name() {
+        let text = "
+trustDomain: example.org
+future: {deep: [1]}
+outboundTrafficPolicy: {mode: REGISTRY_ONLY, future: 1}
+caCertificates: [{pem: x}, {pem: y, future: [z]}]
+defaultConfig: {concurrency: 2, future: {}}";
+        let (config, left_out) = MeshConfig::from_newer_yaml(text).expect("readable");
+        let mut paths: Vec<_> = left_out.iter().map(|error| error.path.as_str()).collect();
+        paths.sort_unstable();
+        assert_eq!(
+            paths,
+            [
+                "caCertificates[1].future",
+                "defaultConfig.future",
+                "future",
+                "outboundTrafficPolicy.future"
+            ]
+        );
+        let known = "
+trustDomain: example.org
+outboundTrafficPolicy: {mode: REGISTRY_ONLY}
+caCertificates: [{pem: x}, {pem: y}]
+defaultConfig: {concurrency: 2}";
+        assert_eq!(config, MeshConfig::from_yaml(known).expect("valid"));
+        // A value that is not understood is no field that could be left out: the default might allow what was forbidden.
+        let wrong = "outboundTrafficPolicy: {mode: FUTURE}";
+        let error = MeshConfig::from_newer_yaml(wrong).expect_err("unknown");
+        assert_eq!(error.path, "outboundTrafficPolicy.mode");
     }
 }

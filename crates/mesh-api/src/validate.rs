@@ -17,6 +17,7 @@ use std::fmt;
 use crate::object::AnyObject;
 
 pub use names::{claim_of_token, is_about_claims, is_matched_header};
+pub use virtual_service::is_retry_condition;
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

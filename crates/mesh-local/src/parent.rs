@@ -16,11 +16,11 @@ use std::process::{Child, Command, ExitCode, Stdio};
 
 use anyhow::{Context, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::SignalFd;
 use serde::{Deserialize, Serialize};
 
-use crate::stage::STAGE;
+use crate::stage::{STAGE, signal_fd};
 use crate::{ClusterOptions, StateDir, pass};
 
 /// What the node process is told beyond the user's options.
@@ -73,7 +73,7 @@ fn in_state(state: &State, mut options: ClusterOptions) -> anyhow::Result<ExitCo
     };
     write_private(&state.path.join(SETUP_FILE), &serde_json::to_vec(&setup)?)?;
 
-    let signals = block_signals()?;
+    let signals = signal_fd()?;
     let (ours, theirs) = UnixStream::pair().context("making the socket to the node process")?;
     let mut child = Command::new("/proc/self/exe")
         .arg0("mesh")
@@ -221,21 +221,6 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     let listener = TcpListener::bind(address)?;
     listener.set_nonblocking(true)?;
     Ok(listener)
-}
-
-fn block_signals() -> anyhow::Result<SignalFd> {
-    let mut set = SigSet::empty();
-    for signal in [
-        Signal::SIGINT,
-        Signal::SIGTERM,
-        Signal::SIGHUP,
-        Signal::SIGCHLD,
-    ] {
-        set.add(signal);
-    }
-    set.thread_block().context("blocking signals")?;
-    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-        .context("making a signalfd")
 }
 
 fn serve(

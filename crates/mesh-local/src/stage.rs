@@ -163,7 +163,8 @@ fn refused(error: Errno) -> anyhow::Error {
     anyhow::anyhow!("this machine does not let mesh make namespaces ({error}): {hint}")
 }
 
-fn signal_fd() -> anyhow::Result<SignalFd> {
+/// Blocks the signals that end a cluster, or tell of a child's end, and gives them to be read instead.
+pub(crate) fn signal_fd() -> anyhow::Result<SignalFd> {
     let mut set = SigSet::empty();
     for signal in [
         Signal::SIGINT,

@@ -3,6 +3,8 @@
 mod http;
 mod shadow;
 
+pub use http::is_retry_condition;
+
 use crate::StringMatch;
 use crate::networking::VirtualService;
 use crate::networking::virtual_service::{Destination, RouteDestination};

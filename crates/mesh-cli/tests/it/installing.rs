@@ -546,10 +546,8 @@ async fn without_rights_nothing_happens() {
 #[tokio::test]
 async fn a_cluster_that_is_away_is_named() {
     let world = World::start().await;
-    let free = std::net::TcpListener::bind("127.0.0.1:0")
-        .expect("port")
-        .local_addr()
-        .expect("address");
+    // Privileged, and with a service that nobody has (tcpmux), so that no other test gets it.
+    let free = "127.0.0.1:1";
     let text = std::fs::read_to_string(world.kubeconfig()).expect("kubeconfig");
     let server = text.split('"').nth(1).expect("server").to_owned();
     std::fs::write(

@@ -33,8 +33,8 @@ async fn create(client: &kube::Client, object: Value) {
         .unwrap_or_else(|error| panic!("creating {object}: {error}"));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
+/// A client, with all rights, of an API server that lives as long as it does.
+fn cluster() -> kube::Client {
     let (store, _) = mesh_store::Store::open(None).unwrap();
     let issuer = "https://kubernetes.default.svc.cluster.local";
     let auth = Auth {
@@ -43,7 +43,23 @@ async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
     };
     let server =
         ApiServer::open(mesh_apiserver::Options::new(store, auth, Arc::new(NoNode))).unwrap();
-    let client = kube::Client::new(server.router_as(Identity::admin()), "default");
+    kube::Client::new(server.router_as(Identity::admin()), "default")
+}
+
+fn free_ports(options: &mut Options) {
+    for address in [
+        &mut options.secure_grpc,
+        &mut options.webhook,
+        &mut options.monitoring,
+        &mut options.http,
+    ] {
+        *address = SocketAddr::from(([127, 0, 0, 1], 0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
+    let client = cluster();
     for crd in mesh_api::crds() {
         create(&client, crd).await;
     }
@@ -57,14 +73,7 @@ async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
     .await;
     let mut options = Options::new(client.clone(), "0.1.0");
     options.grpc = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
-    for address in [
-        &mut options.secure_grpc,
-        &mut options.webhook,
-        &mut options.monitoring,
-        &mut options.http,
-    ] {
-        *address = SocketAddr::from(([127, 0, 0, 1], 0));
-    }
+    free_ports(&mut options);
     let control = Control::bind(options).await.unwrap();
     let address = control.addresses().grpc.unwrap();
     let running = tokio::spawn(control.run(std::future::pending()));
@@ -102,15 +111,7 @@ async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
 /// A control plane of the default revision takes the lead from one of another revision, and gives nothing back to it.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_default_revision_leads() {
-    let (store, _) = mesh_store::Store::open(None).unwrap();
-    let issuer = "https://kubernetes.default.svc.cluster.local";
-    let auth = Auth {
-        admin_tokens: Vec::new(),
-        tokens: Arc::new(mesh_identity::token::TokenKeys::generate(issuer).unwrap()),
-    };
-    let server =
-        ApiServer::open(mesh_apiserver::Options::new(store, auth, Arc::new(NoNode))).unwrap();
-    let client = kube::Client::new(server.router_as(Identity::admin()), "default");
+    let client = cluster();
     create(
         &client,
         json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "istio-system"}}),
@@ -119,14 +120,7 @@ async fn the_default_revision_leads() {
     let start = async |revision: &str| {
         let mut options = Options::new(client.clone(), "0.1.0").of_revision(revision);
         options.grpc = None;
-        for address in [
-            &mut options.secure_grpc,
-            &mut options.webhook,
-            &mut options.monitoring,
-            &mut options.http,
-        ] {
-            *address = SocketAddr::from(([127, 0, 0, 1], 0));
-        }
+        free_ports(&mut options);
         Control::bind(options).await.unwrap()
     };
     let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"namespace": "istio-system"}});

@@ -92,8 +92,8 @@ impl Proxy {
 
 #[tokio::test]
 async fn a_proxy_whose_listener_cannot_open_is_not_ready_until_it_does() {
-    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let at = taken.local_addr().expect("its address");
+    let at = free_port();
+    let taken = TcpListener::bind(at).expect("a port");
     let proxy = Proxy::start(at, &[]).await;
     proxy.wait_for_reason("listeners are not open");
     drop(taken);

@@ -11,7 +11,8 @@ use super::super::destination_rule::duration;
 use super::super::{Check, names};
 use super::{destination, gateway, pattern, string_match, weights};
 
-const RETRY_ON: &[&str] = &[
+/// The names that `retryOn` takes, beside status codes (Istio's validation of HTTPRetry).
+const RETRY_CONDITIONS: &[&str] = &[
     "5xx",
     "gateway-error",
     "reset",
@@ -32,6 +33,12 @@ const RETRY_ON: &[&str] = &[
 const CORS_METHODS: &[&str] = &[
     "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "*",
 ];
+/// Whether an entry of `retryOn` is a status code or one of the names that Istio's validation knows.
+pub fn is_retry_condition(entry: &str) -> bool {
+    let code = entry.parse::<u16>();
+    code.is_ok_and(|code| (100..600).contains(&code)) || RETRY_CONDITIONS.contains(&entry)
+}
+
 /// Largest body of a direct response, in bytes, and the size from which it is worth a warning.
 const BODY_LIMIT: usize = 1024 * 1024;
 const BODY_WARNING: usize = 100 * 1024;
@@ -353,15 +360,12 @@ fn retries(retry: &HttpRetry, check: &mut Check) {
         .filter(|_| !retry.retry_on.is_empty())
         .map(str::trim)
     {
-        let status = token
-            .parse::<u16>()
-            .is_ok_and(|code| (100..=599).contains(&code));
         check.require(
-            status || RETRY_ON.contains(&token),
+            is_retry_condition(token),
             "retryOn",
             &format!(
                 "{token:?} is neither a status code nor one of {}",
-                RETRY_ON.join(", ")
+                RETRY_CONDITIONS.join(", ")
             ),
         );
     }

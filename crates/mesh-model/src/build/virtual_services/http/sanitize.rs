@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use mesh_api::networking::virtual_service::{HeaderOperations, HttpBody, HttpRetry, HttpRoute};
+use mesh_api::validate::is_retry_condition;
 
 use crate::Severity;
 use crate::problem::Reporter;
@@ -12,26 +13,6 @@ use crate::problem::Reporter;
 const BODY_LIMIT: usize = 1 << 20;
 /// Longest value of a header that Envoy's configuration takes, in bytes (`HeaderValue.value`).
 const VALUE_LIMIT: usize = 16_384;
-/// Conditions for retries that Istio's validation allows, beside status codes.
-const RETRY_CONDITIONS: [&str; 16] = [
-    "5xx",
-    "gateway-error",
-    "reset",
-    "reset-before-request",
-    "connect-failure",
-    "retriable-4xx",
-    "refused-stream",
-    "retriable-status-codes",
-    "retriable-headers",
-    "envoy-ratelimited",
-    "http3-post-connect-failure",
-    "cancelled",
-    "deadline-exceeded",
-    "internal",
-    "resource-exhausted",
-    "unavailable",
-];
-
 /// Takes header operations and retry conditions out that could not be applied.
 pub(super) fn rule(rule: &mut HttpRoute, field: &str, report: &mut Reporter<'_>) {
     let of_rule = rule
@@ -178,25 +159,22 @@ fn check_commands(value: &str) -> Result<(), String> {
 }
 
 fn retry_conditions(retries: &mut HttpRetry, field: &str, report: &mut Reporter<'_>) {
-    let known = |entry: &str| {
-        RETRY_CONDITIONS.contains(&entry)
-            || entry
-                .parse::<u16>()
-                .is_ok_and(|code| (100..600).contains(&code))
-    };
     let entries: Vec<&str> = retries
         .retry_on
         .split(',')
         .map(str::trim)
         .filter(|entry| !entry.is_empty())
         .collect();
-    for entry in entries.iter().filter(|entry| !known(entry)) {
+    for entry in entries.iter().filter(|entry| !is_retry_condition(entry)) {
         let message = format!(
             "{entry:?} is neither a condition for retries nor a status code; it is left out"
         );
         report.report(Severity::Error, Some("IST0106"), field, message);
     }
-    let kept: Vec<&str> = entries.into_iter().filter(|entry| known(entry)).collect();
+    let kept: Vec<&str> = entries
+        .into_iter()
+        .filter(|entry| is_retry_condition(entry))
+        .collect();
     retries.retry_on = kept.join(",");
 }
 
