@@ -44,6 +44,18 @@ impl Keeper {
         Ok(Self { store, tree })
     }
 
+    /// As [`Self::open`] for a directory, where there is one. What another version kept in a form of its own is left to that version: this run keeps
+    /// nothing and waits for the control plane.
+    pub fn open_if_ours(dir: Option<&Path>) -> Result<Option<Self>, StoreError> {
+        match dir.map(Self::open).transpose() {
+            Err(error @ StoreError::Format { .. }) => {
+                tracing::warn!(%error, "starting without kept resources, and keeping none");
+                Ok(None)
+            }
+            opened => opened,
+        }
+    }
+
     /// Type URL, name, version, bytes of everything that was kept.
     fn load(&self) -> Result<Vec<Kept>, StoreError> {
         let mut all = Vec::new();

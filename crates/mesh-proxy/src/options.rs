@@ -245,7 +245,10 @@ impl ProxyOptions {
         metadata.insert("SERVICE_ACCOUNT".to_owned(), json!(service_account));
         metadata.insert("INSTANCE_IPS".to_owned(), json!(self.ip.to_string()));
         metadata.insert("LABELS".to_owned(), json!(self.labels));
-        metadata.insert("MESH_VERSION".to_owned(), json!(env!("CARGO_PKG_VERSION")));
+        // As Istio's proxy with ISTIO_META_ISTIO_VERSION: it can give itself out for another version, to try how versions go together.
+        metadata
+            .entry("MESH_VERSION")
+            .or_insert_with(|| json!(env!("CARGO_PKG_VERSION")));
         metadata
     }
 }

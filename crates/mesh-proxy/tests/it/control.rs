@@ -14,6 +14,8 @@ use prost::Message;
 use crate::config::{action, cluster, http_listener, prefix, route_to, table};
 use crate::stage::free_port;
 
+mod skew;
+
 fn update(type_url: &str, resources: &[(&str, Vec<u8>)]) -> Update {
     let resource = |(name, value): &(&str, Vec<u8>)| Resource {
         name: (*name).to_owned(),
