@@ -528,7 +528,7 @@ extensionProviders:
 trustDomain: example.org
 future: {deep: [1]}
 outboundTrafficPolicy: {mode: REGISTRY_ONLY, future: 1}
-caCertificates: [{pem: x}, {pem: y, future: [z]}]
+caCertificates: [{pem: one}, {pem: two, future: [z]}]
 defaultConfig: {concurrency: 2, future: {}}";
         let (config, left_out) = MeshConfig::from_newer_yaml(text).expect("readable");
         let mut paths: Vec<_> = left_out.iter().map(|error| error.path.as_str()).collect();
@@ -545,7 +545,7 @@ defaultConfig: {concurrency: 2, future: {}}";
         let known = "
 trustDomain: example.org
 outboundTrafficPolicy: {mode: REGISTRY_ONLY}
-caCertificates: [{pem: x}, {pem: y}]
+caCertificates: [{pem: one}, {pem: two}]
 defaultConfig: {concurrency: 2}";
         assert_eq!(config, MeshConfig::from_yaml(known).expect("valid"));
         // A value that is not understood is no field that could be left out: the default might allow what was forbidden.

@@ -188,8 +188,11 @@ impl Table {
         match config.meta.name.as_str() {
             name if name == self.mesh_config => {
                 let text = config.data.get("mesh").map_or("", String::as_str);
-                match MeshConfig::from_yaml(text) {
-                    Ok(config) => {
+                match MeshConfig::from_newer_yaml(text) {
+                    Ok((config, left_out)) => {
+                        for error in left_out {
+                            tracing::error!(%error, "ConfigMap {name}, key mesh: the field is left out, the rest holds");
+                        }
                         for field in config.unsupported() {
                             tracing::warn!(
                                 field,

@@ -87,7 +87,7 @@ async fn exchange<S: AsyncReadExt + AsyncWriteExt + Unpin>(
     (code, body)
 }
 
-async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
+pub async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
     for _ in 0..400 {
         if let Some(value) = probe().await {
             return value;
@@ -97,7 +97,7 @@ async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) ->
     panic!("{what} did not happen");
 }
 
-async fn debug(plane: &Plane, path: &str) -> Value {
+pub async fn debug(plane: &Plane, path: &str) -> Value {
     let (code, body) = get(plane.addresses.http, path, "localhost").await;
     assert_eq!(code, 200, "{body}");
     serde_json::from_str(&body).unwrap()

@@ -88,6 +88,10 @@ pub fn run(
     };
     let mut config = ClientConfig::new(vec![address.to_string()], node);
     config.initial_versions = versions;
+    run_with(config, refuse)
+}
+
+pub fn run_with(config: ClientConfig, refuse: Option<&'static str>) -> Running {
     let (client, _state) = AdsClient::new(config);
     let (sender, view) = watch::channel(View::default());
     let task = tokio::spawn(client.run(Proxy {

@@ -10,4 +10,5 @@ mod external;
 mod real;
 mod roots;
 mod secrets;
+mod skew;
 mod world;
