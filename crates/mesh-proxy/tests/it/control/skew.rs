@@ -170,7 +170,7 @@ async fn what_this_version_must_understand_is_refused_by_name_and_the_last_good_
     );
     let snapshot = shared.snapshot();
     let after = snapshot.listener(&name).expect("the listener");
-    assert!(std::sync::Arc::ptr_eq(&before, &after));
+    assert!(std::sync::Arc::ptr_eq(before, after));
 
     // A balancer of the future: this cluster is refused, its neighbour in the same answer is taken.
     let balanced = Cluster {
