@@ -41,6 +41,7 @@ const ROOTS_RENEWAL: Duration = Duration::from_secs(10);
 /// Runs control plane and gateway until SIGTERM or SIGINT.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     mesh_telemetry::log::init(&args.log, false)?;
+    crate::proxy::open_files();
     fits(&args)?;
     let (client, host, port) = global.client().await?;
     let namespace = global.istio_namespace.as_str();

@@ -155,6 +155,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 /// Runs the control plane until SIGTERM or SIGINT.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     mesh_telemetry::log::init(&args.log, false)?;
+    crate::proxy::open_files();
     let client =
         mesh_control::client(global.kubeconfig.as_deref(), global.context.as_deref()).await?;
     let grpc = match args.grpc.as_str() {

@@ -45,6 +45,7 @@ pub struct Args {
 /// Runs the proxy until it is told to end.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     mesh_telemetry::log::init(&args.filter(), false)?;
+    open_files();
     if let Some(levels) = args
         .proxy_component_log_level
         .as_deref()
@@ -65,6 +66,14 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     mesh_proxy::run(options)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes as many open files as are allowed. Without, a proxy or control plane does less, but works.
+pub(crate) fn open_files() {
+    match mesh_net::sockets::raise_open_files() {
+        Ok(limit) => tracing::debug!(limit, "open files"),
+        Err(error) => tracing::warn!(%error, "raising the limit of open files"),
+    }
 }
 
 impl Args {

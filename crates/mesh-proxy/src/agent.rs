@@ -12,6 +12,7 @@ use hyper_util::rt::TokioIo;
 use mesh_telemetry::istio::{CONTENT_TYPE, expose};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::filter::stats;
 use crate::serve::Answer;
@@ -23,6 +24,14 @@ pub(crate) mod probes;
 const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Largest answer of an application that is passed on, in bytes.
 const LARGEST_SCRAPE: usize = 16 << 20;
+
+/// What the agent's log lines are filed under: their level is Istio's `--log_output_level`, whereas that of the data plane is
+/// `--proxyLogLevel`, by default `warning`.
+pub(crate) const AGENT: &str = "agent";
+/// How often is looked whether a proxy that starts has become ready.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often a proxy says why it is not.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// The last line of OpenMetrics.
 const END: &str = "# EOF\n";
@@ -50,6 +59,21 @@ fn not_ready(shared: &Shared) -> String {
         () => "listeners are not open yet",
     };
     format!("not ready: {reason}\n")
+}
+
+/// Says when the proxy is ready for the first time, and until then what it waits for.
+pub async fn tell_when_ready(shared: Arc<Shared>) {
+    let started = Instant::now();
+    let mut told = started;
+    while !shared.is_ready() {
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            let reason = not_ready(&shared);
+            tracing::warn!(target: AGENT, "{}", reason.trim_end());
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    tracing::info!(target: AGENT, after = ?started.elapsed(), "ready");
 }
 
 /// Our own metrics.
@@ -101,7 +125,7 @@ pub async fn agent(
         }
         (&Method::POST, "/drain") if peer.ip().is_loopback() => {
             shared.drain_ahead();
-            tracing::info!("asked to drain: the end of the pod is near");
+            tracing::info!(target: AGENT, "asked to drain: the end of the pod is near");
             Answer::text("OK\n")
         }
         (&Method::POST, "/quitquitquit" | "/drain") => {

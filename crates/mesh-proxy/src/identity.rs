@@ -26,6 +26,7 @@ use mesh_xds::client::NodeUpdate;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
+use crate::agent::AGENT;
 use crate::secrets::{MESH_ROOTS, Secret, SecretError, WORKLOAD};
 use crate::shared::Shared;
 
@@ -305,7 +306,7 @@ impl Agent {
         self.shared
             .secrets
             .set(MESH_ROOTS, Secret::trust(trusted.pem()))?;
-        tracing::info!(roots = ?trusted.fingerprints(), "trusting the mesh's roots");
+        tracing::info!(target: AGENT, roots = ?trusted.fingerprints(), "trusting the mesh's roots");
         self.present.trusted.store(Arc::new(trusted));
         self.renewed.send_modify(|number| *number += 1);
         Ok(())
@@ -412,6 +413,7 @@ impl Agent {
             rand::random::<f64>(),
         );
         tracing::info!(
+            target: AGENT,
             %identity,
             serial = first.serial,
             not_after = first.not_after,

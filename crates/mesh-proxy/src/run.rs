@@ -16,6 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::agent::AGENT;
 use crate::control::{Keeper, Receiver};
 use crate::identity::Agent;
 use crate::options::{ProxyOptions, Role, SECURE_PORT};
@@ -65,6 +66,7 @@ pub fn run(options: ProxyOptions) -> Result<(), RunError> {
     let shared = Shared::new(options);
     let receiver = Receiver::new(shared.clone(), keeper);
     tracing::info!(
+        target: AGENT,
         node = shared.options.node_id(),
         workers = shared.options.concurrency,
         "proxy starts"
@@ -102,6 +104,7 @@ async fn main_thread(shared: Arc<Shared>, receiver: Receiver) -> Result<(), RunE
     let mut interrupt = signal(SignalKind::interrupt())?;
     own_ports(&shared, &quit)?;
     dns::start(&shared)?;
+    tokio::task::spawn_local(agent::tell_when_ready(shared.clone()));
     tokio::task::spawn_local(crate::secrets::files::watch(shared.clone()));
     let agent = shared.options.identity.clone();
     let agent = agent.map(|options| Agent::new(shared.clone(), options, connector(&shared)));
@@ -114,9 +117,9 @@ async fn main_thread(shared: Arc<Shared>, receiver: Receiver) -> Result<(), RunE
         tokio::task::spawn_local(agent.run());
     }
     tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
-        _ = quitting.wait_for(|quit| *quit) => tracing::info!("asked to quit: draining"),
+        _ = terminate.recv() => tracing::info!(target: AGENT, "SIGTERM: draining"),
+        _ = interrupt.recv() => tracing::info!(target: AGENT, "SIGINT: draining"),
+        _ = quitting.wait_for(|quit| *quit) => tracing::info!(target: AGENT, "asked to quit: draining"),
     }
     drain(&shared).await;
     Ok(())
@@ -239,6 +242,7 @@ async fn drain(shared: &Shared) {
         }
     }
     tracing::info!(
+        target: AGENT,
         open = shared.totals.open.load(Ordering::Relaxed),
         "proxy ends"
     );

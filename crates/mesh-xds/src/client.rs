@@ -186,6 +186,8 @@ impl AdsClient {
         let mut backoff = Backoff::new(self.config.backoff_first, self.config.backoff_max, seed);
         let mut attempt = 0_usize;
         let mut renewals = self.config.reconnect.take();
+        // Of attempts that fail alike, the first is told.
+        let mut told = String::new();
         loop {
             let mut was_connected = false;
             if let Some(renewals) = &mut renewals {
@@ -201,10 +203,15 @@ impl AdsClient {
                 backoff.reset();
             }
             attempt = attempt.wrapping_add(1);
-            tracing::debug!(%error, "discovery stream");
-            self.state.send_replace(ConnectionState::Connecting {
-                last_error: error.to_string(),
-            });
+            let last_error = error.to_string();
+            match last_error == told {
+                true => tracing::debug!(%error, "no configuration from the control plane"),
+                false if was_connected => tracing::info!(%error, "the control plane is gone"),
+                false => tracing::warn!(%error, "no configuration from the control plane"),
+            }
+            told.clone_from(&last_error);
+            self.state
+                .send_replace(ConnectionState::Connecting { last_error });
             tokio::time::sleep(backoff.wait()).await;
         }
     }
@@ -267,7 +274,9 @@ impl AdsClient {
             };
             match message {
                 Ok(Some(response)) => {
-                    *was_connected = true;
+                    if !std::mem::replace(was_connected, true) {
+                        tracing::info!(address, "connected to the control plane");
+                    }
                     let answer = self.take(response, handler).await;
                     if requests.send(answer).await.is_err() {
                         return StreamError::Ended(address);

@@ -266,10 +266,6 @@ const PARTICULAR: &[(&str, Needs)] = &[
         Needs::Shell,
     ),
     ("policy: a service of one's own decides", Needs::Shell),
-    (
-        "TLS goes by server name, at the gateway and in sidecars",
-        Needs::Shell,
-    ),
     ("tokens are judged, the good and the bad", Needs::Shell),
     (
         "web servers by weight, for clients in the mesh",

@@ -548,3 +548,11 @@ pub fn splice_carries_both_ways_and_keeps_half_closed_connections() {
         assert_eq!(counters.forward.into_inner(), 3_000_003);
     });
 }
+
+pub fn as_many_files_as_allowed_can_be_opened() {
+    let kind = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, hard) = nix::sys::resource::getrlimit(kind).unwrap();
+    nix::sys::resource::setrlimit(kind, 64, hard).unwrap();
+    assert_eq!(sockets::raise_open_files().unwrap(), hard);
+    assert_eq!(nix::sys::resource::getrlimit(kind).unwrap(), (hard, hard));
+}

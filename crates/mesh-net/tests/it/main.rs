@@ -46,6 +46,7 @@ const TESTS: &[Test] = tests![
     true modes::validation_tells_rules_that_work_from_none,
     true modes::another_network_namespace_can_be_named,
     true kernel::a_marked_connection_is_left_alone,
+    false kernel::as_many_files_as_allowed_can_be_opened,
     false kernel::splice_carries_both_ways_and_keeps_half_closed_connections,
 ];
 

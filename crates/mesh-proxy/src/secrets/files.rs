@@ -12,6 +12,7 @@ use mesh_routing::tls::Source;
 use zeroize::Zeroizing;
 
 use super::Secret;
+use crate::agent::AGENT;
 use crate::shared::Shared;
 
 /// How often files are looked at.
@@ -80,7 +81,7 @@ impl Watched {
                 set.map(|()| marks).map_err(|error| error.to_string())
             });
             match &done {
-                Ok(_) => tracing::info!(%name, "read a secret from its files"),
+                Ok(_) => tracing::info!(target: AGENT, %name, "read a secret from its files"),
                 Err(error) if known != Some(&done) => {
                     tracing::warn!(%name, error, "reading a secret from its files; the one before stays");
                 }

@@ -74,7 +74,7 @@ pub(super) fn circuit_breaking(cluster: &mut Cluster) -> anyhow::Result<()> {
                     .then_some(report),
             )
         })?;
-        let stats = cluster.curl(pod, "fortio", &["http://127.0.0.1:15000/stats"])?;
+        let stats = cluster.curl(pod, "istio-proxy", &["http://127.0.0.1:15000/stats"])?;
         let overflow = stats
             .lines()
             .find(|l| {
@@ -83,7 +83,7 @@ pub(super) fn circuit_breaking(cluster: &mut Cluster) -> anyhow::Result<()> {
             })
             .context("no count of upstream_rq_pending_overflow")?;
         ensure!(!overflow.ends_with(": 0"), "nothing overflowed: {overflow}");
-        let metrics = cluster.curl(pod, "fortio", &["http://127.0.0.1:15090/stats/prometheus"])?;
+        let metrics = cluster.curl(pod, "istio-proxy", &["http://127.0.0.1:15090/stats/prometheus"])?;
         ensure!(
             metrics
                 .lines()
