@@ -10,6 +10,7 @@ mod offline;
 mod proxy;
 
 use std::ffi::OsString;
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -267,11 +268,14 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Offline(args) => offline::run(&args).map(|()| ExitCode::SUCCESS),
         Command::State(args) => mesh_cli::state::run(args),
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut command_line(), "mesh", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut command_line(), "mesh", &mut script);
+            print(&script).map(|()| ExitCode::SUCCESS)
         }
         Command::Init { flags } => {
-            let done = mesh_net::capture::run_init(&flags, &mut std::io::stdout());
+            let mut report = Vec::new();
+            let done = mesh_net::capture::run_init(&flags, &mut report);
+            print(&report)?;
             let Err(error) = done else {
                 return Ok(ExitCode::SUCCESS);
             };
@@ -296,5 +300,18 @@ fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
         .worker_threads(2)
         .enable_all()
         .build();
-    runtime.context("starting the runtime")?.block_on(work)
+    let runtime = runtime.context("starting the runtime")?;
+    let done = runtime.block_on(work);
+    // A read from a terminal can't be cancelled, and nothing else is worth waiting for.
+    runtime.shutdown_background();
+    done
+}
+
+/// Writes to standard output; where its reader has seen enough, the program ends as the signal would end it.
+fn print(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(141),
+        written => written.context("writing to standard output"),
+    }
 }

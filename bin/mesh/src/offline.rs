@@ -30,8 +30,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if changed == 0 {
         eprintln!("warning: no container has one of the built-in images; nothing was changed");
     }
-    print!("{}", mesh_api::yaml::to_string_all(&documents));
-    Ok(())
+    crate::print(mesh_api::yaml::to_string_all(&documents).as_bytes())
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<Value>> {

@@ -27,8 +27,9 @@ use crate::{admin, agent, dns};
 
 /// A drained proxy stays for at least this long, so that who is about to connect still finds it.
 const MINIMUM_DRAIN: Duration = Duration::from_millis(250);
-/// The same for a gateway: its clients come through the nodes' tables, which follow a change within a second or so, and not through proxies that are told.
-const GATEWAY_DRAIN: Duration = Duration::from_secs(2);
+/// The same for a gateway: its clients come through the nodes' tables, which follow a change within seconds, and not through proxies that are told. As
+/// long as Istio's `terminationDrainDuration` by default.
+const GATEWAY_DRAIN: Duration = Duration::from_secs(5);
 /// TCP keep-alive of the discovery stream.
 const DISCOVERY_KEEPALIVE: Duration = Duration::from_secs(30);
 

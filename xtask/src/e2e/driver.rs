@@ -269,13 +269,14 @@ const PARTICULAR: &[(&str, Needs)] = &[
     ("tokens are judged, the good and the bad", Needs::Shell),
     (
         "web servers by weight, for clients in the mesh",
-        Needs::Shell,
+        Needs::OwnPrograms,
     ),
     (
         "web servers by content, and from canary to whole",
-        Needs::Shell,
+        Needs::OwnPrograms,
     ),
     ("a local rate limit by EnvoyFilter", Needs::Shell),
+    ("example global-rate-limit", Needs::OwnPrograms),
     (
         "an upgrade in place, under load, loses nothing",
         Needs::Installed,
@@ -290,7 +291,9 @@ enum Needs {
     Local,
     /// A shell in the clients' images: the host's on the local cluster, none in the mesh's image.
     Shell,
-    /// One that can open connections; those of the registries can't.
+    /// The programs that the local cluster has under images' names, and a shell: those in the registries say other things, or need more beside them.
+    OwnPrograms,
+    /// A shell that can open connections; those of the registries can't.
     Bash,
 }
 
@@ -309,6 +312,7 @@ pub fn left_out(driver: Driver, options: &Options, scenario: &str) -> Option<&'s
     match needs {
         Needs::Installed => None,
         Needs::Local => Some("looks into the local cluster itself"),
+        Needs::OwnPrograms => Some("needs what the local cluster has in place of the images"),
         Needs::Bash => Some("needs bash in the client's image"),
         Needs::Shell if options.images == Images::Mesh => {
             Some("needs a shell in the client's image (--images registry)")

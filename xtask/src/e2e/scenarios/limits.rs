@@ -83,7 +83,11 @@ pub(super) fn circuit_breaking(cluster: &mut Cluster) -> anyhow::Result<()> {
             })
             .context("no count of upstream_rq_pending_overflow")?;
         ensure!(!overflow.ends_with(": 0"), "nothing overflowed: {overflow}");
-        let metrics = cluster.curl(pod, "istio-proxy", &["http://127.0.0.1:15090/stats/prometheus"])?;
+        let metrics = cluster.curl(
+            pod,
+            "istio-proxy",
+            &["http://127.0.0.1:15090/stats/prometheus"],
+        )?;
         ensure!(
             metrics
                 .lines()

@@ -549,7 +549,7 @@ metadata: {name: ext-authz, namespace: policies, labels: {app: ext-authz}}
 spec:
   terminationGracePeriodSeconds: 1
   containers:
-  - {name: ext-authz, image: 'istio/ext-authz:1.0', ports: [{containerPort: 8000}, {containerPort: 9000}]}
+  - {name: ext-authz, image: 'istio/ext-authz:0.5', ports: [{containerPort: 8000}, {containerPort: 9000}]}
 ";
 
 const PROVIDERS: &str = "

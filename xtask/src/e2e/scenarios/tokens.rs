@@ -54,7 +54,7 @@ kind: Pod
 metadata: {name: jwt-server, namespace: tokens, labels: {app: jwt-server, sidecar.istio.io/inject: 'false'}}
 spec:
   terminationGracePeriodSeconds: 1
-  containers: [{name: jwt-server, image: 'istio/jwt-server:1.0', ports: [{containerPort: 8000}]}]
+  containers: [{name: jwt-server, image: 'istio/jwt-server:0.5', ports: [{containerPort: 8000}]}]
 ";
 
 /// The alphabet of RFC 4648, section 5, without padding, as tokens have it.
