@@ -55,13 +55,10 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         .tempdir_in(memory())?;
     // The ports first: where one is taken, the cluster is left as it is.
     let control = Control::bind(options(client.clone(), namespace)).await?;
-    let stopped = tokio::select! {
-        installed = installer::run(objects(address), global) => installed.map(|_| false)?,
-        () = crate::control::stopped() => true,
-    };
-    if stopped {
-        bail!("stopped while the cluster was being prepared; start again, or `mesh uninstall`");
-    }
+    // Signals end it too.
+    installer::run(objects(address), global)
+        .await
+        .context("preparing the cluster")?;
     let gateway = args
         .with_gateway()
         .then(|| Gateway::new(&client, namespace, address, &args));
@@ -225,6 +222,7 @@ fn objects(address: IpAddr) -> installer::Args {
             skip_confirmation: true,
             dry_run: false,
             force: false,
+            force_lock: false,
             readiness_timeout: Duration::from_secs(60),
         },
     }

@@ -75,6 +75,9 @@ enum Command {
     /// Show what a proxy has: its certificates and roots
     #[command(alias = "pc")]
     ProxyConfig(mesh_cli::proxy_config::Args),
+    /// Show which proxies are connected and have taken what they were sent, or in what one differs
+    #[command(visible_alias = "ps")]
+    ProxyStatus(mesh_cli::proxy_status::Args),
     /// Look at the mesh's certificate authority, or change its root
     Ca(mesh_cli::ca::Args),
     /// Print the versions of this program and of the control plane
@@ -263,6 +266,7 @@ fn run(mesh: Mesh) -> anyhow::Result<ExitCode> {
         Command::Wait(args) => block_on(mesh_cli::wait::run(args)),
         Command::Request(args) => block_on(mesh_cli::request::run(args)),
         Command::ProxyConfig(args) => block_on(mesh_cli::proxy_config::run(args, &global)),
+        Command::ProxyStatus(args) => block_on(mesh_cli::proxy_status::run(args, &global)),
         Command::Ca(args) => block_on(mesh_cli::ca::run(args, &global)),
         Command::Version(args) => block_on(mesh_cli::version::run(args, &global)),
         Command::Offline(args) => offline::run(&args).map(|()| ExitCode::SUCCESS),

@@ -5,6 +5,7 @@
 
 mod gateway;
 mod pilot;
+mod remote;
 mod text;
 
 use serde_json::{Value, json};
@@ -17,8 +18,15 @@ use crate::version::VERSION;
 const REVISION: &str = "zz-rev";
 const TAG: &str = "zz-tag";
 
-/// Profiles that the chart has. The others need what Helm does not know: another cluster, or nothing at all.
-const PROFILES: [&str; 3] = ["default", "demo", "minimal"];
+/// Profiles that the chart has: all but `empty`, which is nothing.
+const PROFILES: [&str; 6] = [
+    "default",
+    "demo",
+    "minimal",
+    "openshift",
+    "preview",
+    "remote",
+];
 
 /// The first lines of each template.
 const HEAD: &str = r#"{{- $v := include "mesh.values" . | fromJson }}
@@ -31,6 +39,7 @@ const HEAD: &str = r#"{{- $v := include "mesh.values" . | fromJson }}
 {{- $hook := $v.sidecarInjectorWebhook | default dict }}
 {{- $proxy := $v.global.proxy | default dict }}
 {{- $logging := $v.global.logging | default dict }}
+{{- $remote := ($v.istiodRemote | default dict).enabled }}
 {{- $cluster := ($v.global.multiCluster | default dict).clusterName | default "Kubernetes" }}
 "#;
 
@@ -39,8 +48,8 @@ const HEAD: &str = r#"{{- $v := include "mesh.values" . | fromJson }}
 /// # Errors
 /// None but for a bug: the settings are our own.
 pub fn files() -> anyhow::Result<Vec<(String, String)>> {
-    let named = plan(REVISION)?;
-    let default = plan("default")?;
+    let named = plan("default", REVISION)?;
+    let default = plan("default", "default")?;
     let mut all = vec![
         file("Chart.yaml", &about()),
         (
@@ -66,8 +75,8 @@ pub fn files() -> anyhow::Result<Vec<(String, String)>> {
     let kinds: Vec<Value> = kinds.cloned().map(kept).collect();
     let text = mesh_api::yaml::to_string_all(&kinds);
     all.push(("files/kinds.yaml".to_owned(), text));
-    // The texts of kinds may hold what looks like an action.
-    let kinds = "{{ .Files.Get \"files/kinds.yaml\" }}\n".to_owned();
+    // The texts of kinds may hold what looks like an action. They belong to one release of a cluster.
+    let kinds = "{{- $v := include \"mesh.values\" . | fromJson }}\n{{- if $v.base.enabled }}\n{{ .Files.Get \"files/kinds.yaml\" }}\n{{- end }}\n".to_owned();
     all.push(("templates/kinds.yaml".to_owned(), kinds));
     let head = HEAD.replace("@VERSION@", VERSION);
     let part = |plan: &Plan, name: &str| {
@@ -78,7 +87,16 @@ pub fn files() -> anyhow::Result<Vec<(String, String)>> {
     let pilot = pilot::template(part(&named, "Pilot"), &part(&default, "Pilot"));
     all.push((
         "templates/control-plane.yaml".to_owned(),
-        format!("{head}{pilot}"),
+        format!("{head}{{{{- if not $remote }}}}\n{pilot}{{{{- end }}}}\n"),
+    ));
+    let parts = |revision: &str| {
+        let plan = plan("remote", revision)?;
+        anyhow::Ok(part(&plan, "IstiodRemote"))
+    };
+    let remote = remote::template(parts(REVISION)?, parts("default")?);
+    all.push((
+        "templates/remote.yaml".to_owned(),
+        format!("{head}{remote}"),
     ));
     for (component, name) in [
         ("IngressGateways", "istio-ingressgateway"),
@@ -102,13 +120,17 @@ fn about() -> Value {
     })
 }
 
-/// Everything that the chart can have.
-fn plan(revision: &str) -> anyhow::Result<Plan> {
-    let mut spec = profile("default")?;
+/// Everything that the chart can have of a profile.
+fn plan(name: &str, revision: &str) -> anyhow::Result<Plan> {
+    let mut spec = profile(name)?;
     spec["revision"] = json!(revision);
     spec["values"]["revisionTags"] = json!([TAG]);
     spec["values"]["sidecarInjectorWebhook"]["enableNamespacesByDefault"] = json!(true);
-    spec["components"]["egressGateways"][0]["enabled"] = json!(true);
+    if spec["components"]["istiodRemote"]["enabled"] == true {
+        spec["values"]["global"]["remotePilotAddress"] = json!(remote::ADDRESS);
+    } else {
+        spec["components"]["egressGateways"][0]["enabled"] = json!(true);
+    }
     let mut plan = Plan::new(&spec).map_err(|error: InstallError| anyhow::anyhow!("{error}"))?;
     build::mark(&mut plan);
     for component in &mut plan.components {
@@ -147,6 +169,10 @@ fn defaults(name: &str) -> anyhow::Result<Value> {
             values["gateways"][name]["enabled"] = gateway["enabled"].clone();
         }
     }
+    if spec["components"]["istiodRemote"]["enabled"] == true {
+        values["istiodRemote"]["enabled"] = json!(true);
+    }
+    values["base"]["enabled"] = spec["components"]["base"]["enabled"].clone();
     values["meshConfig"] = spec["meshConfig"].clone();
     Ok(values)
 }

@@ -67,6 +67,22 @@ impl Cluster {
         }
     }
 
+    /// A request with an object; false if there is one of this name already, or another one by now.
+    pub(crate) async fn unless_conflict(
+        &self,
+        method: &str,
+        path: &str,
+        object: &Value,
+    ) -> anyhow::Result<bool> {
+        let headers = [("content-type", "application/json")];
+        let body = serde_json::to_vec(object)?;
+        match self.send(method, path, &headers, body).await {
+            Ok(_) => Ok(true),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+            Err(error) => Err(self.words(error)),
+        }
+    }
+
     /// Any request with an answer in JSON.
     pub(crate) async fn request(
         &self,

@@ -1,10 +1,11 @@
 //! `mesh install`: puts the mesh into a cluster, or makes the one that is there what the settings say.
 //!
-//! Look first (`preflight.rs`), then apply part by part (`objects.rs`), waiting for each (`ready.rs`); then remove what the last installation
+//! One at a time in a cluster (`lock.rs`). Look first (`preflight.rs`), then apply part by part (`objects.rs`), waiting for each (`ready.rs`); then remove what the last installation
 //! of this revision owned and this one has not (`owned.rs`). What was asked for is kept in the cluster (`record.rs`).
 
 mod answer;
 pub(crate) mod build;
+pub(crate) mod lock;
 pub(crate) mod objects;
 pub(crate) mod owned;
 mod preflight;
@@ -52,6 +53,9 @@ pub struct How {
     /// Install although another mesh, or an unsupported version of Kubernetes, was found
     #[arg(long)]
     pub force: bool,
+    /// Go on although another installation seems to be under way: it is stopped where it is, if it still runs
+    #[arg(long)]
+    pub force_lock: bool,
     /// Longest wait for each part, such as 300s or 5m
     #[arg(long, value_name = "TIME", default_value = "300s", value_parser = crate::wait::duration)]
     pub readiness_timeout: Duration,
@@ -63,11 +67,12 @@ pub struct How {
 /// Settings that can't be taken; a cluster that can't be reached, that refuses, or that has another mesh; a part that does not become ready.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let spec = args.settings.spec(namespace(global))?;
-    carry_out(&spec, &args.how, global).await
+    carry_out("mesh install", &spec, &args.how, global).await
 }
 
-/// Installs what a spec asks for.
+/// Installs what a spec asks for, as a command of this name.
 pub(crate) async fn carry_out(
+    command: &str,
     spec: &Value,
     how: &How,
     global: &Global,
@@ -84,15 +89,32 @@ pub(crate) async fn carry_out(
         );
     }
     let cluster = global.cluster().await?;
-    let mut session = preflight::look(&cluster, &mut plan, how).await?;
+    let mut session = preflight::admit(&cluster, &plan, how.force).await?;
     if how.dry_run {
+        preflight::look(&mut session, &mut plan, how).await?;
         return dry_run(&mut session, &plan, global).await;
     }
+    // Before anything is looked at: what is seen should still be so when it is changed.
+    let work = make(session, plan, spec, how, global);
+    lock::alone(&cluster, command, how.force_lock, work).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the cluster what the plan says.
+async fn make(
+    mut session: Session<'_>,
+    mut plan: Plan,
+    spec: &Value,
+    how: &How,
+    global: &Global,
+) -> anyhow::Result<()> {
+    let cluster = session.cluster;
+    preflight::look(&mut session, &mut plan, how).await?;
     let question = format!(
         "This installs mesh {VERSION}, profile {:?}, revision {:?}, into namespace {} of {}.",
         plan.profile, plan.revision, plan.namespace, cluster.server
     );
-    confirm(&question, how.skip_confirmation)?;
+    confirm(&question, how.skip_confirmation).await?;
     for component in &plan.components {
         install(&session, &plan, component, how, global).await?;
         // The record needs its namespace.
@@ -100,14 +122,14 @@ pub(crate) async fn carry_out(
             record::write(&session, &plan, spec, Phase::Installing).await?;
         }
         if component.name == "Pilot" && has_default_tag(&plan) {
-            tags::switch_default(&cluster, false).await?;
+            tags::switch_default(cluster, false).await?;
         }
     }
     if session.default_tag
         && !has_default_tag(&plan)
         && owned::loses_default_tag(&session, &plan).await?
     {
-        tags::switch_default(&cluster, true).await?;
+        tags::switch_default(cluster, true).await?;
     }
     let gone = owned::prune(&session, &plan).await?;
     if !gone.is_empty() {
@@ -120,8 +142,7 @@ pub(crate) async fn carry_out(
     for note in ready::pending(&session, &plan).await? {
         global.out.line(format_args!("! {note}"))?;
     }
-    global.out.line("✔ Installation complete")?;
-    Ok(ExitCode::SUCCESS)
+    global.out.line("✔ Installation complete")
 }
 
 /// Whether an installation makes its revision the one that answers where none is named.
@@ -139,16 +160,21 @@ pub(crate) fn namespace(global: &Global) -> Option<&str> {
 ///
 /// # Errors
 /// Any answer but yes.
-pub(crate) fn confirm(what: &str, yes: bool) -> anyhow::Result<()> {
+pub(crate) async fn confirm(what: &str, yes: bool) -> anyhow::Result<()> {
     if yes {
         return Ok(());
     }
     eprint!("{what} Proceed? (y/N) ");
-    let mut answer = String::new();
-    std::io::stdin()
-        .lock()
-        .read_line(&mut answer)
-        .context("reading the answer")?;
+    // On a thread that nobody waits for: meanwhile Ctrl-C is heard, and the lock kept.
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let mut answer = String::new();
+        let read = std::io::stdin().lock().read_line(&mut answer);
+        // Whoever asked may have gone.
+        let _ = sender.send(read.map(|_| answer));
+    });
+    let answer = receiver.await.context("reading the answer")?;
+    let answer = answer.context("reading the answer")?;
     if !std::io::stdin().is_terminal() {
         eprintln!();
     }

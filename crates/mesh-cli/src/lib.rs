@@ -22,6 +22,7 @@ pub mod manifest;
 pub mod out;
 pub mod profile;
 pub mod proxy_config;
+pub mod proxy_status;
 pub mod request;
 pub mod state;
 pub mod tag;
@@ -33,6 +34,7 @@ pub mod wait;
 
 mod cluster;
 mod files;
+mod pages;
 mod pods;
 mod resources;
 mod table;

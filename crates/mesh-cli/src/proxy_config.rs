@@ -5,22 +5,17 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper_util::rt::TokioIo;
-use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
 use mesh_identity::trust::{Described, describe};
 use serde_json::Value;
 
 use crate::Global;
 use crate::cluster::Cluster;
+use crate::pages;
 use crate::pods;
 use crate::table::Table;
 
 /// Where proxies serve their admin interface, on the pod's loopback address.
 const ADMIN_PORT: u16 = 15000;
-/// Largest dump that is read, in bytes.
-const MAX_DUMP: usize = 256 << 20;
 
 /// Show what a proxy has
 #[derive(Debug, Clone, clap::Args)]
@@ -92,17 +87,24 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The secrets of a proxy, as it dumps them.
-async fn secrets(cluster: &Cluster, target: &str) -> anyhow::Result<Value> {
-    let (namespace, name) = match target.split_once('.') {
+/// Namespace and name of the pod that a person means.
+pub(crate) async fn pod_of(cluster: &Cluster, target: &str) -> anyhow::Result<(String, String)> {
+    match target.split_once('.') {
         // Istio's way to name a pod of another namespace.
-        Some((name, namespace)) if !target.contains('/') => (namespace.to_owned(), name.to_owned()),
+        Some((name, namespace)) if !target.contains('/') => {
+            Ok((namespace.to_owned(), name.to_owned()))
+        }
         _ => {
             let pod = pods::find(cluster, target).await?;
             let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-            (cluster.namespace.clone(), name.to_owned())
+            Ok((cluster.namespace.clone(), name.to_owned()))
         }
-    };
+    }
+}
+
+/// The secrets of a proxy, as it dumps them.
+async fn secrets(cluster: &Cluster, target: &str) -> anyhow::Result<Value> {
+    let (namespace, name) = pod_of(cluster, target).await?;
     let dump = admin(cluster, &namespace, &name, "/config_dump")
         .await
         .with_context(|| format!("asking the proxy of pod {name} in namespace {namespace}"))?;
@@ -117,38 +119,14 @@ async fn secrets(cluster: &Cluster, target: &str) -> anyhow::Result<Value> {
 }
 
 /// GET of a page of a proxy's admin interface, through the API.
-async fn admin(cluster: &Cluster, namespace: &str, pod: &str, path: &str) -> anyhow::Result<Value> {
-    let api: Api<Pod> = Api::namespaced(cluster.client.clone(), namespace);
-    let mut forwarded = api
-        .portforward(pod, &[ADMIN_PORT])
-        .await
-        .map_err(|error| cluster.words(error))?;
-    let stream = forwarded
-        .take_stream(ADMIN_PORT)
-        .context("the API opened no stream")?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let connection = tokio::spawn(connection);
-    let request = http::Request::get(path)
-        .header(http::header::HOST, "localhost")
-        .body(Empty::<hyper::body::Bytes>::new())?;
-    let response = sender
-        .send_request(request)
-        .await
-        .context("no answer on port 15000 (does the pod have a proxy?)")?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), MAX_DUMP)
-        .collect()
-        .await
-        .map_err(|error| anyhow::anyhow!("{error}"))?
-        .to_bytes();
-    connection.abort();
-    anyhow::ensure!(
-        status.is_success(),
-        "the proxy answers {status}: {}",
-        String::from_utf8_lossy(&body)
-    );
-    serde_json::from_slice(&body).context("the answer is not JSON")
+pub(crate) async fn admin(
+    cluster: &Cluster,
+    namespace: &str,
+    pod: &str,
+    path: &str,
+) -> anyhow::Result<Value> {
+    let page = pages::get(cluster, namespace, pod, ADMIN_PORT, path).await;
+    page.context("does the pod have a proxy?")?.json()
 }
 
 /// istioctl's columns.

@@ -160,6 +160,11 @@ async fn wanted(cluster: &Cluster, args: &Set, global: &Global) -> anyhow::Resul
         };
         injectors.iter().filter(of).find(here)
     };
+    if let Some(release) = own(revision).and_then(objects::release) {
+        eprintln!(
+            "Warning: the control plane of revision {revision:?} belongs to {release}, which knows nothing of tag {name:?}: `mesh tag remove {name}` before `helm uninstall`, else pods that ask for the tag can't be made afterwards"
+        );
+    }
     let Some(injector) = own(revision).and_then(tags::injector) else {
         let mut known: Vec<&str> = injectors
             .iter()
@@ -267,7 +272,7 @@ async fn remove(cluster: &Cluster, name: &str, yes: bool, global: &Global) -> an
         if yes {
             eprintln!("Warning: {question}");
         }
-        confirm(&question, yes)?;
+        confirm(&question, yes).await?;
     }
     if name == DEFAULT_REVISION {
         tags::switch_default(cluster, true).await?;

@@ -8,12 +8,12 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use crate::Global;
-use crate::cluster::query;
-use crate::install::DEFAULT_REVISION;
+use crate::cluster::{Cluster, query};
 use crate::install::webhooks::TAG;
+use crate::install::{COMPONENT, DEFAULT_REVISION};
 use crate::installer::objects::{self, Session, label};
 use crate::installer::tags::{self, label_of};
-use crate::installer::{build, confirm, owned, record};
+use crate::installer::{build, confirm, lock, owned, record};
 
 /// Remove an installation from a cluster
 #[derive(Debug, Clone, clap::Args)]
@@ -30,6 +30,9 @@ pub struct Args {
     /// Show what would be removed, and remove nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Go on although an installation seems to be under way: it is stopped where it is, if it still runs
+    #[arg(long)]
+    pub force_lock: bool,
     /// Longest wait until all is gone, such as 300s or 5m
     #[arg(long, value_name = "TIME", default_value = "300s", value_parser = crate::wait::duration)]
     pub timeout: Duration,
@@ -50,7 +53,15 @@ const OF_CONTROL_PLANE: [(&str, &str); 4] = [
 /// Nothing to remove, a server that refuses, something that is still there when the time is over.
 pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let cluster = global.cluster().await?;
-    let mut session = crate::installer::session(&cluster).await?;
+    if args.dry_run {
+        return remove_all(&cluster, &args, global).await;
+    }
+    let work = remove_all(&cluster, &args, global);
+    lock::alone(&cluster, "mesh uninstall", args.force_lock, work).await
+}
+
+async fn remove_all(cluster: &Cluster, args: &Args, global: &Global) -> anyhow::Result<ExitCode> {
+    let mut session = crate::installer::session(cluster).await?;
     let owner = crate::install::owner(&args.revision);
     let one = (!args.purge).then_some(&args.revision);
     let mut objects = owned::list(&session, one.map(|_| owner.as_str())).await?;
@@ -67,9 +78,16 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     if args.purge {
         shared = owned::shared(&session).await?;
         keep_for_another(&mut session, &mut shared).await?;
+        let helms = owned::kinds_of_helm(&session).await?;
+        if let Some(release) = helms.first().and_then(objects::kind_of) {
+            eprintln!(
+                "{} resource kinds belong to {release} and stay; `kubectl delete crd -l {COMPONENT}=Base` removes them, with all objects of these kinds.",
+                helms.len()
+            );
+        }
     }
     if objects.is_empty() && shared.is_empty() {
-        bail!("nothing to remove: {}", nothing(&args));
+        bail!("nothing to remove: {}", nothing(args));
     }
     for (_, object) in objects.iter().chain(&shared) {
         global
@@ -87,13 +105,13 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         global.out.line("Dry run: nothing was removed")?;
         return Ok(ExitCode::SUCCESS);
     }
-    warn(&session, &args, &objects, &shared).await?;
+    warn(&session, args, &objects, &shared).await?;
     let question = format!(
         "This removes {} objects from {}.",
         objects.len() + shared.len(),
         cluster.server
     );
-    confirm(&question, args.skip_confirmation)?;
+    confirm(&question, args.skip_confirmation).await?;
     let deadline = Instant::now() + args.timeout;
     let namespaces = control_planes(&objects);
     for object in &returned {
@@ -102,7 +120,7 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
     let is_default = |(_, object): &(String, Value)| label_of(object, TAG) == DEFAULT_REVISION;
     if !args.purge && objects.iter().any(is_default) {
         // Before the tag goes, so that somebody always answers.
-        tags::switch_default(&cluster, true).await?;
+        tags::switch_default(cluster, true).await?;
     }
     remove(&session, &objects, deadline).await?;
     if args.purge {
@@ -206,6 +224,7 @@ async fn warn(
             );
         }
     }
+    gateways(session, args, objects).await?;
     let pods = session.cluster.read("/api/v1/pods").await?;
     let injected = |pod: &&Value| {
         let annotations = &pod["metadata"]["annotations"];
@@ -245,6 +264,43 @@ async fn warn(
     if kept > 0 {
         eprintln!(
             "Warning: {kept} objects of the mesh's kinds (VirtualServices and the like) are removed with their kinds"
+        );
+    }
+    Ok(())
+}
+
+/// Warns where gateways go while the control plane of another revision stays: it may look as if that one had them.
+async fn gateways(
+    session: &Session<'_>,
+    args: &Args,
+    objects: &[(String, Value)],
+) -> anyhow::Result<()> {
+    let is_gateway = |object: &&Value| {
+        let component = label_of(object, COMPONENT);
+        object["kind"] == "Deployment" && ["IngressGateways", "EgressGateways"].contains(&component)
+    };
+    let all = objects.iter().map(|(_, object)| object);
+    let going: Vec<String> = all.filter(is_gateway).map(label).collect();
+    if args.purge || going.is_empty() {
+        return Ok(());
+    }
+    let planes = session
+        .cluster
+        .read("/apis/apps/v1/deployments?labelSelector=app%3Distiod")
+        .await?;
+    let revisions = planes["items"].as_array().into_iter().flatten();
+    let mut staying: Vec<&str> = revisions
+        .map(|live| label_of(live, "istio.io/rev"))
+        .filter(|revision| *revision != args.revision)
+        .collect();
+    staying.sort_unstable();
+    staying.dedup();
+    if let [first, ..] = staying[..] {
+        eprintln!(
+            "Warning: {} goes with revision {:?}, and revision {} has none of its own: `mesh install --revision {first}` with a profile that has gateways takes it over before",
+            going.join(", "),
+            args.revision,
+            staying.join(", ")
         );
     }
     Ok(())

@@ -48,7 +48,7 @@ pub async fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         false => of_this_version(&found),
     };
     eprintln!("Version {} is installed, this is {VERSION}.", found.version);
-    installer::carry_out(&spec, &args.how, global).await
+    installer::carry_out("mesh upgrade", &spec, &args.how, global).await
 }
 
 /// What was asked for then; a tag that nobody chose was the version's.

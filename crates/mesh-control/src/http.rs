@@ -15,6 +15,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use crate::ControlError;
+use crate::ending::Announced;
 use crate::metrics::Metrics;
 use crate::nodes::Nodes;
 use crate::publish::Shared;
@@ -28,6 +29,7 @@ pub(crate) struct State {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) certificate: Certificate,
     pub(crate) version: String,
+    pub(crate) ending: Announced,
 }
 
 /// `/ready` for everyone, debug pages for the loopback address only: they show the whole configuration.
@@ -76,6 +78,9 @@ pub(crate) async fn serve(
 }
 
 async fn ready(Extract(state): Extract<State>) -> Response {
+    if state.ending.has_begun() {
+        return not_ready("the control plane ends; another one takes over");
+    }
     if !state.shared.ready() {
         return not_ready("the cluster's objects are still being read");
     }

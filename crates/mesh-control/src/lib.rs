@@ -10,6 +10,7 @@
 
 mod auth;
 mod ca;
+mod ending;
 mod http;
 mod jwks;
 mod leader;
@@ -31,6 +32,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -77,6 +79,9 @@ pub struct Options {
     /// Whether a proxy must be in the namespace, and of the service account, that its credentials name (`PILOT_ENABLE_XDS_IDENTITY_CHECK`).
     /// Default: yes.
     pub xds_identity_check: bool,
+    /// How long it serves on after the end was asked for, while it says that it is not ready: nodes learn a moment later that its Service
+    /// leads elsewhere, and a pod that is made in that moment is refused where nobody answers. Default 2 s.
+    pub linger: Duration,
 }
 
 /// The revision of an installation that names none.
@@ -114,6 +119,7 @@ impl Options {
             blocked_key_ranges: Vec::new(),
             xds_auth: true,
             xds_identity_check: true,
+            linger: Duration::from_secs(2),
         }
     }
 }
@@ -258,7 +264,7 @@ impl Control {
         }
     }
 
-    /// Runs until `shutdown` is done.
+    /// Runs until `shutdown` is done, then for [`Options::linger`], and until what is under way is finished (5 s at most).
     ///
     /// # Errors
     /// When one of the servers ends by itself. An API that is away is no error: it is waited for.
@@ -281,7 +287,7 @@ impl Control {
             secrets::Secrets::new(options.client.clone()),
         );
         let mut tasks = JoinSet::new();
-        let kinds = watch::kinds(&options.namespace);
+        let kinds = watch::kinds(&options.namespace, &options.revision);
         let changes = publisher.changes();
         for kind in kinds.iter().cloned() {
             tasks.spawn(ended(
@@ -297,16 +303,16 @@ impl Control {
         tasks.spawn(ended("publishing", publisher.run(kinds.len(), keys)));
         let identity = leader::identity();
         let (leading, leader) = leader::new();
-        tasks.spawn(ended(
+        let election = tasks.spawn(ended(
             "leader election",
             leader::run(Arc::clone(&options), identity.clone(), leading),
         ));
-        tasks.spawn(ended(
+        let statuses = tasks.spawn(ended(
             "statuses",
             status::run(options.client.clone(), problems, refusals, leader.clone()),
         ));
         let issuing = authority(&mut tasks, &options, &metrics, &shared);
-        tasks.spawn(ended(
+        let rotation = tasks.spawn(ended(
             "rotation of the root",
             ca::rotation::run(
                 Arc::clone(&options),
@@ -321,15 +327,23 @@ impl Control {
             "the control plane's certificate",
             serving::keep(Arc::clone(&options), certificate.clone(), issuing.clone()),
         ));
+        let (ending, announced) = ending::new();
         let (own, seen) = (Arc::clone(&options), Arc::clone(&shared));
         let webhook = webhook::Webhook::new(own, seen, Arc::clone(&metrics));
-        tasks.spawn(webhook::serve(self.webhook, certificate.clone(), webhook));
+        let mut servers = JoinSet::new();
+        servers.spawn(webhook::serve(
+            self.webhook,
+            certificate.clone(),
+            webhook,
+            announced.clone(),
+        ));
         let state = http::State {
             nodes: nodes.clone(),
             shared,
             metrics: Arc::clone(&metrics),
             certificate: certificate.clone(),
             version: options.version.clone(),
+            ending: announced.clone(),
         };
         let router = http::main_router(state.clone());
         tasks.spawn(http::serve(self.http, router, "readiness"));
@@ -340,12 +354,11 @@ impl Control {
         let ads = mesh_xds::AdsServer::new(nodes.clone(), &identifier, limits);
         // Whoever may talk to the plain port must not be able to take the places of those who have proven who they are.
         let plain = mesh_xds::AdsServer::new(nodes, &identifier, plain::limits());
-        let (stop, stopped) = tokio::sync::watch::channel(false);
-        let mut servers = JoinSet::new();
         if let Some(listener) = self.grpc {
             let incoming = plain::connections(listener, Arc::clone(&metrics));
-            let end = until(stopped.clone());
-            servers.spawn(plain.router().serve_with_incoming_shutdown(incoming, end));
+            let end = announced.clone().closing();
+            let server = plain.router().serve_with_incoming_shutdown(incoming, end);
+            servers.spawn(discovery(server));
         }
         let service = ca::service::Service {
             issuing,
@@ -359,29 +372,40 @@ impl Control {
             .add_service(mesh_xds::certificate::CertificateServer::new(Arc::new(
                 service,
             )))
-            .serve_with_incoming_shutdown(incoming, until(stopped));
-        servers.spawn(secure);
+            .serve_with_incoming_shutdown(incoming, announced.closing());
+        servers.spawn(discovery(secure));
         tracing::info!(version = options.version, "control plane started");
         tokio::select! {
             () = shutdown => {}
-            Some(ended) = servers.join_next() => return Err(failure("discovery", ended)),
-            Some(ended) = tasks.join_next() => return Err(match ended {
-                Ok(Err(error)) => error,
-                Ok(Ok(())) => failure("a task", Ok(Ok::<(), ControlError>(()))),
-                Err(error) => failure("a task", Err::<Result<(), ControlError>, _>(error)),
-            }),
+            Some(ended) = servers.join_next() => return Err(failure("a server", ended)),
+            Some(ended) = tasks.join_next() => return Err(failure("a task", ended)),
         }
-        stop.send_replace(true);
+        ending.leave();
+        // Whoever leads next need not wait for this one.
+        for leading in [election, statuses, rotation] {
+            leading.abort();
+        }
+        let resigned = leader::resign(&options, &identity, &leader);
+        let resigned = tokio::time::timeout(Duration::from_secs(2), resigned);
+        let _ = tokio::join!(resigned, tokio::time::sleep(options.linger));
+        ending.close();
+        // Proxies are told to go to another control plane; whoever does not listen is left behind.
         ads.close();
         plain.close();
+        let _ = tokio::time::timeout(Duration::from_secs(5), servers.join_all()).await;
         tasks.abort_all();
-        let grace = std::time::Duration::from_secs(2);
-        let _ = tokio::time::timeout(grace, leader::resign(&options, &identity, &leader)).await;
-        // Proxies are told to go to another control plane; whoever does not listen is left behind.
-        let grace = std::time::Duration::from_secs(5);
-        let _ = tokio::time::timeout(grace, servers.join_all()).await;
         Ok(())
     }
+}
+
+/// A server of discovery, to its end.
+async fn discovery<E: std::fmt::Display>(
+    server: impl Future<Output = Result<(), E>>,
+) -> Result<(), ControlError> {
+    server.await.map_err(|error| ControlError::Serve {
+        what: "discovery",
+        reason: error.to_string(),
+    })
 }
 
 /// How discovery names itself to clients, in Istio's form.
@@ -415,19 +439,14 @@ fn authority(
     issuing
 }
 
-async fn until(mut stopped: tokio::sync::watch::Receiver<bool>) {
-    // An error says that the sender is gone, which is an end too.
-    let _ = stopped.wait_for(|stopped| *stopped).await;
-}
-
 /// A server or task that should run for ever, and did not.
-fn failure<E: std::fmt::Display>(
+fn failure(
     what: &'static str,
-    ended: Result<Result<(), E>, tokio::task::JoinError>,
+    ended: Result<Result<(), ControlError>, tokio::task::JoinError>,
 ) -> ControlError {
     let reason = match ended {
+        Ok(Err(error)) => return error,
         Ok(Ok(())) => "ended".to_owned(),
-        Ok(Err(error)) => error.to_string(),
         Err(error) => error.to_string(),
     };
     ControlError::Serve { what, reason }

@@ -267,7 +267,7 @@ mod tests {
         let object = serde_json::from_value(json!({
             "apiVersion": api_version, "kind": kind, "metadata": { "name": "x", "namespace": "default" }, "spec": spec,
         }));
-        let kinds = kinds("istio-system");
+        let kinds = kinds("istio-system", "default");
         let watched = kinds.iter().find(|known| known.kind() == kind);
         let seen = read(
             watched.expect("a kind that is watched"),

@@ -63,7 +63,25 @@ pub(crate) struct Kind {
     index: usize,
     resource: ApiResource,
     namespace: Option<String>,
+    /// Of Istio's kinds, the revision whose objects are read.
+    revision: Option<String>,
     read: fn(&Value) -> Result<Reading, ParseError>,
+}
+
+/// Label of an object that is meant for the control plane of one revision. It names the revision itself: a tag is none (as in Istio).
+const REVISION: &str = "istio.io/rev";
+
+impl Kind {
+    /// Whether an object is meant for the control plane of another revision. One without the label is meant for all.
+    fn is_of_another(&self, object: &DynamicObject) -> bool {
+        let Some(own) = &self.revision else {
+            return false;
+        };
+        let labels = object.metadata.labels.as_ref();
+        labels
+            .and_then(|labels| labels.get(REVISION))
+            .is_some_and(|named| named != own)
+    }
 }
 
 #[cfg(test)]
@@ -74,8 +92,8 @@ impl Kind {
     }
 }
 
-/// Everything that is watched. `system` is the namespace of our ConfigMaps.
-pub(crate) fn kinds(system: &str) -> Vec<Kind> {
+/// Everything that is watched by a control plane of `revision`. `system` is the namespace of its ConfigMaps.
+pub(crate) fn kinds(system: &str, revision: &str) -> Vec<Kind> {
     let mut kinds = vec![
         core::<Namespace>(|raw| Ok(Reading::Item(Namespace::from_value(raw)?.into()))),
         core::<Node>(|raw| Ok(Reading::Item(Node::from_value(raw)?.into()))),
@@ -92,6 +110,7 @@ pub(crate) fn kinds(system: &str) -> Vec<Kind> {
             index: 0,
             resource: ApiResource::from_gvk_with_plural(&gvk, info.plural),
             namespace: None,
+            revision: Some(revision.to_owned()),
             read: |raw| {
                 mesh_api::parse(raw).map(|object: AnyObject| Reading::Item(Item::Istio(object)))
             },
@@ -112,6 +131,7 @@ fn core<K: CoreObject>(read: fn(&Value) -> Result<Reading, ParseError>) -> Kind 
         index: 0,
         resource: ApiResource::from_gvk_with_plural(&gvk, K::PLURAL),
         namespace: None,
+        revision: None,
         read,
     }
 }
@@ -173,6 +193,12 @@ async fn take(
     listed: &mut BTreeSet<ObjectKey>,
     changes: &mpsc::Sender<Change>,
 ) -> Sent {
+    // What is meant for another revision is as if it were not there: no rule of it holds, nothing is kept of it, and its status is another's.
+    let event = match event {
+        Event::InitApply(object) if kind.is_of_another(&object) => return Ok(()),
+        Event::Apply(object) if kind.is_of_another(&object) => Event::Delete(object),
+        event => event,
+    };
     match event {
         Event::Init => listed.clear(),
         Event::InitApply(object) => {
@@ -246,4 +272,93 @@ pub(crate) fn read(kind: &Kind, mut object: DynamicObject) -> Seen {
 
 fn is_missing(error: &watcher::Error) -> bool {
     matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn object(revision: Option<&str>) -> DynamicObject {
+        let mut object = json!({
+            "apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
+            "metadata": { "name": "x", "namespace": "default", "labels": { "app": "x" } },
+            "spec": { "hosts": ["x"], "http": [{ "route": [{ "destination": { "host": "x" } }] }] },
+        });
+        if let Some(revision) = revision {
+            object["metadata"]["labels"][REVISION] = json!(revision);
+        }
+        serde_json::from_value(object).expect("an object")
+    }
+
+    /// What the table is told of events, seen by a control plane of revision `canary`.
+    async fn told(events: Vec<Event<DynamicObject>>) -> Vec<&'static str> {
+        let kinds = kinds("istio-system", "canary");
+        let kind = kinds.iter().find(|kind| kind.kind() == "VirtualService");
+        let kind = kind.expect("a kind that is watched");
+        let (sender, mut receiver) = mpsc::channel(16);
+        let (mut known, mut listed) = (BTreeSet::new(), BTreeSet::new());
+        for event in events {
+            take(kind, event, &mut known, &mut listed, &sender)
+                .await
+                .expect("the receiver is there");
+        }
+        drop(sender);
+        let mut told = Vec::new();
+        while let Some(change) = receiver.recv().await {
+            told.push(match change {
+                Change::Upsert(_) => "upsert",
+                Change::Remove(_) => "remove",
+                Change::Listed(_) => "listed",
+                _ => "other",
+            });
+        }
+        told
+    }
+
+    #[tokio::test]
+    async fn objects_of_another_revision_are_as_if_they_were_not_there() {
+        for (revision, upserts) in [
+            (None, 1),
+            (Some("canary"), 1),
+            (Some("default"), 0),
+            (Some("prod"), 0),
+            (Some(""), 0),
+        ] {
+            let events = vec![
+                Event::Init,
+                Event::InitApply(object(revision)),
+                Event::InitDone,
+            ];
+            let mut expected = vec!["upsert"; upserts];
+            expected.push("listed");
+            assert_eq!(told(events).await, expected, "{revision:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_object_that_is_given_to_another_revision_goes_and_comes_back() {
+        let events = vec![
+            Event::Init,
+            Event::InitApply(object(Some("canary"))),
+            Event::InitDone,
+            Event::Apply(object(Some("default"))),
+            Event::Apply(object(None)),
+            // Given away while nobody watched.
+            Event::Init,
+            Event::InitApply(object(Some("default"))),
+            Event::InitDone,
+        ];
+        assert_eq!(
+            told(events).await,
+            ["upsert", "listed", "remove", "upsert", "remove", "listed"]
+        );
+    }
+
+    #[test]
+    fn pods_and_services_are_seen_whatever_revision_they_name() {
+        let kinds = kinds("istio-system", "canary");
+        let pods = kinds.iter().find(|kind| kind.kind() == "Pod");
+        assert!(!pods.expect("pods").is_of_another(&object(Some("default"))));
+    }
 }

@@ -17,7 +17,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
+use crate::ending::Announced;
 use crate::metrics::{Metrics, resource};
 use crate::publish::Shared;
 use crate::serving::Certificate;
@@ -265,19 +267,32 @@ async fn validate(Extract(webhook): Extract<Webhook>, Json(review): Json<Review>
     )
 }
 
-/// Serves the webhooks until the listener fails. A connection that comes before there is a certificate waits for it.
+/// Serves the webhooks until no new connection is to be taken; ends when those that are there have their answers. A connection that comes before
+/// there is a certificate waits for it.
 pub(crate) async fn serve(
     listener: TcpListener,
     certificate: Certificate,
     webhook: Webhook,
+    ending: Announced,
 ) -> Result<(), ControlError> {
     let router = webhook.router();
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    let mut closing = std::pin::pin!(ending.clone().closing());
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+        let place = tokio::select! {
+            place = Arc::clone(&places).acquire_owned() => place,
+            () = &mut closing => break,
+        };
+        let Ok(place) = place else {
             return Ok(());
         };
-        let stream = match listener.accept().await {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut closing => break,
+        };
+        while connections.try_join_next().is_some() {}
+        let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
                 // Mostly too many open files: waiting is what helps.
@@ -286,15 +301,23 @@ pub(crate) async fn serve(
                 continue;
             }
         };
-        let (certificate, router) = (certificate.clone(), router.clone());
-        tokio::spawn(async move {
-            connection(stream, certificate, router).await;
+        let (certificate, router, ending) = (certificate.clone(), router.clone(), ending.clone());
+        connections.spawn(async move {
+            connection(stream, certificate, router, ending).await;
             drop(place);
         });
     }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+    Ok(())
 }
 
-async fn connection(stream: TcpStream, certificate: Certificate, router: Router) {
+async fn connection(
+    stream: TcpStream,
+    certificate: Certificate,
+    router: Router,
+    ending: Announced,
+) {
     let handshake = async {
         let config = loop {
             match certificate.config() {
@@ -317,10 +340,16 @@ async fn connection(stream: TcpStream, certificate: Certificate, router: Router)
         .http1()
         .timer(hyper_util::rt::TokioTimer::new())
         .header_read_timeout(HANDSHAKE);
-    if let Err(error) = builder
-        .serve_connection(TokioIo::new(stream), service)
-        .await
-    {
+    let mut serving = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let result = tokio::select! {
+        result = serving.as_mut() => result,
+        // Requests that are under way are answered; API servers keep connections open for the next one.
+        () = ending.closing() => {
+            serving.as_mut().graceful_shutdown();
+            serving.await
+        }
+    };
+    if let Err(error) = result {
         tracing::debug!(error, "webhook connection");
     }
 }

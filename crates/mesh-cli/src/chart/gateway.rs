@@ -114,6 +114,10 @@ fn deployment(text: &mut Text, object: &mut Value) {
         };
         variable["value"] = json!(text.value(value));
     }
+    text.put(
+        &mut container["env"],
+        "{{- range $name, $value := ($mesh.defaultConfig.proxyMetadata | default dict) }}\n- name: {{ $name }}\n  value: {{ $value | quote }}\n{{- end }}",
+    );
     let mut own = container["ports"].as_array().cloned().unwrap_or_default();
     // The metrics' and the health check's; the others are the Service's.
     own.retain(|port| port["containerPort"] == 15090 || port["containerPort"] == 15021);

@@ -91,7 +91,7 @@ fn deployment(text: &mut Text, object: &mut Value) {
 }
 
 /// The entries that only the default revision has: for who names none, and at the end for who says nothing at all.
-fn more_webhooks(of_default: &[Value]) -> [Value; 2] {
+pub(super) fn more_webhooks(of_default: &[Value]) -> [Value; 2] {
     let own = of_default.iter().find(|object| {
         object["kind"] == "MutatingWebhookConfiguration"
             && label_of(object, webhooks::TAG).is_empty()
@@ -102,7 +102,7 @@ fn more_webhooks(of_default: &[Value]) -> [Value; 2] {
     [more.into(), last.into()]
 }
 
-fn mutating(text: &mut Text, object: &mut Value, more: Option<&[Value; 2]>) {
+pub(super) fn mutating(text: &mut Text, object: &mut Value, more: Option<&[Value; 2]>) {
     in_namespace(text, object);
     let again = "{{ $hook.reinvocationPolicy | default \"Never\" }}";
     for webhook in object["webhooks"].as_array_mut().into_iter().flatten() {
@@ -127,7 +127,7 @@ fn mutating(text: &mut Text, object: &mut Value, more: Option<&[Value; 2]>) {
     text.put(&mut object["webhooks"], &lines);
 }
 
-fn validating(text: &mut Text, object: &mut Value) {
+pub(super) fn validating(text: &mut Text, object: &mut Value) {
     let name = object["metadata"]["name"].as_str().unwrap_or_default();
     let name = name.to_owned();
     let webhook = &mut object["webhooks"][0];

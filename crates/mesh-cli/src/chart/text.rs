@@ -149,8 +149,26 @@ fn deployment(text: &mut Text, object: &mut Value, values: &str) {
     text.field(pod, "priorityClassName", "$v.global.priorityClassName");
     let container = &mut pod["containers"][0];
     text.field(container, "resources", &of("resources"));
+    user(text, &mut container["securityContext"]);
     container["imagePullPolicy"] =
         json!(text.value("{{ $v.global.imagePullPolicy | default \"IfNotPresent\" }}"));
+}
+
+/// User and group, but for a platform that chooses them.
+fn user(text: &mut Text, context: &mut Value) {
+    let mut lines = String::new();
+    for name in ["runAsUser", "runAsGroup"] {
+        if !context[name].is_null() {
+            lines.push_str(&format!("{name}: {}\n", context[name]));
+            remove(context, name);
+        }
+    }
+    if !lines.is_empty() {
+        text.put(
+            context,
+            &format!("{{{{- if ne (toString $v.global.platform) \"openshift\" }}}}\n{lines}{{{{- end }}}}"),
+        );
+    }
 }
 
 /// Secrets for pulling images, by name.

@@ -13,6 +13,9 @@ use crate::resources::{Resource, Resources};
 /// Who owns the fields that are applied.
 pub(crate) const FIELD_MANAGER: &str = "mesh-install";
 
+/// How Helm labels what it installs (with the key of our own label).
+pub(crate) const HELM: &str = "Helm";
+
 /// A cluster whose kinds are known.
 pub(crate) struct Session<'a> {
     pub(crate) cluster: &'a Cluster,
@@ -21,6 +24,8 @@ pub(crate) struct Session<'a> {
     namespaces: BTreeMap<String, bool>,
     /// Another mesh is here: kinds that are its own are left as they are.
     pub(crate) other_mesh: bool,
+    /// What belongs to a Helm release is taken over, even where it is not what this version needs.
+    pub(crate) force: bool,
     /// There is a tag `default`: the webhooks of the revision of this name stand back.
     pub(crate) default_tag: bool,
 }
@@ -39,6 +44,7 @@ impl<'a> Session<'a> {
             resources: Resources::discover(cluster).await?,
             namespaces: BTreeMap::new(),
             other_mesh: false,
+            force: false,
             default_tag: false,
         })
     }
@@ -71,7 +77,7 @@ impl<'a> Session<'a> {
     /// Makes an object what it should be; in a dry run, only looks what that would be.
     ///
     /// # Errors
-    /// The server refuses it.
+    /// The server refuses it; a kind that belongs to a Helm release and is another than this version's.
     pub(crate) async fn apply(&self, object: &Value, dry: bool) -> anyhow::Result<Applied> {
         let path = self.path(object)?;
         let before = self.cluster.read_optional(&path).await?;
@@ -86,6 +92,30 @@ impl<'a> Session<'a> {
         if self.default_tag {
             super::tags::stand_back(&mut object);
         }
+        let helms = before.as_ref().filter(|_| !self.force).and_then(kind_of);
+        let after = self.send(&path, &object, dry || helms.is_some()).await?;
+        if let (Some(release), Some(live)) = (helms, &before) {
+            // What it has beside what this version needs is no matter.
+            if after["spec"] != live["spec"] {
+                bail!(
+                    "{} belongs to {release} and is not what this version needs: upgrade the release to it, or take the kind over with `mesh install --force`",
+                    label(live)
+                );
+            }
+            return Ok(Applied {
+                change: Change::Unchanged,
+                before: None,
+                after: live.clone(),
+            });
+        }
+        Ok(Applied {
+            change: change(before.as_ref(), &after),
+            before,
+            after,
+        })
+    }
+
+    async fn send(&self, path: &str, object: &Value, dry: bool) -> anyhow::Result<Value> {
         let mode = if dry { "&dryRun=All" } else { "" };
         let url =
             format!("{path}?fieldManager={FIELD_MANAGER}&force=true&fieldValidation=Strict{mode}");
@@ -93,16 +123,10 @@ impl<'a> Session<'a> {
             ("content-type", "application/apply-patch+yaml"),
             ("accept", "application/json"),
         ];
-        let after = self
-            .cluster
-            .request("PATCH", &url, &headers, serde_json::to_vec(&object)?)
+        self.cluster
+            .request("PATCH", &url, &headers, serde_json::to_vec(object)?)
             .await
-            .with_context(|| format!("applying {}", label(&object)))?;
-        Ok(Applied {
-            change: change(before.as_ref(), &after),
-            before,
-            after,
-        })
+            .with_context(|| format!("applying {}", label(object)))
     }
 
     /// Somebody else's namespace is used and left as it is, and so are the kinds of another mesh.
@@ -142,6 +166,24 @@ pub(crate) fn is_ours(live: &Value) -> bool {
     live["metadata"]["labels"][MANAGED_BY.0] == MANAGED_BY.1
 }
 
+/// The Helm release that an object belongs to, in words, if it does.
+pub(crate) fn release(live: &Value) -> Option<String> {
+    let metadata = &live["metadata"];
+    if metadata["labels"][MANAGED_BY.0] != HELM {
+        return None;
+    }
+    let text = |annotation: &str| metadata["annotations"][annotation].as_str();
+    let name = text("meta.helm.sh/release-name")?;
+    let namespace = text("meta.helm.sh/release-namespace").unwrap_or_default();
+    Some(format!("Helm release {name:?} of namespace {namespace}"))
+}
+
+/// The same of a resource kind. Kinds are shared: what a release brought serves an installation as well, and Helm would not know them any more if they
+/// were labelled as ours.
+pub(crate) fn kind_of(live: &Value) -> Option<String> {
+    release(live).filter(|_| live["kind"] == "CustomResourceDefinition")
+}
+
 /// An object as kubectl names it, with its namespace.
 pub(crate) fn label(object: &Value) -> String {
     let metadata = &object["metadata"];
@@ -177,6 +219,20 @@ fn adapted(object: &Value, live: Option<&Value>) -> Value {
 pub(crate) async fn delete(cluster: &Cluster, path: &str) -> anyhow::Result<bool> {
     let options =
         json!({ "kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background" });
+    let headers = [("content-type", "application/json")];
+    cluster
+        .delete_optional(path, &headers, serde_json::to_vec(&options)?)
+        .await
+}
+
+/// Asks for the removal of an object, unless it has changed since it was read.
+pub(crate) async fn delete_exactly(
+    cluster: &Cluster,
+    path: &str,
+    live: &Value,
+) -> anyhow::Result<bool> {
+    let version = &live["metadata"]["resourceVersion"];
+    let options = json!({ "kind": "DeleteOptions", "apiVersion": "v1", "preconditions": { "resourceVersion": version } });
     let headers = [("content-type", "application/json")];
     cluster
         .delete_optional(path, &headers, serde_json::to_vec(&options)?)

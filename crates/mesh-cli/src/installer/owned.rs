@@ -75,6 +75,14 @@ pub(crate) async fn shared(session: &Session<'_>) -> anyhow::Result<Vec<(String,
     Ok(found)
 }
 
+/// Resource kinds that a Helm release brought, of this program's chart: they are its own.
+pub(crate) async fn kinds_of_helm(session: &Session<'_>) -> anyhow::Result<Vec<Value>> {
+    let selector = format!("{COMPONENT}=Base,{}={}", MANAGED_BY.0, objects::HELM);
+    let version = "apiextensions.k8s.io/v1";
+    let found = of_kind(session, version, "CustomResourceDefinition", &selector).await?;
+    Ok(found.into_iter().map(|(_, kind)| kind).collect())
+}
+
 async fn of_kind(
     session: &Session<'_>,
     version: &str,

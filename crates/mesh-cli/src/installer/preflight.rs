@@ -7,7 +7,7 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use super::How;
-use super::objects::{Session, is_ours, label};
+use super::objects::{Session, is_ours, kind_of, label};
 use super::record::{self, Phase};
 use super::tags::{self, Live, label_of};
 use crate::cluster::Cluster;
@@ -21,23 +21,36 @@ const OLDEST: u32 = 28;
 /// What an installation does with its objects.
 const VERBS: [&str; 5] = ["get", "list", "create", "patch", "delete"];
 
-/// Looks at everything.
+/// Looks whether this may be done here at all.
+///
+/// # Errors
+/// An old version of Kubernetes, rights that are missing.
+pub(super) async fn admit<'a>(
+    cluster: &'a Cluster,
+    plan: &Plan,
+    force: bool,
+) -> anyhow::Result<Session<'a>> {
+    version(cluster, force).await?;
+    let session = Session::new(cluster).await?;
+    rights(&session, plan).await?;
+    Ok(session)
+}
+
+/// Looks at everything else.
 ///
 /// # Errors
 /// Whatever would make the installation fail half way.
-pub(super) async fn look<'a>(
-    cluster: &'a Cluster,
+pub(super) async fn look(
+    session: &mut Session<'_>,
     plan: &mut Plan,
     how: &How,
-) -> anyhow::Result<Session<'a>> {
-    version(cluster, how.force).await?;
-    let mut session = Session::new(cluster).await?;
-    rights(&session, plan).await?;
-    others(&mut session, plan, how.force).await?;
-    tags(&mut session, plan, how.force).await?;
+) -> anyhow::Result<()> {
+    session.force = how.force;
+    others(session, plan, how.force).await?;
+    tags(session, plan, how.force).await?;
     // From here on it is as it will be applied.
     let plan = &*plan;
-    if let Some(found) = record::read(&session, &plan.namespace, &plan.revision).await?
+    if let Some(found) = record::read(session, &plan.namespace, &plan.revision).await?
         && found.phase == Phase::Installing
     {
         eprintln!(
@@ -45,13 +58,14 @@ pub(super) async fn look<'a>(
             found.version, found.profile
         );
     }
+    let mut releases = BTreeSet::new();
     for object in plan.objects() {
         // To kinds that are new, or our own, the server has nothing to say that does not depend on the kinds alone.
-        let tried = object["kind"] != "CustomResourceDefinition"
-            || session
-                .live(object)
-                .await?
-                .is_some_and(|live| !is_ours(&live));
+        let mut tried = object["kind"] != "CustomResourceDefinition";
+        if !tried && let Some(live) = session.live(object).await? {
+            tried = !is_ours(&live);
+            releases.extend(kind_of(&live));
+        }
         if tried && !session.awaits_something(object).await? {
             session
                 .apply(object, true)
@@ -59,7 +73,15 @@ pub(super) async fn look<'a>(
                 .context("trying the installation on the server: nothing was changed")?;
         }
     }
-    Ok(session)
+    for release in releases.iter().filter(|_| !session.other_mesh) {
+        match how.force {
+            true => {
+                eprintln!("Warning: the resource kinds of {release} become this installation's.")
+            }
+            false => eprintln!("Resource kinds belong to {release}: they are left as they are."),
+        }
+    }
+    Ok(())
 }
 
 /// Who answers to tags, and where no revision is named.
@@ -119,6 +141,11 @@ async fn version(cluster: &Cluster, force: bool) -> anyhow::Result<()> {
 /// Asks whether the caller may do what will be done.
 async fn rights(session: &Session<'_>, plan: &Plan) -> anyhow::Result<()> {
     let mut wanted = BTreeSet::new();
+    for verb in super::lock::VERBS {
+        let lease = ["coordination.k8s.io", "leases", "default"].map(str::to_owned);
+        let [group, plural, namespace] = lease;
+        wanted.insert((group, plural, namespace, verb));
+    }
     for object in plan.objects() {
         let kind = session.kind(object).with_context(|| {
             format!(

@@ -141,7 +141,7 @@ pub(super) async fn played(fate: Fate) -> (World, Client, tokio::task::JoinHandl
     (world, client, player)
 }
 
-const KINDS: [&str; 15] = [
+const KINDS: [&str; 16] = [
     "/api/v1/namespaces",
     "/api/v1/configmaps",
     "/api/v1/secrets",
@@ -150,6 +150,7 @@ const KINDS: [&str; 15] = [
     "/apis/apps/v1/deployments",
     "/apis/autoscaling/v2/horizontalpodautoscalers",
     "/apis/policy/v1/poddisruptionbudgets",
+    "/apis/coordination.k8s.io/v1/leases",
     "/apis/rbac.authorization.k8s.io/v1/roles",
     "/apis/rbac.authorization.k8s.io/v1/rolebindings",
     "/apis/rbac.authorization.k8s.io/v1/clusterroles",

@@ -3,10 +3,13 @@
 mod authority;
 mod chart;
 mod commands;
+mod helm;
 mod install;
 mod installing;
 mod kubernetes;
+mod lock;
 mod manifest;
+mod proxy_status;
 mod state;
 mod tags;
 mod webhooks;

@@ -75,11 +75,12 @@ impl NodeBackend for EchoNode {
         port: u16,
     ) -> BoxFuture<'static, Result<Box<dyn Duplex>, NodeError>> {
         Box::pin(async move {
-            if port != 15000 {
-                return Err(NodeError::new(NodeErrorKind::BadRequest, "not here"));
-            }
             let (near, far) = tokio::io::duplex(1 << 16);
-            tokio::spawn(admin(far));
+            match port {
+                15000 => tokio::spawn(admin(far)),
+                8080 => tokio::spawn(debug(far)),
+                _ => return Err(NodeError::new(NodeErrorKind::BadRequest, "not here")),
+            };
             let stream: Box<dyn Duplex> = Box::new(near);
             Ok(stream)
         })
@@ -87,9 +88,8 @@ impl NodeBackend for EchoNode {
 }
 
 /// A proxy's admin interface: it has a certificate and a root, and answers one request.
-async fn admin(mut stream: tokio::io::DuplexStream) {
+async fn admin(stream: tokio::io::DuplexStream) {
     use base64::Engine as _;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     // One for all proxies of this test.
     static CERTIFICATES: std::sync::OnceLock<(String, String)> = std::sync::OnceLock::new();
     let (leaf, root) = CERTIFICATES.get_or_init(|| {
@@ -109,13 +109,57 @@ async fn admin(mut stream: tokio::io::DuplexStream) {
         serde_json::json!({ "inline_bytes": bytes })
     };
     let dump = serde_json::json!({ "configs": [
-        { "@type": "type.googleapis.com/envoy.admin.v3.ClustersConfigDump" },
+        { "@type": "type.googleapis.com/envoy.admin.v3.ClustersConfigDump", "dynamic_active_clusters": [
+            { "cluster": { "@type": "type.googleapis.com/envoy.config.cluster.v3.Cluster", "name": "c", "connect_timeout": "10s" } },
+        ] },
         { "@type": "type.googleapis.com/envoy.admin.v3.SecretsConfigDump", "dynamic_active_secrets": [
             { "name": "default", "secret": { "tls_certificate": { "certificate_chain": inline(leaf) } } },
             { "name": "ROOTCA", "secret": { "validation_context": { "trusted_ca": inline(root) } } },
         ] },
     ] })
     .to_string();
+    answer(stream, |path| {
+        assert!(["/config_dump", "/config_dump?include_eds"].contains(&path));
+        (200, dump)
+    })
+    .await;
+}
+
+/// A control plane's debug pages: of two proxies, of which the second has another cluster than it was sent.
+async fn debug(stream: tokio::io::DuplexStream) {
+    let watches = serde_json::json!({ "CDS": { "status": "SYNCED" }, "LDS": { "status": "NACK" } });
+    let pages = |path: &str| {
+        let timeout = match path {
+            "/debug/syncz" => {
+                return Some(serde_json::json!([
+                    { "proxy": "two.default", "cluster_id": "Kubernetes", "istio_version": "1.2.3" },
+                    { "proxy": "one.default", "cluster_id": "Kubernetes", "istio_version": "1.2.3" },
+                ]));
+            }
+            "/debug/adsz" => {
+                return Some(serde_json::json!({ "totalClients": 2, "clients": [
+                    { "connectionId": "sidecar~10.0.0.1~one.default~default.svc.cluster.local", "watches": watches },
+                ] }));
+            }
+            "/debug/config_dump?proxyID=one.default" => "10s",
+            "/debug/config_dump?proxyID=two.default" => "20s",
+            _ => return None,
+        };
+        let cluster = serde_json::json!({ "name": "c", "connect_timeout": timeout });
+        Some(
+            serde_json::json!({ "configs": [{ "name": "c", "type": "CDS", "resource": cluster }] }),
+        )
+    };
+    answer(stream, |path| match pages(path) {
+        Some(page) => (200, page.to_string()),
+        None => (404, "{}".to_owned()),
+    })
+    .await;
+}
+
+/// Answers one request.
+async fn answer(mut stream: tokio::io::DuplexStream, page: impl FnOnce(&str) -> (u16, String)) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {
         match stream.read_u8().await {
@@ -123,13 +167,16 @@ async fn admin(mut stream: tokio::io::DuplexStream) {
             Err(_) => return,
         }
     }
-    assert!(request.starts_with(b"GET /config_dump HTTP/1.1\r\n"));
+    let request = String::from_utf8(request).expect("text");
+    let mut words = request.split(' ');
+    assert_eq!(words.next(), Some("GET"));
+    let (code, body) = page(words.next().expect("a path"));
     let head = format!(
-        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
-        dump.len()
+        "HTTP/1.1 {code} OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
     );
     // Who asked may have gone.
-    let _ = stream.write_all(format!("{head}{dump}").as_bytes()).await;
+    let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
     let _ = stream.flush().await;
     // The end belongs to who asked.
     let _ = stream.read_u8().await;
@@ -327,6 +374,7 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
         mesh_cli::version::Args::augment_args(clap::Command::new("version")),
         mesh_cli::ca::Args::augment_args(clap::Command::new("ca")),
         mesh_cli::proxy_config::Args::augment_args(clap::Command::new("proxy-config")),
+        mesh_cli::proxy_status::Args::augment_args(clap::Command::new("proxy-status")),
         mesh_cli::manifest::Args::augment_args(clap::Command::new("manifest")),
         mesh_cli::installer::Args::augment_args(clap::Command::new("install")),
         mesh_cli::upgrade::Args::augment_args(clap::Command::new("upgrade")),
@@ -411,6 +459,13 @@ async fn run(words: &[String], kubeconfig: PathBuf, out: Out) -> anyhow::Result<
         "proxy-config" => {
             mesh_cli::proxy_config::run(
                 mesh_cli::proxy_config::Args::from_arg_matches(arguments)?,
+                &global,
+            )
+            .await
+        }
+        "proxy-status" => {
+            mesh_cli::proxy_status::run(
+                mesh_cli::proxy_status::Args::from_arg_matches(arguments)?,
                 &global,
             )
             .await

@@ -24,6 +24,7 @@ pub struct Plane {
 pub fn options(api: &Api) -> Options {
     let mut options = Options::new(api.client(), "0.1.0");
     options.grpc = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
+    options.linger = Duration::ZERO;
     for address in [
         &mut options.secure_grpc,
         &mut options.webhook,
@@ -192,6 +193,119 @@ async fn a_broken_object_is_reported_and_stops_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn objects_of_another_revision_are_not_read_and_get_no_status() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    let with = |mut object: Value, revision: &str| {
+        object["metadata"]["labels"] = json!({ "istio.io/rev": revision });
+        object
+    };
+    api.apply("virtualservices", with(world::broken(), "canary"));
+    api.apply(
+        "virtualservices",
+        with(world::virtual_service("theirs"), "canary"),
+    );
+    let plane = start(&api).await;
+    let mut proxy = discovery::connect(plane.addresses.grpc.unwrap(), ID);
+    let first = proxy.complete().await;
+    assert!(!first.mentions(ROUTE, "theirs"));
+    api.apply(
+        "virtualservices",
+        with(world::virtual_service("ours"), "default"),
+    );
+    // One that is written after it, so that its turn has come when this one's has.
+    let mut own = world::broken();
+    own["metadata"]["name"] = json!("z-own");
+    api.apply("virtualservices", own);
+    proxy
+        .until("the route", |view| view.mentions(ROUTE, "ours"))
+        .await;
+    eventually("the status of the object without a revision", async || {
+        let object = api.get("virtualservices", "default", "z-own")?;
+        object.get("status").map(|_| ())
+    })
+    .await;
+    let theirs = api.get("virtualservices", "default", "broken").unwrap();
+    assert!(theirs.get("status").is_none(), "{theirs}");
+    api.apply(
+        "virtualservices",
+        with(world::virtual_service("ours"), "canary"),
+    );
+    proxy
+        .until("the removal", |view| !view.mentions(ROUTE, "ours"))
+        .await;
+    plane.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_control_plane_that_ends_serves_on_for_a_moment() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    webhooks(&api);
+    let mut options = options(&api);
+    // A moment that ends when the test does.
+    options.linger = Duration::from_secs(3600);
+    let mut plane = start_with(options).await;
+    let ready = async |code: u16| {
+        eventually(&format!("/ready with {code}"), async || {
+            (get(plane.addresses.http, "/ready", "10.244.0.9").await.0 == code).then_some(())
+        })
+        .await;
+    };
+    ready(200).await;
+    drop(plane.stop.take());
+    ready(503).await;
+    let request = json!({"uid": "u", "operation": "CREATE", "namespace": "default", "object": world::virtual_service("x")});
+    let answer = review(&api, &plane, "/validate", request).await;
+    assert_eq!(answer["response"]["allowed"], true, "{answer}");
+    let mut proxy = discovery::connect(plane.addresses.grpc.unwrap(), ID);
+    proxy.complete().await;
+    // It still follows what changes.
+    api.apply("virtualservices", world::virtual_service("late"));
+    proxy
+        .until("the route", |view| view.mentions(ROUTE, "late"))
+        .await;
+    assert!(
+        TcpStream::connect(plane.addresses.secure_grpc)
+            .await
+            .is_ok()
+    );
+    plane.task.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_under_way_is_finished_when_a_control_plane_closes() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    webhooks(&api);
+    let mut plane = start(&api).await;
+    let mut stream = caller(&api, &plane).await;
+    let request = json!({"uid": "u", "operation": "CREATE", "namespace": "default", "object": world::virtual_service("x")});
+    let (head, body) = review_request("/validate", request);
+    let (first, rest) = body.split_at(10);
+    // The server has seen the request once it asks for the body.
+    let head = head.replace("\r\nhost", "\r\nexpect: 100-continue\r\nhost");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"\r\n\r\n") {
+        seen.push(stream.read_u8().await.unwrap());
+    }
+    assert!(seen.starts_with(b"HTTP/1.1 100"));
+    stream.write_all(first.as_bytes()).await.unwrap();
+    drop(plane.stop.take());
+    eventually("the end of new connections", async || {
+        TcpStream::connect(plane.addresses.webhook)
+            .await
+            .is_err()
+            .then_some(())
+    })
+    .await;
+    let (code, answer) = exchange(&mut stream, rest).await;
+    assert_eq!(code, 200, "{answer}");
+    plane.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_missing_kind_is_waited_for() {
     let api = Api::new().without("virtualservices");
     world::bookinfo(&api);
@@ -281,8 +395,8 @@ async fn debug_pages_show_who_took_what() {
     plane.stop().await;
 }
 
-/// Posts an AdmissionReview to the webhooks, trusting what the control plane wrote into the webhook's configuration.
-async fn review(api: &Api, plane: &Plane, path: &str, request: Value) -> Value {
+/// A connection to the webhooks, trusting what the control plane wrote into the webhook's configuration.
+async fn caller(api: &Api, plane: &Plane) -> tokio_rustls::client::TlsStream<TcpStream> {
     use base64::Engine;
     let bundle = eventually("the CA bundle", async || {
         let configuration = api.get(
@@ -303,10 +417,14 @@ async fn review(api: &Api, plane: &Plane, path: &str, request: Value) -> Value {
             .unwrap();
     let name = rustls::pki_types::ServerName::try_from("istiod.istio-system.svc").unwrap();
     let stream = TcpStream::connect(plane.addresses.webhook).await.unwrap();
-    let mut stream = tokio_rustls::TlsConnector::from(config)
+    tokio_rustls::TlsConnector::from(config)
         .connect(name, stream)
         .await
-        .unwrap();
+        .unwrap()
+}
+
+/// Head and body of a request with an AdmissionReview.
+fn review_request(path: &str, request: Value) -> (String, String) {
     let body =
         json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request})
             .to_string();
@@ -314,6 +432,13 @@ async fn review(api: &Api, plane: &Plane, path: &str, request: Value) -> Value {
         "POST {path} HTTP/1.1\r\nhost: istiod.istio-system.svc\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
         body.len()
     );
+    (head, body)
+}
+
+/// Posts an AdmissionReview to the webhooks.
+async fn review(api: &Api, plane: &Plane, path: &str, request: Value) -> Value {
+    let mut stream = caller(api, plane).await;
+    let (head, body) = review_request(path, request);
     let (code, body) = exchange(&mut stream, &(head + &body)).await;
     assert_eq!(code, 200, "{body}");
     serde_json::from_str(&body).unwrap()

@@ -2,7 +2,7 @@
 {{- define "mesh.values" -}}
 {{- $profile := .Values.profile | default "default" -}}
 {{- $text := .Files.Get (printf "files/profile-%s.yaml" $profile) -}}
-{{- if not $text }}{{ fail (printf "there is no profile %q; there are default, demo and minimal" $profile) }}{{ end -}}
+{{- if not $text }}{{ fail (printf "there is no profile %q; there are default, demo, minimal, openshift, preview and remote" $profile) }}{{ end -}}
 {{- mergeOverwrite ($text | fromYaml) (deepCopy .Values) | toJson -}}
 {{- end -}}
 
