@@ -1,13 +1,15 @@
-//! `cargo xtask dist`: the static binary, and an image archive of it, made without Docker.
+//! `cargo xtask dist`: the static binary, an image archive of it, made without Docker, and its Helm chart as an archive.
 //!
 //! The archive is an OCI image layout and a `docker save` file in one, so `kind load image-archive`, `minikube image load`, `docker load` and
-//! `ctr images import` take it. The same binary makes the same archive, byte for byte.
+//! `ctr images import` take it. The same binary makes the same archives, byte for byte; their checksums are printed, and stand beside them in files that
+//! `sha256sum --check` reads.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
 
+pub(crate) mod chart;
 mod image;
 
 /// A layer may have this many bytes, compressed.
@@ -36,7 +38,7 @@ pub struct Args {
     any_size: bool,
 }
 
-/// Builds the binary if none is given, and writes the archive.
+/// Builds the binary if none is given, and writes the archives.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let path = match &args.binary {
         Some(path) => path.clone(),
@@ -50,7 +52,29 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let output = write(&path, &name, args.output.as_deref(), largest)?;
     println!("{}: {}", name.full(), output.display());
+    let folder = output.parent().unwrap_or(Path::new(""));
+    let architecture = architecture(&std::fs::read(&path)?)?;
+    let chart = chart::pack(&path, architecture, folder)?;
+    match &chart {
+        Some(chart) => println!("Helm chart: {}", chart.display()),
+        None => println!(
+            "Helm chart: not packed, since this machine can't run a binary for {architecture}; that of another architecture's binary makes the same objects"
+        ),
+    }
+    for file in [Some(output), chart].into_iter().flatten() {
+        sign(&file)?;
+    }
     Ok(())
+}
+
+/// Prints the checksum of a file, and writes it beside it.
+fn sign(file: &Path) -> anyhow::Result<()> {
+    let content = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let line = format!("{}  {name}\n", image::hex(&content));
+    print!("{line}");
+    let beside = file.with_file_name(format!("{name}.sha256"));
+    std::fs::write(&beside, line).with_context(|| format!("writing {}", beside.display()))
 }
 
 /// The archive of the image `mesh` with this version's tag, in its usual place: of this binary of any size, or of one that is built.

@@ -345,20 +345,17 @@ impl Control {
             version: options.version.clone(),
             ending: announced.clone(),
         };
-        let router = http::main_router(state.clone());
-        tasks.spawn(http::serve(self.http, router, "readiness"));
-        let router = http::monitoring_router(state);
-        tasks.spawn(http::serve(self.monitoring, router, "metrics"));
+        pages(&mut tasks, self.http, self.monitoring, state);
         let identifier = identifier(&options.version);
-        let limits = mesh_xds::Limits::default();
-        let ads = mesh_xds::AdsServer::new(nodes.clone(), &identifier, limits);
+        let ads = mesh_xds::AdsServer::new(nodes.clone(), &identifier, mesh_xds::Limits::default());
         // Whoever may talk to the plain port must not be able to take the places of those who have proven who they are.
         let plain = mesh_xds::AdsServer::new(nodes, &identifier, plain::limits());
         if let Some(listener) = self.grpc {
             let incoming = plain::connections(listener, Arc::clone(&metrics));
-            let end = announced.clone().closing();
-            let server = plain.router().serve_with_incoming_shutdown(incoming, end);
-            servers.spawn(discovery(server));
+            let (end, router) = (announced.clone().closing(), plain.router());
+            servers.spawn(discovery(
+                router.serve_with_incoming_shutdown(incoming, end),
+            ));
         }
         let service = ca::service::Service {
             issuing,
@@ -381,13 +378,8 @@ impl Control {
             Some(ended) = tasks.join_next() => return Err(failure("a task", ended)),
         }
         ending.leave();
-        // Whoever leads next need not wait for this one.
-        for leading in [election, statuses, rotation] {
-            leading.abort();
-        }
-        let resigned = leader::resign(&options, &identity, &leader);
-        let resigned = tokio::time::timeout(Duration::from_secs(2), resigned);
-        let _ = tokio::join!(resigned, tokio::time::sleep(options.linger));
+        let leading = [election, statuses, rotation];
+        linger(&options, &identity, &leader, leading).await;
         ending.close();
         // Proxies are told to go to another control plane; whoever does not listen is left behind.
         ads.close();
@@ -396,6 +388,34 @@ impl Control {
         tasks.abort_all();
         Ok(())
     }
+}
+
+/// Gives up what only one control plane does, so that whoever leads next need not wait, and goes on with the rest for a moment.
+async fn linger(
+    options: &Options,
+    identity: &str,
+    leader: &leader::Leader,
+    leading: [tokio::task::AbortHandle; 3],
+) {
+    for task in leading {
+        task.abort();
+    }
+    let resigned = leader::resign(options, identity, leader);
+    let resigned = tokio::time::timeout(Duration::from_secs(2), resigned);
+    let _ = tokio::join!(resigned, tokio::time::sleep(options.linger));
+}
+
+/// Starts what serves readiness, metrics and debug pages.
+fn pages(
+    tasks: &mut JoinSet<Result<(), ControlError>>,
+    main: TcpListener,
+    monitoring: TcpListener,
+    state: http::State,
+) {
+    let router = http::main_router(state.clone());
+    tasks.spawn(http::serve(main, router, "readiness"));
+    let router = http::monitoring_router(state);
+    tasks.spawn(http::serve(monitoring, router, "metrics"));
 }
 
 /// A server of discovery, to its end.

@@ -54,7 +54,7 @@ enum Kind<'a> {
 
 /// One entry of an archive.
 #[derive(Clone, Copy)]
-struct Entry<'a> {
+pub(super) struct Entry<'a> {
     path: &'a str,
     kind: Kind<'a>,
     mode: u32,
@@ -63,7 +63,7 @@ struct Entry<'a> {
 }
 
 impl<'a> Entry<'a> {
-    fn file(path: &'a str, content: &'a [u8]) -> Self {
+    pub(super) fn file(path: &'a str, content: &'a [u8]) -> Self {
         Self {
             path,
             kind: Kind::File(content),
@@ -83,7 +83,7 @@ impl<'a> Entry<'a> {
 }
 
 /// The archive of these entries, in their order: the same bytes for the same content, without times and names of people.
-fn pack(entries: &[Entry<'_>]) -> anyhow::Result<Vec<u8>> {
+pub(super) fn pack(entries: &[Entry<'_>]) -> anyhow::Result<Vec<u8>> {
     let mut archive = Builder::new(Vec::new());
     for entry in entries {
         let mut header = Header::new_ustar();
@@ -272,7 +272,7 @@ fn blob(content: &[u8]) -> String {
     format!("blobs/sha256/{}", hex(content))
 }
 
-fn hex(content: &[u8]) -> String {
+pub(super) fn hex(content: &[u8]) -> String {
     let sum = digest(&SHA256, content);
     sum.as_ref()
         .iter()

@@ -8,9 +8,16 @@ use serde_json::{Value, json};
 
 use super::{Args, Name, architecture, image, run};
 
-/// A program that needs nothing of the system: what it was called by, and whom it runs as.
+/// A program that needs nothing of the system: what it was called by, and whom it runs as. It has a chart, too.
 const PROGRAM: &str = r#"
 fn main() {
+    let all: Vec<String> = std::env::args().collect();
+    if let [_, manifest, chart, _, folder] = &all[..] && manifest == "manifest" && chart == "chart" {
+        std::fs::create_dir_all(format!("{folder}/templates")).unwrap();
+        std::fs::write(format!("{folder}/Chart.yaml"), "name: mesh\nversion: 9.8.7\n").unwrap();
+        std::fs::write(format!("{folder}/templates/a.yaml"), "a: 1\n").unwrap();
+        return;
+    }
     let mut args = std::env::args();
     println!("{:?} {:?}", args.next(), args.collect::<Vec<_>>());
     println!("{}", std::fs::read_to_string("/etc/passwd").map_or(0, |text| text.lines().count()));
@@ -250,6 +257,32 @@ fn the_same_binary_makes_the_same_archive() {
         image::archive(&image::layer(b"binary").unwrap(), "amd64", &name).unwrap()
     };
     assert_eq!(archive(), archive());
+}
+
+/// Where the chart of the packed binary lies, what is in it, and the checksums of both.
+#[test]
+fn the_chart_lies_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let binary = program(folder.path(), true);
+    let dist = folder.path().join("dist");
+    pack(&binary, &dist.join("image.tar"));
+    let first = std::fs::read(dist.join("mesh-9.8.7.tgz")).unwrap();
+    let mut plain = Vec::new();
+    GzDecoder::new(&first[..]).read_to_end(&mut plain).unwrap();
+    let found = entries(&plain);
+    let names: Vec<&str> = found.keys().map(String::as_str).collect();
+    assert_eq!(names, ["mesh/Chart.yaml", "mesh/templates/a.yaml"]);
+    assert_eq!(found["mesh/templates/a.yaml"].4, b"a: 1\n");
+    for name in ["image.tar", "mesh-9.8.7.tgz"] {
+        let sums = Command::new("sha256sum")
+            .args(["--check", &format!("{name}.sha256")])
+            .current_dir(&dist)
+            .output()
+            .expect("sha256sum is needed");
+        assert!(sums.status.success(), "{sums:?}");
+    }
+    pack(&binary, &dist.join("image.tar"));
+    assert_eq!(std::fs::read(dist.join("mesh-9.8.7.tgz")).unwrap(), first);
 }
 
 #[test]

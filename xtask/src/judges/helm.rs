@@ -13,9 +13,28 @@ use crate::e2e::Cluster;
 use crate::run;
 
 /// Settings, as helm is told them; the same stand below `values` for us, but for those of [`TOP`].
-const CASES: [&[&str]; 6] = [
+const CASES: [&[&str]; 12] = [
     &[],
     &["profile=demo"],
+    &["profile=preview", "revision=canary"],
+    &["profile=openshift"],
+    &["profile=remote", "global.remotePilotAddress=192.0.2.7"],
+    &[
+        "profile=remote",
+        "revision=canary",
+        "revisionTags={prod}",
+        "global.remotePilotAddress=istiod.example",
+    ],
+    &[
+        "profile=remote",
+        "istiodRemote.injectionURL=https://istiod.example/inject",
+        "istiodRemote.injectionCABundle=QUFBQQ==",
+    ],
+    &[
+        "profile=preview",
+        "global.platform=openshift",
+        "meshConfig.defaultConfig.proxyMetadata.SOME=thing",
+    ],
     &[
         "profile=minimal",
         "revision=canary",
@@ -74,6 +93,8 @@ pub fn run(mesh: &Path) -> anyhow::Result<()> {
     for case in CASES {
         same(mesh, &helm, &chart, case).with_context(|| format!("with the settings {case:?}"))?;
     }
+    kinds(&helm, &chart)?;
+    packed(&helm, &chart, place.path())?;
     println!(
         "helm template: {} settings, object by object as `mesh manifest generate`",
         CASES.len()
@@ -121,6 +142,50 @@ fn same(mesh: &Path, helm: &Path, chart: &Path, settings: &[&str]) -> anyhow::Re
             given[name]
         );
     }
+    Ok(())
+}
+
+/// A release without the kinds is the same but for them.
+fn kinds(helm: &Path, chart: &Path) -> anyhow::Result<()> {
+    let template = |setting: &str| {
+        let mut command = Command::new(helm);
+        command.args(["template", "mesh", "-n", "istio-system", "--set", setting]);
+        run::output(command.arg(chart))
+    };
+    let (with, without) = (
+        template("base.enabled=true")?,
+        template("base.enabled=false")?,
+    );
+    let count = |text: &str| text.matches("kind: CustomResourceDefinition").count();
+    ensure!(
+        count(&with) > 10 && count(&without) == 0,
+        "base.enabled: {} kinds with, {} without",
+        count(&with),
+        count(&without)
+    );
+    ensure!(
+        objects(&with)? == objects(&without)?,
+        "base.enabled changes more than the kinds"
+    );
+    Ok(())
+}
+
+/// The archive of the chart is the chart.
+fn packed(helm: &Path, chart: &Path, place: &Path) -> anyhow::Result<()> {
+    let archive = place.join("chart.tgz");
+    std::fs::write(&archive, crate::dist::chart::archive(chart)?)?;
+    let template = |chart: &Path| {
+        let mut command = Command::new(helm);
+        run::output(
+            command
+                .args(["template", "mesh", "-n", "istio-system"])
+                .arg(chart),
+        )
+    };
+    ensure!(
+        template(&archive)? == template(chart)?,
+        "helm makes other objects of the packed chart"
+    );
     Ok(())
 }
 
@@ -199,6 +264,20 @@ fn installed(helm: &Path, chart: &Path, cluster: &Cluster) -> anyhow::Result<()>
         let sidecar = pod.to_string().contains("\"istio-proxy\"");
         Ok((ready && sidecar).then_some(()))
     })?;
+    // Another revision beside it, by a release of its own.
+    let second = [
+        "second",
+        &folder,
+        "-n",
+        "istio-system",
+        "--wait",
+        "--timeout",
+        "60s",
+        "--set",
+        "profile=minimal,revision=canary,base.enabled=false",
+    ];
+    call(&[&["install"], &second[..]].concat())?;
+    call(&["uninstall", "second", "-n", "istio-system", "--wait"])?;
     let upgrade = [
         &["upgrade"],
         &common[..],
@@ -221,7 +300,9 @@ fn installed(helm: &Path, chart: &Path, cluster: &Cluster) -> anyhow::Result<()>
         left == 0,
         "helm uninstall left {left} Deployments and Services"
     );
-    println!("helm install, upgrade, uninstall: a pod was injected in between");
+    println!(
+        "helm install, upgrade, uninstall: a pod was injected in between, and a second release came and went"
+    );
     Ok(())
 }
 
