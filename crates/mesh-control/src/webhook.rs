@@ -195,6 +195,7 @@ fn judge(object: &Value) -> Verdict {
             mesh_api::Severity::Warning => warnings.push(text),
         }
     }
+    warnings.extend(mesh_model::without_effect(&parsed));
     if let mesh_api::AnyObject::EnvoyFilter(filter) = &parsed {
         let unreadable = mesh_model::unreadable_patches(&filter.spec);
         errors.extend(

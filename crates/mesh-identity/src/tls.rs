@@ -7,6 +7,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::ca::Leaf;
 
@@ -90,11 +91,23 @@ pub fn roots(text: &str) -> Result<Arc<RootCertStore>, TlsError> {
     Ok(Arc::new(roots))
 }
 
-/// A certificate chain (leaf first) with its key, which must be the leaf's.
+/// A certificate chain (leaf first) with its key, which must be the leaf's. The leaf may be of any version: rustls reads none but X.509 v3, but
+/// shows what it is given, and `openssl x509 -req` of Istio's own tasks makes v1 where nobody asks for extensions.
 pub fn certified_key(chain_pem: &str, key_pem: &str) -> Result<CertifiedKey, TlsError> {
     let chain = split_certificates(chain_pem)?;
-    let certified = CertifiedKey::from_der(chain, key(key_pem)?, &aws_lc_rs::default_provider())?;
-    Ok(certified)
+    let key = aws_lc_rs::default_provider()
+        .key_provider
+        .load_private_key(key(key_pem)?)?;
+    let leaf = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
+    let (_, leaf) = X509Certificate::from_der(leaf).map_err(|error| TlsError::Certificate {
+        reason: error.to_string(),
+    })?;
+    let public = key.public_key();
+    if public.is_none_or(|public| public.as_ref() != leaf.public_key().raw) {
+        let mismatch = rustls::InconsistentKeys::KeyMismatch;
+        return Err(rustls::Error::InconsistentKeys(mismatch).into());
+    }
+    Ok(CertifiedKey::new(chain, key))
 }
 
 fn key(text: &str) -> Result<PrivateKeyDer<'static>, TlsError> {
@@ -105,5 +118,65 @@ fn pem(what: &'static str, error: &rustls_pki_types::pem::Error) -> TlsError {
     TlsError::Pem {
         what,
         reason: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine as _;
+
+    use super::*;
+
+    /// The values in a sequence of DER, each with its tag and length (X.690 section 8.1).
+    fn parts(sequence: &[u8]) -> Vec<&[u8]> {
+        let mut rest = &sequence[header(sequence).0..];
+        let mut all = Vec::new();
+        while !rest.is_empty() {
+            let (before, length) = header(rest);
+            let (part, after) = rest.split_at(before + length);
+            all.push(part);
+            rest = after;
+        }
+        all
+    }
+
+    /// How long tag and length are, and what follows.
+    fn header(der: &[u8]) -> (usize, usize) {
+        match usize::from(der[1]) {
+            short @ 0..=0x7f => (2, short),
+            long => {
+                let bytes = long & 0x7f;
+                let length = der[2..2 + bytes].iter();
+                (2 + bytes, length.fold(0, |n, b| n << 8 | usize::from(*b)))
+            }
+        }
+    }
+
+    fn sequence(parts: &[&[u8]]) -> Vec<u8> {
+        let content = parts.concat();
+        let length = u16::try_from(content.len()).unwrap().to_be_bytes();
+        [&[0x30, 0x82][..], &length, &content].concat()
+    }
+
+    /// As `openssl x509 -req` makes it without a file of extensions.
+    #[test]
+    fn a_certificate_of_the_first_version_can_be_shown() {
+        let made = rcgen::generate_simple_self_signed(["example.com".to_owned()]).unwrap();
+        let der = made.cert.der();
+        let outer = parts(der);
+        let inner = parts(outer[0]);
+        // Version 1 is the default, and has no extensions (RFC 5280 section 4.1.2.1).
+        let first = sequence(&[&sequence(&inner[1..7]), outer[1], outer[2]]);
+        assert_eq!(X509Certificate::from_der(&first).unwrap().1.version().0, 0);
+        let text = base64::engine::general_purpose::STANDARD.encode(first);
+        let pem = format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n");
+        let key = made.signing_key.serialize_pem();
+        assert!(certified_key(&pem, &key).is_ok());
+        let other = rcgen::KeyPair::generate().unwrap().serialize_pem();
+        let error = certified_key(&pem, &other).unwrap_err();
+        assert!(matches!(
+            error,
+            TlsError::Rustls(rustls::Error::InconsistentKeys(_))
+        ));
     }
 }

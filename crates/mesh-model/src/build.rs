@@ -36,7 +36,10 @@ pub(crate) fn build(objects: &Objects) -> Mesh {
     mesh.jwks = objects.jwks.clone();
     mesh.virtual_services = virtual_services::build(objects, &mesh, &mut problems);
     for (key, object) in &objects.istio {
-        report_kind_not_applied(key, object, &mut problems);
+        // Nothing that a user wrote is ignored in silence.
+        if let Some(message) = without_effect(object) {
+            Reporter::new(key, &mut problems).report(Severity::Error, None, "", message);
+        }
     }
     let defaults = &mesh.config.default_traffic_policy;
     let codes = defaults
@@ -68,9 +71,9 @@ fn check_limits(mesh: &mut Mesh, problems: &mut Vec<Problem>) {
     );
 }
 
-/// Kinds that a later version applies: nothing that a user wrote is ignored in silence.
-fn report_kind_not_applied(key: &ObjectKey, object: &AnyObject, problems: &mut Vec<Problem>) {
-    if matches!(
+/// Why an object has no effect at all: its kind is one that a later version applies.
+pub fn without_effect(object: &AnyObject) -> Option<String> {
+    let applied = matches!(
         object,
         AnyObject::VirtualService(_)
             | AnyObject::DestinationRule(_)
@@ -79,14 +82,9 @@ fn report_kind_not_applied(key: &ObjectKey, object: &AnyObject, problems: &mut V
             | AnyObject::PeerAuthentication(_)
             | AnyObject::AuthorizationPolicy(_)
             | AnyObject::RequestAuthentication(_)
-    ) {
-        return;
-    }
-    let message = format!(
-        "{} is stored but not applied yet by this version of mesh",
-        key.kind
     );
-    Reporter::new(key, problems).report(Severity::Warning, None, "", message);
+    let kind = object.kind();
+    (!applied).then(|| format!("{kind} is stored but not applied yet by this version of mesh"))
 }
 
 /// Seconds since 1970 at which an object was created; 0 if unknown.

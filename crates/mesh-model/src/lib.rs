@@ -19,7 +19,7 @@ mod rules;
 mod service;
 mod visibility;
 
-pub use build::unreadable_patches;
+pub use build::{unreadable_patches, without_effect};
 pub use mesh::Mesh;
 pub use node::{Node, NodeError, NodeKind};
 pub use objects::{Item, ObjectKey, Objects};

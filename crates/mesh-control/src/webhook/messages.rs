@@ -116,3 +116,16 @@ fn refusals_are_readable() {
         println!("{kind}: {message}");
     }
 }
+
+/// Whoever applies it reads so at once, and not only later in the object's status.
+#[test]
+fn an_object_without_effect_is_taken_with_a_warning() {
+    let entry = json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry", "metadata": { "name": "a", "namespace": "b" },
+        "spec": { "hosts": ["example.com"], "ports": [{ "number": 80, "name": "http" }], "resolution": "DNS" },
+    });
+    let response = &judge(&entry).review("1")["response"];
+    assert_eq!(response["allowed"], true, "{response}");
+    let expected = "ServiceEntry is stored but not applied yet by this version of mesh";
+    assert_eq!(response["warnings"], json!([expected]));
+}
