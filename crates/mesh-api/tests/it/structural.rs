@@ -23,6 +23,7 @@ fn check(schema: &Value, path: &str, problems: &mut Vec<String>) {
         "maxProperties",
         "x-kubernetes-preserve-unknown-fields",
         "x-kubernetes-int-or-string",
+        "x-kubernetes-validations",
     ];
     for key in map.keys().filter(|key| !KNOWN.contains(&key.as_str())) {
         problems.push(format!("{path}: unexpected {key}"));
@@ -75,12 +76,52 @@ fn check(schema: &Value, path: &str, problems: &mut Vec<String>) {
             problems.push(format!("{path}: oneOf with more than conditions"));
         }
     }
+    let rules = map
+        .get("x-kubernetes-validations")
+        .and_then(Value::as_array);
+    for rule in rules.into_iter().flatten() {
+        check_rule(
+            schema,
+            rule["rule"].as_str().unwrap_or_default(),
+            path,
+            problems,
+        );
+    }
     for (name, below) in properties.into_iter().flatten() {
         check(below, &format!("{path}.{name}"), problems);
     }
     for below in ["items", "additionalProperties"] {
         if let Some(inner) = map.get(below) {
             check(inner, &format!("{path}.{below}"), problems);
+        }
+    }
+}
+
+/// A rule in CEL names fields that are there, else no API server compiles it, and goes through nothing whose length has no limit, else the estimate of
+/// its cost is too high for one.
+fn check_rule(schema: &Value, rule: &str, path: &str, problems: &mut Vec<String>) {
+    for costly in [
+        ".all(",
+        ".exists",
+        ".map(",
+        ".filter(",
+        "matches(",
+        "contains(",
+        "With(",
+    ] {
+        if rule.contains(costly) {
+            problems.push(format!("{path}: {rule}: {costly} has no bound"));
+        }
+    }
+    for reference in rule.split("self.").skip(1) {
+        let end = |c: char| !c.is_ascii_alphanumeric() && c != '.';
+        let fields = reference.split(end).next().unwrap_or_default();
+        let mut place = schema;
+        for field in fields.split('.') {
+            place = &place["properties"][field];
+        }
+        if place.is_null() || fields.is_empty() {
+            problems.push(format!("{path}: {rule}: there is no {fields}"));
         }
     }
 }
@@ -106,6 +147,8 @@ fn the_checker_finds_what_kubernetes_refuses() {
         serde_json::json!({ "$ref": "#/a" }),
         serde_json::json!({ "type": "object", "properties": { "a": { "type": "string" } }, "additionalProperties": false }),
         serde_json::json!({ "type": "object", "properties": { "a": { "type": "object" } } }),
+        serde_json::json!({ "type": "object", "properties": { "a": { "type": "string" } }, "x-kubernetes-validations": [{ "rule": "has(self.b)" }] }),
+        serde_json::json!({ "type": "object", "properties": { "a": { "type": "string" } }, "x-kubernetes-validations": [{ "rule": "self.a.contains('b')" }] }),
     ] {
         let mut problems = Vec::new();
         check(&bad, "x", &mut problems);

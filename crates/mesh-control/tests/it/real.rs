@@ -108,6 +108,120 @@ async fn a_rule_takes_effect_and_what_is_wrong_is_in_its_status() {
     running.abort();
 }
 
+/// Kinds carry rules that an API server judges alone: no control plane runs here.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_excludes_each_other_is_refused_without_a_webhook() {
+    let client = cluster();
+    for crd in mesh_api::crds() {
+        create(&client, crd).await;
+    }
+    let labels = json!({"matchLabels": {"app": "a"}});
+    let gateway = json!({"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "a"});
+    let one = "only one of targetRefs or selector can be set";
+    let address = json!({"address": "192.0.2.1"});
+    let entry = |more: Value| {
+        let mut spec = json!({"hosts": ["example.com"], "ports": [{"number": 80, "name": "http"}]});
+        for (field, value) in more.as_object().unwrap() {
+            spec[field] = value.clone();
+        }
+        spec
+    };
+    let security = "security.istio.io/v1";
+    let networking = "networking.istio.io/v1";
+    // The kind, what it takes, what it refuses, and why.
+    for (version, kind, good, bad, why) in [
+        (
+            security,
+            "AuthorizationPolicy",
+            json!({"selector": labels, "targetRefs": []}),
+            json!({"selector": labels, "targetRefs": [gateway]}),
+            one,
+        ),
+        (
+            security,
+            "AuthorizationPolicy",
+            json!({"targetRef": gateway}),
+            json!({"targetRef": gateway, "targetRefs": [gateway]}),
+            one,
+        ),
+        (
+            security,
+            "RequestAuthentication",
+            json!({"targetRefs": [gateway]}),
+            json!({"selector": labels, "targetRef": gateway}),
+            one,
+        ),
+        (
+            "telemetry.istio.io/v1",
+            "Telemetry",
+            json!({}),
+            json!({"selector": labels, "targetRef": gateway}),
+            one,
+        ),
+        (
+            "extensions.istio.io/v1alpha1",
+            "WasmPlugin",
+            json!({"url": "https://example.com/a.wasm"}),
+            json!({"url": "https://example.com/a.wasm", "selector": labels, "targetRef": gateway}),
+            one,
+        ),
+        (
+            security,
+            "PeerAuthentication",
+            json!({"selector": labels, "portLevelMtls": {"80": {"mode": "DISABLE"}}}),
+            json!({"portLevelMtls": {"80": {"mode": "DISABLE"}}}),
+            "portLevelMtls requires selector",
+        ),
+        (
+            networking,
+            "ServiceEntry",
+            entry(json!({"resolution": "STATIC", "endpoints": [address, address]})),
+            entry(json!({"resolution": "DNS_ROUND_ROBIN", "endpoints": [address, address]})),
+            "DNS_ROUND_ROBIN mode cannot have multiple endpoints",
+        ),
+        (
+            networking,
+            "ServiceEntry",
+            entry(json!({})),
+            entry(json!({"endpoints": [address]})),
+            "NONE mode cannot set endpoints",
+        ),
+        (
+            networking,
+            "ServiceEntry",
+            entry(json!({"resolution": "STATIC", "workloadSelector": {"labels": {"app": "a"}}})),
+            entry(
+                json!({"resolution": "STATIC", "workloadSelector": {"labels": {"app": "a"}}, "endpoints": [address]}),
+            ),
+            "only one of WorkloadSelector or Endpoints can be set",
+        ),
+        (
+            networking,
+            "WorkloadEntry",
+            json!({"network": "other"}),
+            json!({"labels": {"app": "a"}}),
+            "Address is required",
+        ),
+        (
+            "networking.istio.io/v1alpha3",
+            "EnvoyFilter",
+            json!({"workloadSelector": {"labels": {"app": "a"}}, "configPatches": []}),
+            json!({"workloadSelector": {"labels": {"app": "a"}}, "targetRefs": [gateway], "configPatches": []}),
+            "only one of targetRefs or workloadSelector can be set",
+        ),
+    ] {
+        let object = |spec: &Value| json!({"apiVersion": version, "kind": kind, "metadata": {"generateName": "a-", "namespace": "default"}, "spec": spec});
+        create(&client, object(&good)).await;
+        let bad = object(&bad);
+        let typed: DynamicObject = serde_json::from_value(bad.clone()).unwrap();
+        let refused = api(&client, &bad)
+            .create(&PostParams::default(), &typed)
+            .await;
+        let error = refused.expect_err(why).to_string();
+        assert!(error.contains(why), "{bad}: {error}");
+    }
+}
+
 /// A control plane of the default revision takes the lead from one of another revision, and gives nothing back to it.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_default_revision_leads() {
