@@ -44,6 +44,8 @@ pub(crate) struct Table {
     /// Kubelet version by node: what pods may be made of.
     kubelets: BTreeMap<String, String>,
     listed: BTreeSet<usize>,
+    /// Whether the mesh's settings were read once.
+    configured: bool,
 }
 
 impl Table {
@@ -189,7 +191,15 @@ impl Table {
             name if name == self.mesh_config => {
                 let text = config.data.get("mesh").map_or("", String::as_str);
                 match MeshConfig::from_newer_yaml(text) {
+                    // What a newer version set is no reason to start with defaults; but what holds is not changed by half, as by a typing error.
+                    Ok((_, left_out)) if self.configured && !left_out.is_empty() => {
+                        for error in left_out {
+                            tracing::error!(%error, "ConfigMap {name}, key mesh; the configuration before it stays");
+                        }
+                        false
+                    }
                     Ok((config, left_out)) => {
+                        self.configured = true;
                         for error in left_out {
                             tracing::error!(%error, "ConfigMap {name}, key mesh: the field is left out, the rest holds");
                         }

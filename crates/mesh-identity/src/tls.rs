@@ -7,7 +7,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use x509_parser::prelude::{FromDer as _, X509Certificate};
+use x509_parser::prelude::{FromDer as _, X509Certificate, X509Version};
 
 use crate::ca::Leaf;
 
@@ -91,13 +91,19 @@ pub fn roots(text: &str) -> Result<Arc<RootCertStore>, TlsError> {
     Ok(Arc::new(roots))
 }
 
-/// A certificate chain (leaf first) with its key, which must be the leaf's. The leaf may be of any version: rustls reads none but X.509 v3, but
-/// shows what it is given, and `openssl x509 -req` of Istio's own tasks makes v1 where nobody asks for extensions.
+/// A certificate chain (leaf first) with its key, which must be the leaf's. The leaf may be of X.509 v1, which rustls does not read but can show:
+/// `openssl x509 -req`, as in Istio's own tasks, makes those where nobody asks for extensions.
 pub fn certified_key(chain_pem: &str, key_pem: &str) -> Result<CertifiedKey, TlsError> {
     let chain = split_certificates(chain_pem)?;
-    let key = aws_lc_rs::default_provider()
-        .key_provider
-        .load_private_key(key(key_pem)?)?;
+    let key = key(key_pem)?;
+    let provider = aws_lc_rs::default_provider();
+    let is_first = |leaf: &CertificateDer<'_>| {
+        X509Certificate::from_der(leaf).is_ok_and(|(_, leaf)| leaf.version() == X509Version::V1)
+    };
+    if !chain.first().is_some_and(is_first) {
+        return Ok(CertifiedKey::from_der(chain, key, &provider)?);
+    }
+    let key = provider.key_provider.load_private_key(key)?;
     let leaf = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
     let (_, leaf) = X509Certificate::from_der(leaf).map_err(|error| TlsError::Certificate {
         reason: error.to_string(),

@@ -201,6 +201,7 @@ impl AdsClient {
             }
             if was_connected {
                 backoff.reset();
+                told.clear();
             }
             attempt = attempt.wrapping_add(1);
             let last_error = error.to_string();

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use envoy_types::pb::google::protobuf::value::Kind;
 use envoy_types::pb::google::protobuf::{ListValue, Struct, Value as Wire};
-use mesh_xds::types::{CLUSTER, LISTENER};
+use mesh_xds::types::{CLUSTER, LISTENER, ROUTE};
 use mesh_xds::{ClientConfig, Node};
 use serde_json::{Map, Value, json};
 
@@ -161,6 +161,33 @@ async fn settings_of_a_newer_installation_lose_only_what_is_new() {
     let mut proxy = discovery::connect(plane.addresses.grpc.unwrap(), ID);
     let view = proxy.complete().await;
     // Defaults would let everything out.
+    assert!(view.mentions(LISTENER, "BlackHoleCluster"));
+    assert!(!view.mentions(LISTENER, "\"PassthroughCluster\""));
+    plane.stop().await;
+}
+
+/// What holds is not opened by a field that is spelt wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_typing_error_in_the_settings_changes_nothing() {
+    let api = Api::new();
+    world::bookinfo(&api);
+    let set = |mesh: &str| {
+        api.apply(
+            "configmaps",
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"}, "data": {"mesh": mesh}}),
+        );
+    };
+    set("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n");
+    let plane = start(&api).await;
+    let mut proxy = discovery::connect(plane.addresses.grpc.unwrap(), ID);
+    let view = proxy.complete().await;
+    assert!(view.mentions(LISTENER, "BlackHoleCluster"));
+    set("outboundTrafficPolicy: {mod: REGISTRY_ONLY}\n");
+    // Something after it that does take effect.
+    api.apply("virtualservices", world::virtual_service("jason"));
+    let view = proxy
+        .until("the route", |view| view.mentions(ROUTE, "jason"))
+        .await;
     assert!(view.mentions(LISTENER, "BlackHoleCluster"));
     assert!(!view.mentions(LISTENER, "\"PassthroughCluster\""));
     plane.stop().await;

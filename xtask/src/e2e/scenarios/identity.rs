@@ -61,7 +61,7 @@ pub(super) fn shown(cluster: &mut Cluster) -> anyhow::Result<()> {
     let map = cluster.get(&["configmap", "istio-ca-root-cert"])?;
     let text = map["data"]["root-cert.pem"].as_str().unwrap_or_default();
     ensure!(
-        text.contains("BEGIN CERTIFICATE") && !text.contains("KEY"),
+        text.contains("BEGIN CERTIFICATE") && !text.contains("PRIVATE KEY"),
         "{text}"
     );
     Ok(())
